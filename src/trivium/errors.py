@@ -1,0 +1,35 @@
+"""The errors a user sees, each with the exit code the command line ends with.
+
+A message is one paragraph: what was found, what was expected, what to do. Anything that is not one of
+these is a fault of Trivium itself. Everybody may import this file; it imports nothing.
+"""
+
+
+class TriviumError(Exception):
+    """A run, build or command failed for a reason the user can act on."""
+
+    exit_code = 1
+
+
+class ConfigError(TriviumError):
+    """The run file, a flag or a combination of them is wrong; nothing was written."""
+
+    exit_code = 2
+
+
+class DoesNotFit(TriviumError):
+    """The work does not fit the memory, the disk or the purse it was given."""
+
+    exit_code = 3
+
+
+class BadData(TriviumError):
+    """Too many rows are unusable, or the data cannot be what it claims to be."""
+
+    exit_code = 4
+
+
+class Stopped(TriviumError):
+    """The run was asked to stop, has saved itself, and goes on when the same command runs again."""
+
+    exit_code = 75

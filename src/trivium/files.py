@@ -1,0 +1,152 @@
+"""Files that survive a crash: atomic writes, hashes, locks, free space, streamed safetensors.
+
+Knows nothing of models or data and never imports torch. Everybody may import this file.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from trivium.errors import TriviumError
+
+COPY_BYTES = 1 << 22
+
+
+def fsync_directory(folder: Path) -> None:
+    """Make renames and new names inside `folder` durable; a file's own fsync does not cover its name."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Replace `path` by `content` so that a reader, or a crash at any instant, sees the old file or the new one."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in constant memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Refuse to start a write that the disk cannot hold, before it destroys the last free bytes.
+
+    Raises: TriviumError when fewer than `needed_bytes` are free where `folder` lies.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise TriviumError(
+            f"Disk full: {what} needs {needed_bytes / 2**20:,.1f} MiB in {folder}, and {free_bytes / 2**20:,.1f} MiB are free. "
+            "Nothing was written or removed. Free some space and run the same command again."
+        )
+
+
+class FolderLock:
+    """An exclusive lock on a folder's `lock` file, freed by the kernel when its holder dies, however it dies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+
+    def acquire(self, wait: bool) -> None:
+        """Take the lock; with `wait` block until it is free.
+
+        Raises: TriviumError naming the holder's process and host when the lock is taken and `wait` is false.
+        """
+        file = self.path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().decode(errors="replace").strip() or "another process"
+            file.close()
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise TriviumError(
+                f"{self.path.parent} is in use by {holder}. Two runs never share a folder: "
+                "wait for that one, stop it, or give this run another name."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        """Free the lock; the file stays, since removing it would let two holders in."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """One tensor to write: its name, safetensors dtype (`F32`, `BF16`, `U8`, ...), shape, and its bytes on demand."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    read: Callable[[], Iterator[bytes | memoryview]]
+
+
+def write_safetensors(path: Path, tensors: Iterable[TensorSource], metadata: dict[str, str]) -> str:
+    """Write a safetensors file one tensor at a time, fsync it, and return the SHA-256 of what was written.
+
+    The hash is taken of the bytes on their way out, not of a file read back through the page cache, so a
+    write that the disk lost or bent does not verify. No second copy of the tensors is ever in memory.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    ordered = list(tensors)
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for tensor in ordered:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.num_bytes],
+        }
+        offset += tensor.num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in (len(encoded).to_bytes(8, "little"), encoded):
+            digest.update(chunk)
+            file.write(chunk)
+        for tensor in ordered:
+            for piece in tensor.read():
+                digest.update(piece)
+                file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
