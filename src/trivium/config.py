@@ -1,0 +1,408 @@
+"""A run as a value: `Run` and its parts, and the five methods as presets.
+
+This is the only file that knows the method names. A method fills in defaults for three independent choices
+(`weights`, `trainable`, `loss_tokens`) and for the numbers that go with them; everything below reads those
+choices, never the method. Reading YAML, overrides and error places is `trivium.runfile`; nothing here touches
+a file. Everybody may import this file; it never imports torch.
+"""
+
+import math
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {
+        "weights": "pretrained",
+        "trainable": "adapter",
+        "loss_tokens": "assistant",
+        "optimizer": {"learning_rate": 2e-4, "weight_decay": 0.0},
+    },
+    "qlora": {
+        "weights": "nf4",
+        "trainable": "adapter",
+        "loss_tokens": "assistant",
+        "optimizer": {"learning_rate": 2e-4, "weight_decay": 0.0},
+    },
+    "full": {
+        "weights": "pretrained",
+        "trainable": "everything",
+        "loss_tokens": "assistant",
+        "optimizer": {"learning_rate": 1e-5, "weight_decay": 0.1},
+    },
+    "continue": {
+        "weights": "pretrained",
+        "trainable": "everything",
+        "loss_tokens": "all",
+        "optimizer": {"learning_rate": 1e-5, "weight_decay": 0.1},
+    },
+    "scratch": {
+        "weights": "random",
+        "trainable": "everything",
+        "loss_tokens": "all",
+        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1},
+    },
+}
+
+COUNT_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+COUNT_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMBT]?)", re.IGNORECASE)
+
+
+def parse_count(value: object) -> object:
+    """Read `25M`, `1.5B` or `1e6` as a whole number; anything else is left for pydantic to judge.
+
+    Suffixes are decimal (K is 1,000), as the field counts parameters and tokens.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and (match := COUNT_PATTERN.fullmatch(value.strip())):
+        return round(float(match[1]) * COUNT_SUFFIXES[match[2].upper()])
+    return value
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Part(BaseModel):
+    """What all parts of a run share: unknown keys and loose types are refused, nothing changes after it is built."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def exactly_one(part: Part, names: tuple[str, ...]) -> None:
+    """Raise ValueError unless exactly one of the named fields is set."""
+    given = [name for name in names if getattr(part, name) is not None]
+    if len(given) != 1:
+        found = "none of them" if not given else " and ".join(given)
+        raise ValueError(f"found {found}; set exactly one of {', '.join(names)}")
+
+
+class Shape(Part):
+    """The network's own numbers, for a model that is in no catalogue."""
+
+    family: Literal["qwen2", "qwen3"] = "qwen3"
+    """`qwen2` has biases on q, k and v; `qwen3` normalises q and k per head instead."""
+    hidden_size: Count
+    """Width of the residual stream."""
+    intermediate_size: Count
+    """Width of the SwiGLU feed-forward."""
+    num_hidden_layers: Count
+    """Number of blocks."""
+    num_attention_heads: Count
+    """Number of query heads."""
+    num_key_value_heads: Count | None = None
+    """Number of key and value heads; divides the query heads. Default: as many as query heads."""
+    head_dim: Count | None = None
+    """Width of one head, even. Default: hidden_size / num_attention_heads."""
+    tie_word_embeddings: bool = True
+    """Whether the output head is the embedding table."""
+    rope_theta: Annotated[float, Field(gt=0)] = 1_000_000.0
+    """Base of the rotary position embedding."""
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Added under the root of RMSNorm."""
+
+
+class Model(Part):
+    """Which network is trained."""
+
+    name: str | None = None
+    """A catalogue name (`trivium model list`), a Hugging Face folder, or a Hub id."""
+    params: Count | None = None
+    """A parameter budget such as `25M`; a well-shaped Qwen3 of about that size is found for the tokenizer's vocabulary."""
+    shape: Shape | None = None
+    """The network's numbers one by one."""
+    vocab_size: Count | None = None
+    """Rows of the embedding table. Default: the tokenizer's size rounded up to a multiple of 64, or what the model has."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"params" if COUNT_PATTERN.fullmatch(value.strip()) else "name": value}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        exactly_one(self, ("name", "params", "shape"))
+        return self
+
+
+class TrainTokenizer(Part):
+    """A tokenizer trained on the run's own data."""
+
+    kind: Literal["bpe", "byte", "char"] = "bpe"
+    """`bpe`: byte-level BPE with Qwen's pre-tokenizer; `byte`: one token a byte; `char`: one token a character."""
+    vocab_size: Count = 4096
+    """Number of tokens, special tokens included."""
+
+
+class Tokenizer(Part):
+    """Where the tokenizer comes from. Default: the model's own; a small BPE trained on the data when it has none."""
+
+    path: str | None = None
+    """A folder with tokenizer.json, or a Hub id."""
+    train: TrainTokenizer | None = None
+    """Train one on the data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        exactly_one(self, ("path", "train"))
+        return self
+
+
+class Source(Part):
+    """One source of documents."""
+
+    path: str | None = None
+    """A file (.txt .md .jsonl .json .parquet, plain or .gz/.zst) or a folder of them."""
+    hub: str | None = None
+    """A Hub data set id."""
+    store: str | None = None
+    """A ready Megatron store: the common prefix of its .bin and .idx. It is trained on as it is."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the training tokens, relative to the other sources' weights. All sources have one, or none has."""
+    field: str = "text"
+    """The JSON field or Parquet column that holds the text."""
+    documents: Literal["file", "paragraph", "line"] = "file"
+    """What one document is in a plain text file; paragraphs are separated by blank lines."""
+    subset: str | None = None
+    """Configuration name of a Hub data set."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    revision: str | None = None
+    """Git revision of a Hub data set."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        exactly_one(self, ("path", "hub", "store"))
+        return self
+
+
+class Data(Part):
+    """What is learnt from, and how it is cut."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """Where the documents come from."""
+    seq_len: Annotated[Count, Field(ge=8)] = 1024
+    """Tokens a row; a longer document goes on in the next row."""
+    held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    """Share of the documents kept out of training and used for evaluation; chosen by content, so no copy leaks."""
+    max_reject_share: Share = 0.01
+    """The build stops with exit 4 when a larger share of the rows is unusable."""
+    max_document_mib: Annotated[float, Field(gt=0)] = 16.0
+    """A longer document is rejected as absurdly long."""
+    workers: Annotated[Count, Field(le=512)] | None = None
+    """Processes that tokenise. Default: one a core."""
+    cache_dir: str | None = None
+    """Where token stores and trained tokenizers are kept. Default: `cache` beside the runs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"sources": [value]}
+        return {"sources": value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("some sources have a weight and some have none; give every source a weight, or none")
+        return self
+
+
+class Optimizer(Part):
+    """AdamW; weight decay falls on matrices only."""
+
+    learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Peak learning rate. Default: by method."""
+    weight_decay: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Decoupled weight decay of matrices; norms and biases have none. Default: by method."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the mean of the gradient."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the mean of its square."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """The gradient's global norm is scaled down to this."""
+
+
+class Schedule(Part):
+    """The learning rate as a function of the step: a linear warm-up, then one of four forms."""
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """`wsd` holds the peak and falls linearly over the last `decay_share`."""
+    warmup_share: Share = 0.02
+    """Share of the steps spent warming up."""
+    decay_share: Share = 0.2
+    """Share of the steps in which `wsd` falls."""
+    floor_share: Share = 0.1
+    """The rate ends at this share of the peak, and stays there."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "wsd" and self.warmup_share + self.decay_share > 1.0:
+            raise ValueError("warmup_share + decay_share is over 1; the two phases of wsd do not fit the run")
+        return self
+
+
+class Budget(Part):
+    """How long the run is; exactly one of the three."""
+
+    steps: Count | None = None
+    """Optimizer steps."""
+    tokens: Count | None = None
+    """Training tokens, rounded up to whole steps."""
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the data."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        exactly_one(self, ("steps", "tokens", "epochs"))
+        return self
+
+
+class BatchSize(Part):
+    """Batch sizes in tokens, so that they mean the same at every sequence length."""
+
+    tokens: Count = 32_768
+    """Tokens of one optimizer step."""
+    micro_tokens: Count | None = None
+    """Tokens of one forward and backward. Default: as many rows as fit 8,192 tokens and divide the step."""
+
+
+class Eval(Part):
+    """Loss on the held-out documents."""
+
+    every_steps: Count | None = None
+    """Steps between evaluations. Default: a tenth of the run."""
+    max_tokens: Count = 262_144
+    """At most this many held-out tokens are read each time; always the same ones."""
+
+
+class Sample(Part):
+    """Text the model writes along the way."""
+
+    prompts: list[str] = []
+    """Beginnings to complete; none, no samples."""
+    every_steps: Count | None = None
+    """Steps between samples. Default: a tenth of the run."""
+    max_new_tokens: Count = 96
+    """Length of a sample."""
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.8
+    """0 takes the likeliest token each time."""
+
+
+class Checkpoint(Part):
+    """What a killed run loses at most."""
+
+    every_steps: Count | None = None
+    """Steps between checkpoints. Default: a tenth of the run, at most 500."""
+    keep: Count = 2
+    """How many of the newest are kept."""
+
+
+class Log(Part):
+    """How often figures are written."""
+
+    every_steps: Count = 10
+    """Steps between lines of metrics.jsonl."""
+
+
+class Run(Part):
+    """Everything that decides what a training run does. The same Run gives the same weights, bit for bit."""
+
+    method: Literal["lora", "qlora", "full", "continue", "scratch"]
+    """The way to train. It only sets defaults for the choices below."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Name of the run folder. Default: the run file's name."""
+    model: Model
+    """Which network."""
+    data: Data
+    """Which data."""
+    weights: Literal["pretrained", "nf4", "random"]
+    """What the weights start as."""
+    trainable: Literal["adapter", "everything"]
+    """What is trained."""
+    loss_tokens: Literal["assistant", "all"]
+    """Which tokens carry loss."""
+    tokenizer: Tokenizer | None = None
+    """Where the tokenizer comes from. Default: the model's own, else a small BPE trained on the data."""
+    optimizer: Optimizer
+    """AdamW's numbers."""
+    schedule: Schedule = Schedule()
+    """The learning rate over the run."""
+    budget: Budget = Budget(epochs=1.0)
+    """How long."""
+    batch: BatchSize = BatchSize()
+    """How much at a time."""
+    eval: Eval = Eval()
+    """Loss on held-out documents."""
+    sample: Sample = Sample()
+    """Text written along the way."""
+    checkpoint: Checkpoint = Checkpoint()
+    """How often the run is saved."""
+    log: Log = Log()
+    """How often figures are written."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the matrix products; weights and moments are always fp32. `auto` asks the device by a probe."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `mps`, `xpu`; `auto` takes the accelerator if there is one."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides the first weights, the order of the data, and the samples."""
+    runs_dir: str = "runs"
+    """Where run folders are made."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        seq_len, batch = self.data.seq_len, self.batch
+        if batch.tokens % seq_len:
+            raise ValueError(
+                f"batch.tokens {batch.tokens} is not a multiple of data.seq_len {seq_len}; "
+                f"the nearest that is: {max(1, round(batch.tokens / seq_len)) * seq_len}"
+            )
+        if batch.micro_tokens is not None and (batch.micro_tokens % seq_len or batch.tokens % batch.micro_tokens):
+            raise ValueError(
+                f"batch.micro_tokens {batch.micro_tokens} must be a multiple of data.seq_len {seq_len} "
+                f"and divide batch.tokens {batch.tokens}"
+            )
+        if self.weights != "random" and self.model.name is None:
+            raise ValueError(f"weights: {self.weights} needs model.name, a folder or Hub id that holds weights")
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of `data.seq_len` tokens that one optimizer step consumes."""
+        return self.batch.tokens // self.data.seq_len
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows of one forward and backward; divides `rows_per_step`."""
+        if self.batch.micro_tokens is not None:
+            return self.batch.micro_tokens // self.data.seq_len
+        return math.gcd(self.rows_per_step, max(1, 8192 // self.data.seq_len))
+
+
+def with_method_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The user's values over the defaults of their method; an unknown method is left for validation to refuse."""
+    defaults = METHOD_DEFAULTS.get(values.get("method", ""), {}) if isinstance(values.get("method"), str) else {}
+    merged = {**defaults, **values}
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(values.get(key), dict):
+            merged[key] = {**default, **values[key]}
+    return merged
