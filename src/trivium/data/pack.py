@@ -1,0 +1,178 @@
+"""Rows of tokens as batches on one flat token axis, with everything the step needs computed on the host.
+
+Documents never share context: positions restart in each, and `bounds` tells attention where each ends. The label
+of a token is the next token of its own document, also where the row ends before the document does. Knows nothing
+of models or devices. Used by the engine and `verify`.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from trivium.data.order import Order
+
+NO_LABEL = -100
+
+
+class TokenStore(Protocol):
+    """What packing needs of a token store."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int [num_documents]."""
+        ...
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Token ids [start, stop) of a document."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward and backward's worth of rows, N tokens long whatever they hold.
+
+    Attributes:
+        tokens: int64 [N].
+        labels: int64 [N], the next token of the same document, NO_LABEL where there is none.
+        positions: int64 [N], 0 at the start of every piece of a document.
+        cu_seqlens: int32 [D + 1], where each piece begins and the last one ends, then N again up to a power of two.
+        bounds: the same numbers without the padding, for attention without a varlen kernel.
+        supervised: int64 [M], the places that have a label.
+        spans: int64 [pieces, 4], (source, document, start, stop) of what was read; padding has none.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    bounds: tuple[int, ...]
+    supervised: torch.Tensor
+    spans: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read from documents; padding is not counted."""
+        return int((self.spans[:, 3] - self.spans[:, 2]).sum())
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that carry loss."""
+        return len(self.supervised)
+
+    @property
+    def max_document_tokens(self) -> int:
+        """Length of the longest piece."""
+        return max(stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False))
+
+
+def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Batch:
+    """Lay pieces of documents end to end on an axis of `num_tokens`; what stays free becomes unsupervised padding."""
+    tokens = np.zeros(num_tokens, dtype=np.int64)
+    labels = np.full(num_tokens, NO_LABEL, dtype=np.int64)
+    positions = np.zeros(num_tokens, dtype=np.int64)
+    bounds = [0]
+    for source, document, start, stop in spans.tolist():
+        here, length = bounds[-1], stop - start
+        ids = stores[source].tokens(document, start, min(stop + 1, int(stores[source].lengths[document])))
+        tokens[here : here + length] = ids[:length]
+        labels[here : here + len(ids) - 1] = ids[1:]
+        positions[here : here + length] = np.arange(length)
+        bounds.append(here + length)
+    if bounds[-1] < num_tokens:
+        positions[bounds[-1] :] = np.arange(num_tokens - bounds[-1])
+        bounds.append(num_tokens)
+    padded = np.full(1 + (1 << (len(bounds) - 2).bit_length()), num_tokens, dtype=np.int32)
+    padded[: len(bounds)] = bounds
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(padded),
+        bounds=tuple(bounds),
+        supervised=torch.from_numpy(np.flatnonzero(labels != NO_LABEL)),
+        spans=spans,
+    )
+
+
+class Rows:
+    """The micro-batches of every optimizer step.
+
+    Args:
+        stores: the token stores, in the order's numbering.
+        order: the order of rows.
+        rows_per_step: rows one optimizer step consumes.
+        rows_per_micro_batch: rows of one forward and backward; divides rows_per_step.
+        num_rows: rows of the whole run; None goes on for ever.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        order: Order,
+        rows_per_step: int,
+        rows_per_micro_batch: int,
+        num_rows: int | None,
+    ) -> None:
+        self.stores = stores
+        self.order = order
+        self.rows_per_step = rows_per_step
+        self.rows_per_micro_batch = rows_per_micro_batch
+        self.num_rows = num_rows
+
+    def step(self, step: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
+        """The micro-batches that a rank reads in a step (counted from 0).
+
+        All ranks together read the same rows whatever their number and the size of a micro-batch; the last step
+        of a run counted in epochs may hold fewer.
+        """
+        first = step * self.rows_per_step
+        last = first + self.rows_per_step
+        if self.num_rows is not None:
+            last = min(last, self.num_rows)
+        starts = range(first, last, self.rows_per_micro_batch)[rank::world_size]
+        return [self._micro_batch(start, min(start + self.rows_per_micro_batch, last)) for start in starts]
+
+    def _micro_batch(self, first: int, last: int) -> Batch:
+        spans = np.concatenate([self.order.row(row) for row in range(first, last)])
+        return pack(self.stores, spans, self.rows_per_micro_batch * self.order.seq_len)
+
+
+def sequential_batches(store: TokenStore, batch_tokens: int, seq_len: int, max_tokens: int) -> list[Batch]:
+    """A store's documents from the first on, in pieces of at most seq_len, up to max_tokens: always the same batches.
+
+    Used for evaluation: a document is cut only where it is longer than seq_len, never at the border of a batch.
+    """
+    batches: list[Batch] = []
+    pieces: list[tuple[int, int, int, int]] = []
+    filled = read = 0
+    for document, length in enumerate(np.asarray(store.lengths).tolist()):
+        if read and read + length > max_tokens:
+            break
+        read += length
+        for start in range(0, length, seq_len):
+            stop = min(start + seq_len, length)
+            if filled + stop - start > batch_tokens:
+                batches.append(pack([store], np.array(pieces, dtype=np.int64), batch_tokens))
+                pieces, filled = [], 0
+            pieces.append((0, document, start, stop))
+            filled += stop - start
+    if pieces:
+        batches.append(pack([store], np.array(pieces, dtype=np.int64), batch_tokens))
+    return batches
+
+
+def step_digest(previous: str, batches: Sequence[Batch]) -> str:
+    """Hex SHA-256 over the digest before it and what a step read, pieces and token ids: a link of the run's ledger.
+
+    The order of pieces is the order of rows, so it does not depend on the size of a micro-batch.
+    """
+    digest = hashlib.sha256(previous.encode())
+    for batch in batches:
+        digest.update(batch.spans.astype(np.int64).tobytes())
+    for batch in batches:
+        digest.update(batch.tokens[: batch.num_tokens].numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,104 @@
+"""Cross entropy over the supervised rows only, in chunks, so that the logits of a large vocabulary never exist at once.
+
+Softmax and its gradient are never normalised in the big buffer: with e = exp(logits - max) and s = sum(e),
+both gradients need only e / s, and 1 / s is applied to the small side of the products. A chunk is passed over
+in slices that fit the cache. Used by the engine alone.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+LOGITS_CHUNK_BYTES = 1 << 28
+CPU_SLICE_ELEMENTS = 1 << 20
+
+
+def default_chunk_rows(vocab_size: int, dtype: torch.dtype) -> int:
+    """Rows whose logits fill LOGITS_CHUNK_BYTES in `dtype`, at least 64."""
+    return max(64, LOGITS_CHUNK_BYTES // (vocab_size * dtype.itemsize))
+
+
+def cross_entropy_sum(
+    hidden_MD: torch.Tensor, weight_VD: torch.Tensor, labels_M: torch.Tensor, chunk_rows: int | None = None
+) -> torch.Tensor:
+    """Sum over rows of -ln softmax(hidden @ weight.T)[label].
+
+    Args:
+        hidden_MD: [rows, hidden], fp32 or bf16; the products are computed in its dtype.
+        weight_VD: [vocabulary, hidden], the fp32 output head; cast to the dtype of `hidden_MD` once.
+        labels_M: int64 [rows], each inside the vocabulary.
+        chunk_rows: rows whose logits exist at a time; None takes `default_chunk_rows`.
+
+    Returns: fp32 scalar in nats. Softmax and sums are fp32; the gradient of the head is accumulated in fp32.
+    """
+    rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_MD.dtype)
+    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, labels_M, rows)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Both gradients are computed while a chunk's logits are there; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden_MD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_M: torch.Tensor,
+        chunk_rows: int,
+    ) -> torch.Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        weight = weight_VD.to(hidden_MD.dtype)
+        grad_hidden = torch.empty_like(hidden_MD) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VD) if needs_weight else None
+        buffer_CV = hidden_MD.new_empty(min(chunk_rows, len(labels_M)), len(weight))
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
+        for start in range(0, len(labels_M), chunk_rows):
+            hidden, labels = hidden_MD[start : start + chunk_rows], labels_M[start : start + chunk_rows]
+            logits = torch.mm(hidden, weight.T, out=buffer_CV[: len(labels)])
+            label_logits = logits.gather(1, labels[:, None]).float()
+            maxima, sums = _exponentiate(logits)
+            loss += (sums.log() + maxima - label_logits).sum()
+            if grad_hidden is not None:
+                rows = torch.mm(logits, weight).float().div_(sums).sub_(weight[labels])
+                grad_hidden[start : start + chunk_rows] = rows
+            if grad_weight is not None:
+                scaled = (hidden.float() / sums).to(hidden.dtype)
+                _add_product(grad_weight, logits, scaled)
+                grad_weight.index_add_(0, labels, hidden.float(), alpha=-1.0)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_loss: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight.mul_(grad_loss)
+        return grad_hidden, grad_weight, None, None
+
+
+def _exponentiate(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace logits by exp(logits - row maximum) in place; return the maxima and the sums, fp32 [C, 1]."""
+    num_rows, vocab_size = logits_CV.shape
+    slice_rows = max(1, CPU_SLICE_ELEMENTS // vocab_size) if logits_CV.device.type == "cpu" else num_rows
+    maxima = torch.empty(num_rows, 1, dtype=torch.float32, device=logits_CV.device)
+    sums = torch.empty_like(maxima)
+    for rows in (slice(i, i + slice_rows) for i in range(0, num_rows, slice_rows)):
+        wide = logits_CV[rows].float()
+        torch.amax(wide, dim=1, keepdim=True, out=maxima[rows])
+        wide.sub_(maxima[rows]).exp_()
+        torch.sum(wide, dim=1, keepdim=True, out=sums[rows])
+        if wide.data_ptr() != logits_CV[rows].data_ptr():
+            logits_CV[rows] = wide
+    return maxima, sums
+
+
+def _add_product(total_VD: torch.Tensor, left_CV: torch.Tensor, right_CD: torch.Tensor) -> None:
+    """total += left.T @ right, the sum in the dtype of `total`."""
+    if total_VD.dtype == left_CV.dtype:
+        total_VD.addmm_(left_CV.T, right_CD)
+    else:
+        total_VD += torch.mm(left_CV.T, right_CD)
