@@ -1,0 +1,184 @@
+"""Checkpoints that survive a crash at any instant, and are never trusted unverified.
+
+A checkpoint is a folder `step-00000100` with `model.safetensors`, `training.safetensors`, `state.json` and, written
+last, `manifest.json`: the SHA-256 of every other file, taken of the bytes on their way to the disk. It is written
+beside its place, fsynced, renamed, and only then counted. No pickle is read or written. Knows tensors and files,
+not models. Used by the engine and `verify`.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from trivium.errors import TriviumError
+from trivium.files import (
+    TensorSource,
+    atomic_write,
+    fsync_directory,
+    require_free_space,
+    sha256_file,
+    write_safetensors,
+)
+
+FORMAT = 1
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
+COPY_ELEMENTS = 1 << 22
+
+
+class Damaged(TriviumError):
+    """A checkpoint does not hold what was written."""
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def tensor_source(name: str, tensor: torch.Tensor) -> TensorSource:
+    """A tensor's bytes on demand, a few megabytes at a time, so that a device's tensor is never copied whole."""
+
+    def read() -> Iterator[memoryview]:
+        flat = tensor.detach().reshape(-1)
+        for start in range(0, flat.numel(), COPY_ELEMENTS):
+            piece = flat[start : start + COPY_ELEMENTS].cpu().contiguous()
+            yield memoryview(piece.view(torch.uint8).numpy())
+
+    num_bytes = tensor.numel() * tensor.element_size()
+    return TensorSource(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), num_bytes, read)
+
+
+def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, object]) -> None:
+    """Write a checkpoint so that `folder` is there and whole, or not there at all.
+
+    Args:
+        folder: the checkpoint's place; a checkpoint already there is kept, since it was verified when written.
+        tensors: per file name (without suffix), the tensors by name.
+        state: what JSON can hold of the run.
+
+    Raises: TriviumError when the disk has no room; nothing that was there before is touched.
+    """
+    if folder.exists():
+        return
+    num_bytes = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    require_free_space(folder.parent, num_bytes + (1 << 20), f"checkpoint {folder.name}")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        hashes = {}
+        for file, group in tensors.items():
+            sources = [tensor_source(name, tensor) for name, tensor in group.items()]
+            hashes[f"{file}.safetensors"] = write_safetensors(temporary / f"{file}.safetensors", sources, {})
+        text = json.dumps({"format": FORMAT, **state}, indent=1)
+        atomic_write(temporary / "state.json", text)
+        hashes["state.json"] = sha256_file(temporary / "state.json")
+        atomic_write(temporary / "manifest.json", json.dumps({"format": FORMAT, "sha256": hashes}, indent=1))
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TriviumError(
+            f"Writing {folder.name} failed: {error}. The partial checkpoint was removed and those before it are "
+            "untouched. Mend the disk and run the same command again."
+        ) from error
+    os.replace(temporary, folder)
+    fsync_directory(folder.parent)
+
+
+def verify(folder: Path) -> dict[str, object]:
+    """Check every byte against the manifest and return the state.
+
+    Raises: Damaged naming the first file that is missing or differs.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        expected = dict(manifest["sha256"])
+        if manifest["format"] != FORMAT:
+            raise Damaged(f"{folder.name}: format {manifest['format']} is not the {FORMAT} this version reads")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{folder.name}: manifest.json cannot be read ({type(error).__name__})") from None
+    for name, digest in sorted(expected.items()):
+        try:
+            found = sha256_file(folder / name)
+        except OSError as error:
+            raise Damaged(f"{folder.name}: {name} cannot be read ({error.strerror})") from None
+        if found != digest:
+            raise Damaged(f"{folder.name}: {name} is not what was written (its SHA-256 differs)")
+    return json.loads((folder / "state.json").read_bytes())
+
+
+def read_into(folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Fill the given tensors from a verified checkpoint, one at a time.
+
+    Raises: Damaged when a tensor is missing or has another shape: the checkpoint is of another model.
+    """
+    for file, group in tensors.items():
+        with safe_open(folder / f"{file}.safetensors", framework="pt") as reader:
+            missing = set(group) - set(reader.keys())
+            if missing:
+                raise Damaged(f"{folder.name}: {file}.safetensors has no {sorted(missing)[0]}")
+            for name, tensor in group.items():
+                value = reader.get_tensor(name)
+                if value.shape != tensor.shape:
+                    raise Damaged(f"{folder.name}: {name} is {list(value.shape)}, the model's {list(tensor.shape)}")
+                tensor.copy_(value)
+
+
+def read_tensor(folder: Path, file: str, name: str) -> torch.Tensor:
+    """One tensor of a verified checkpoint, on the CPU."""
+    with safe_open(folder / f"{file}.safetensors", framework="pt") as reader:
+        return reader.get_tensor(name)
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """Steps that have a published checkpoint, newest first; order comes from names, never from clocks."""
+    found = (STEP_FOLDER.fullmatch(entry.name) for entry in checkpoints.iterdir()) if checkpoints.is_dir() else ()
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def load_newest(
+    checkpoints: Path, load: Callable[[Path], dict[str, object]]
+) -> tuple[dict[str, object] | None, list[str]]:
+    """Load the newest checkpoint that verifies; set aside the newer ones, which did not.
+
+    Returns: the state that was loaded, None where there is no checkpoint; and what was wrong with each one set aside,
+    now named `damaged-...`, so that its step can be saved again.
+
+    Raises: Damaged when there are checkpoints and none verifies: starting anew would lose the run silently.
+    """
+    problems: list[str] = []
+    damaged: list[Path] = []
+    for step in steps(checkpoints):
+        folder = step_folder(checkpoints, step)
+        try:
+            state = load(folder)
+        except Damaged as damage:
+            problems.append(str(damage))
+            damaged.append(folder)
+            continue
+        for broken in damaged:
+            shutil.rmtree(broken.with_name(f"damaged-{broken.name}"), ignore_errors=True)
+            os.replace(broken, broken.with_name(f"damaged-{broken.name}"))
+        return state, problems
+    if problems:
+        raise Damaged(
+            f"No checkpoint in {checkpoints} verifies: {'; '.join(problems)}. Nothing was changed. "
+            "Restore the folder from a copy, or start anew under another name."
+        )
+    return None, []
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints, and what crashes left. Called only after one was committed.
+
+    A folder is renamed before it is deleted, so that half a checkpoint never carries a checkpoint's name.
+    """
+    for step in steps(checkpoints)[max(1, keep) :]:
+        os.replace(step_folder(checkpoints, step), checkpoints / f".step-{step:08d}.old")
+    for leftover in [*checkpoints.glob(".step-*.tmp"), *checkpoints.glob(".step-*.old")]:
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,138 @@
+"""The training engine: four verbs (forward_backward, optimizer_step, save, load) over one model.
+
+It knows nothing of files of data, budgets, logs or run folders; `loop` does. The loss of a step is the sum of
+the token losses of all its micro-batches over the number of supervised tokens of the whole step, never a mean of
+means. Tests and benches drive these verbs directly.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from trivium.config import Optimizer
+from trivium.data.pack import Batch
+from trivium.engine import checkpoint
+from trivium.engine.loss import cross_entropy_sum
+from trivium.engine.optim import build_adamw
+from trivium.errors import TriviumError
+from trivium.model.qwen import Documents, Qwen
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class NonFinite(TriviumError):
+    """A loss or a gradient is NaN or infinite; nothing was updated.
+
+    Attributes:
+        batches: the micro-batches to look at: the one with the bad loss, or all of the step.
+    """
+
+    def __init__(self, message: str, batches: Sequence[Batch]) -> None:
+        super().__init__(message)
+        self.batches = batches
+
+
+class Engine:
+    """A model with its optimizer on one device.
+
+    Args:
+        model: weights in fp32, already on the device, with its compute type set.
+        config: AdamW's numbers.
+    """
+
+    def __init__(self, model: Qwen, config: Optimizer) -> None:
+        self.model = model
+        self.config = config
+        self.optimizer = build_adamw(model, config)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.device = next(model.parameters()).device
+
+    def forward_backward(self, batches: Sequence[Batch]) -> float:
+        """Add the gradient of the step's loss; return that loss in nats per supervised token.
+
+        Raises: NonFinite naming the first micro-batch whose loss is NaN or infinite.
+        """
+        num_supervised = sum(batch.num_supervised for batch in batches)
+        sums = []
+        for batch in batches:
+            if batch.num_supervised:
+                loss = self._loss_sum(batch)
+                (loss / num_supervised).backward()
+                sums.append((batch, loss.detach()))
+        total = 0.0
+        for batch, loss_sum in sums:
+            if not math.isfinite(value := float(loss_sum)):
+                raise NonFinite(f"the loss is {value}", [batch])
+            total += value
+        return total / max(1, num_supervised)
+
+    def optimizer_step(self, learning_rate: float, batches: Sequence[Batch] = ()) -> float:
+        """Clip, update the weights, clear the gradients; return the gradient's norm before clipping.
+
+        Raises: NonFinite, before anything is updated, when the norm is NaN or infinite.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
+        if not math.isfinite(value := float(norm)):
+            raise NonFinite(f"the gradient's norm is {value}", batches)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Mean loss in nats over the supervised tokens of all batches, and how many they are."""
+        total, num_supervised = 0.0, 0
+        for batch in batches:
+            if batch.num_supervised:
+                total += float(self._loss_sum(batch))
+                num_supervised += batch.num_supervised
+        return total / max(1, num_supervised), num_supervised
+
+    def save(self, folder: Path, state: dict[str, object]) -> None:
+        """Write weights, moments, random state and `state` as one checkpoint, crash-safe; see `checkpoint`."""
+        checkpoint.write(folder, self._tensors(), state)
+
+    def load(self, folder: Path) -> dict[str, object]:
+        """Take weights, moments and random state from a checkpoint that verifies; return its `state`.
+
+        Raises: checkpoint.Damaged when a byte differs from what was written.
+        """
+        state = checkpoint.verify(folder)
+        self._fill_moments()
+        with torch.no_grad():
+            checkpoint.read_into(folder, self._tensors(rng=False))
+        torch.set_rng_state(checkpoint.read_tensor(folder, "training", "rng.cpu"))
+        return state
+
+    def _loss_sum(self, batch: Batch) -> torch.Tensor:
+        move = {"device": self.device, "non_blocking": True}
+        documents = Documents(batch.cu_seqlens.to(**move), batch.bounds, batch.max_document_tokens)
+        hidden_TD = self.model(batch.tokens.to(**move), batch.positions.to(**move), documents)
+        supervised = batch.supervised.to(**move)
+        labels = batch.labels.to(**move)[supervised]
+        return cross_entropy_sum(hidden_TD[supervised], self.model.head_weight, labels)
+
+    def _fill_moments(self) -> None:
+        """Give every parameter its moments, as AdamW's own first step would, so that a load has where to go."""
+        for parameter in self.parameters.values():
+            state = self.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                for moment in MOMENTS:
+                    state[moment] = torch.zeros_like(parameter)
+
+    def _tensors(self, rng: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+        """What a checkpoint holds, by file: the weights under their own names; moments, steps and random state."""
+        self._fill_moments()
+        training = {
+            f"{key}.{name}": self.optimizer.state[parameter][key]
+            for name, parameter in self.parameters.items()
+            for key in (*MOMENTS, "step")
+        }
+        if rng:
+            training["rng.cpu"] = torch.get_rng_state()
+        return {"model": dict(self.model.named_parameters()), "training": training}

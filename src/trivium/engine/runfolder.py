@@ -1,0 +1,122 @@
+"""The run folder: its lock, its records, and what becomes of them when a killed run goes on.
+
+    run.yaml          resolved configuration, with where each value came from
+    provenance.json   versions, hashes, hardware, every start and resume
+    metrics.jsonl     one line a log step or evaluation
+    ledger.jsonl      one line an optimizer step: a hash chain over the tokens it read
+    samples.jsonl     what the model wrote along the way
+    checkpoints/      see `checkpoint`
+    model/            the result, a Hugging Face folder
+    finished.json     written last
+    failure.json      why the run stopped by itself, until it is resumed
+
+Knows files, not tensors. Used by the engine, `use` and `report`.
+"""
+
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trivium.errors import TriviumError
+from trivium.files import FolderLock, atomic_write
+
+
+def now() -> str:
+    """The time as every record writes it: ISO 8601, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class JsonLines:
+    """A file of one JSON object a line, each with a `step`, that can be cut back to a step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line, at once visible to readers."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The records in order; a torn last line, as a crash leaves it, is left out."""
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    return
+
+    def cut_after(self, step: int) -> None:
+        """Forget every record of a later step: the run goes on from `step` and will write them again."""
+        kept = [json.dumps(record) + "\n" for record in self if record["step"] <= step]
+        atomic_write(self.path, "".join(kept))
+
+    def sync(self) -> None:
+        """Make what was appended durable."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run_yaml = path / "run.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.metrics = JsonLines(path / "metrics.jsonl")
+        self.ledger = JsonLines(path / "ledger.jsonl")
+        self.samples = JsonLines(path / "samples.jsonl")
+        self._lock = FolderLock(path / "lock")
+
+    @classmethod
+    def existing(cls, path: Path) -> "RunFolder":
+        """The folder of a run that was started.
+
+        Raises: TriviumError when there is none.
+        """
+        if not (path / "run.yaml").is_file():
+            raise TriviumError(
+                f"{path} is no run folder: it has no run.yaml. Name the folder that `trivium train` made, such as runs/NAME."
+            )
+        return cls(path)
+
+    def open(self) -> None:
+        """Make the folder and take its lock, held until `close` or the end of the process.
+
+        Raises: TriviumError naming the process that holds it.
+        """
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire(wait=False)
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        self._lock.release()
+
+    def cut_after(self, step: int) -> None:
+        """Cut all records back to `step`."""
+        for records in (self.metrics, self.ledger, self.samples):
+            records.cut_after(step)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON record of the folder; None where it is missing or torn."""
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        """Replace a JSON record of the folder."""
+        atomic_write(self.path / name, json.dumps(record, indent=1) + "\n")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end and its result was written."""
+        return self.read("finished.json") is not None
