@@ -1,0 +1,221 @@
+"""A seeded grammar that tells little stories and knows the exact probability of each one.
+
+A language model trained on these stories can therefore be measured against the best that is possible: the
+grammar's own entropy. Telling a story and scoring a text are one walk through the same tables (`tales.py`): the
+writer draws each choice at random, the reader takes the choices that the text shows. Knows nothing of models or
+tokenizers. Only `quickstart` and the command line may import this file.
+"""
+
+import json
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from random import Random
+
+from trivium.files import atomic_write
+from trivium.quickstart.tales import FACTS, PHRASES, By, Table
+
+ZIPF_SHIFT = 8
+
+
+@dataclass(frozen=True)
+class Story:
+    """A story, its exact cost -ln p(text) in nats, and the facts it was told from (hero, thing, problem, ...)."""
+
+    text: str
+    nats: float
+    facts: dict[str, str]
+
+
+class _Teller:
+    """The walk through the tables that writer and reader share; they differ in how they pick and in what words do."""
+
+    def __init__(self) -> None:
+        self.nats = 0.0
+        self.facts: dict[str, str] = {}
+
+    def pick(self, options: Sequence[str]) -> int:
+        """Decide for one of the options."""
+        raise NotImplementedError
+
+    def emit(self, words: str) -> None:
+        """Put down, or check, the next words of the text."""
+        raise NotImplementedError
+
+    def choose(self, table: Table) -> str:
+        """The only place where anything is decided, so that the costs of all choices add up to -ln p."""
+        options = table.options[tuple(self.facts[fact] for fact in table.facts)] if isinstance(table, By) else table
+        index = self.pick(options)
+        self.nats += _costs(len(options))[index]
+        return options[index]
+
+    def tell(self, template: str) -> None:
+        """Emit a template from left to right; a fact is chosen at the moment its words are first needed."""
+        for words, slot in _pieces(template):
+            self.emit(words)
+            name = slot.lower()
+            if name in FACTS:
+                if name not in self.facts:
+                    self.facts[name] = self.choose(FACTS[name])
+                self.emit(_like(slot, self.facts[name]))
+            elif name:
+                self.tell(self.choose(PHRASES[name]))
+
+
+class _Writer(_Teller):
+    """Draws each choice from a random generator and collects the words."""
+
+    def __init__(self, rng: Random) -> None:
+        super().__init__()
+        self.rng = rng
+        self.words: list[str] = []
+
+    def pick(self, options: Sequence[str]) -> int:
+        return bisect_right(_cumulative(len(options)), self.rng.random()) if len(options) > 1 else 0
+
+    def emit(self, words: str) -> None:
+        self.words.append(words)
+
+
+class _Mismatch(Exception):
+    """The text cannot go on as this derivation would have it."""
+
+
+class _Reader(_Teller):
+    """Follows a text. Where several options could begin with the next words it takes one and notes the others.
+
+    `script` replays the earlier open decisions; `branches` are the scripts of the derivations not yet tried.
+    """
+
+    def __init__(self, text: str, script: list[int]) -> None:
+        super().__init__()
+        self.text, self.lowered, self.position = text, text.lower(), 0
+        self.script, self.taken = script, 0
+        self.branches: list[list[int]] = []
+
+    def pick(self, options: Sequence[str]) -> int:
+        possible = [index for index, option in enumerate(options) if self._could_begin(option)]
+        if not possible:
+            raise _Mismatch
+        if len(possible) == 1:
+            return possible[0]
+        if self.taken == len(self.script):
+            self.branches += [[*self.script, other] for other in possible[1:]]
+            self.script = [*self.script, possible[0]]
+        self.taken += 1
+        return self.script[self.taken - 1]
+
+    def emit(self, words: str) -> None:
+        if not self.text.startswith(words, self.position):
+            raise _Mismatch
+        self.position += len(words)
+
+    def _could_begin(self, option: str) -> bool:
+        """Whether the text goes on with the option's words, as far as they are known; never wrongly false."""
+        position = self.position
+        for words, slot in _pieces(option):
+            for known in (words, self.facts.get(slot.lower(), "")):
+                if not self.lowered.startswith(known.lower(), position):
+                    return False
+                position += len(known)
+            if slot.lower() not in self.facts:
+                break
+        return True
+
+
+@cache
+def _pieces(template: str) -> list[tuple[str, str]]:
+    """`"the {colour} kite"` -> `[("the ", "colour"), (" kite", "")]`."""
+    parts = [*re.split(r"\{(\w+)\}", template), ""]
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+@cache
+def _like(slot: str, words: str) -> str:
+    """The words with a capital where the slot has one."""
+    return words[0].upper() + words[1:] if slot[0].isupper() else words
+
+
+@cache
+def _probabilities(num_options: int) -> list[float]:
+    """Earlier options are commoner, as words are in real language: p falls as 1 / (rank + 8)."""
+    weights = [1 / (rank + ZIPF_SHIFT) for rank in range(1, num_options + 1)]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+@cache
+def _costs(num_options: int) -> list[float]:
+    """-ln p of each option."""
+    return [-math.log(probability) for probability in _probabilities(num_options)]
+
+
+@cache
+def _cumulative(num_options: int) -> list[float]:
+    """Upper edges of the options' shares of [0, 1); the last one is 1 whatever the rounding says."""
+    return [*accumulate(_probabilities(num_options)[:-1]), 1.0]
+
+
+def story(rng: Random) -> Story:
+    """Tell one story; the same generator state tells the same story on every machine."""
+    writer = _Writer(rng)
+    writer.tell("{story}")
+    return Story("".join(writer.words), writer.nats, writer.facts)
+
+
+def derivations(text: str) -> list[float]:
+    """The cost in nats of every way in which the grammar can tell exactly this text; empty when it cannot.
+
+    A depth-first search by replay: it drops only what contradicts the text, so no derivation is missed.
+    """
+    costs: list[float] = []
+    scripts: list[list[int]] = [[]]
+    while scripts:
+        reader = _Reader(text, scripts.pop())
+        try:
+            reader.tell("{story}")
+            if reader.position == len(text):
+                costs.append(reader.nats)
+        except _Mismatch:
+            pass
+        scripts += reader.branches
+    return costs
+
+
+def score(text: str) -> float:
+    """-ln p(text) in nats under the grammar, summed over all derivations; infinite for what it cannot tell."""
+    costs = derivations(text)
+    if not costs:
+        return math.inf
+    least = min(costs)
+    return least - math.log(math.fsum(math.exp(least - cost) for cost in costs))
+
+
+def floor_nats_per_token(texts: Iterable[str], tokens_per_text: Iterable[int]) -> float:
+    """The loss, in nats per predicted token, of the best possible model on these very stories.
+
+    `tokens_per_text` counts each story's tokens with its end-of-document token; the first token of a document is
+    never predicted, so n tokens are n - 1 predictions.
+
+    Why this is the floor. A tokenizer turns each text into one sequence of tokens, so a model's loss summed over
+    a story is -ln q(tokens after the first | the first). The first token is the same in every story ("Once" begins
+    them all), hence knowing it helps nobody, and the end of a story is part of its text; for the grammar itself
+    that sum is exactly -ln p(text). By Gibbs' inequality the expectation of -ln q over stories drawn from p is
+    least for q = p. On held-out stories, which say nothing about each other, a model stays below this number only
+    by the luck of the draw, and the grammar's choices, told to nobody, are the only luck there is.
+
+    Source: Cover and Thomas, Elements of Information Theory, theorems 2.6.3 and 5.4.3.
+    """
+    costs = [score(text) for text in texts]
+    return math.fsum(costs) / sum(num_tokens - 1 for num_tokens in tokens_per_text)
+
+
+def write_corpus(path: Path, num_stories: int, seed: int) -> None:
+    """Write `num_stories` stories as JSON lines `{"text": ...}`; the same seed writes the same bytes."""
+    rng = Random(seed)
+    lines = [json.dumps({"text": story(rng).text}) + "\n" for _ in range(num_stories)]
+    atomic_write(path, "".join(lines))
