@@ -136,6 +136,11 @@ class Rows:
         starts = range(first, last, self.rows_per_micro_batch)[rank::world_size]
         return [self._micro_batch(start, min(start + self.rows_per_micro_batch, last)) for start in starts]
 
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+        epoch, row = self.order.locate(step * self.rows_per_step)
+        return epoch + row / self.order.num_rows(epoch)
+
     def _micro_batch(self, first: int, last: int) -> Batch:
         spans = np.concatenate([self.order.row(row) for row in range(first, last)])
         return pack(self.stores, spans, self.rows_per_micro_batch * self.order.seq_len)

@@ -1,0 +1,57 @@
+"""What a line of metrics says, and the formula behind its MFU. Names are those of the Hugging Face Trainer.
+
+Used by the loop and the benches.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from trivium.data.pack import Batch
+from trivium.engine.device import Machine, peak_memory_gib
+from trivium.model.shape import QwenShape
+
+MFU_FORMULA = (
+    "(6 * matrix parameters * tokens + 6 * layers * heads * head_dim * sum of squared document lengths) "
+    "/ seconds / measured peak FLOP/s"
+)
+
+
+def training_flops(shape: QwenShape, batch: Batch) -> float:
+    """FLOPs of a forward and backward over the documents of a batch, all weights trained, nothing recomputed.
+
+    Matrix products cost 6 a parameter and token (output head included, embedding look-up not); causal attention
+    costs 6 * heads * head_dim * length^2 a layer and document. Source: Chowdhery et al. 2022, arXiv:2204.02311,
+    appendix B, with the causal half of the attention matrix counted once.
+    """
+    pieces = batch.spans[:, 3] - batch.spans[:, 2]
+    squares = float((pieces.astype(float) ** 2).sum())
+    attention = 6.0 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * squares
+    return 6.0 * shape.num_matmul_params * batch.num_tokens + attention
+
+
+@dataclass
+class Interval:
+    """Sums over the steps since the last line of metrics; kept in checkpoints, so that a kill changes no figure."""
+
+    loss: float = 0.0
+    flops: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, shape: QwenShape, batches: list[Batch], loss: float, seconds: float) -> None:
+        """Count one step."""
+        self.loss += loss
+        self.flops += sum(training_flops(shape, batch) for batch in batches)
+        self.steps += 1
+        self.tokens += sum(batch.num_tokens for batch in batches)
+        self.seconds += seconds
+
+    def figures(self, machine: Machine) -> dict[str, Any]:
+        """Mean loss in nats a token, real tokens a second (padding not counted), MFU, peak memory in GiB."""
+        return {
+            "train/loss": self.loss / self.steps,
+            "train/tokens_per_second": self.tokens / self.seconds,
+            "train/mfu": self.flops / self.seconds / machine.peak_flops,
+            "train/peak_memory_gib": peak_memory_gib(machine.device),
+        }

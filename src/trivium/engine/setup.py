@@ -1,0 +1,276 @@
+"""From a `Run` to everything its loop needs: tokenizer, token stores, order of rows, shape, engine.
+
+Decides nothing a run file could not say; where the file is silent, what was chosen is in the run folder's
+provenance. Used by the command line and the benches.
+"""
+
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivium.config import Run, Source, TrainTokenizer
+from trivium.data.build import BuiltStore, build_sources, train_tokenizer_from_sources
+from trivium.data.order import Order
+from trivium.data.pack import Batch, Rows, sequential_batches
+from trivium.data.store import Store
+from trivium.data.tokenizer import load_tokenizer
+from trivium.engine.device import Machine, describe
+from trivium.engine.engine import Engine
+from trivium.errors import ConfigError
+from trivium.files import sha256_file
+from trivium.model import catalog, hf
+from trivium.model.qwen import Qwen, init_weights
+from trivium.model.shape import QwenShape
+
+VOCAB_MULTIPLE = 64
+RECORDED_PACKAGES = ("trivium", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with its data found and its sizes settled.
+
+    Attributes:
+        shape: the network.
+        model_folder: where pretrained weights lie; None when they start at random.
+        tokenizer: the transformers tokenizer.
+        tokenizer_folder: where it lies.
+        stores: the training tokens of each source.
+        rows: the micro-batches of every step.
+        held_out: the evaluation's batches, always the same; empty when nothing is held out.
+        num_steps: optimizer steps of the whole run.
+    """
+
+    run: Run
+    shape: QwenShape
+    model_folder: Path | None
+    tokenizer: Any
+    tokenizer_folder: Path
+    stores: list[Store]
+    rows: Rows
+    held_out: list[Batch]
+    num_steps: int
+
+
+def require_supported(run: Run) -> None:
+    """Refuse what this version cannot train, before anything is written.
+
+    Raises: ConfigError.
+    """
+    missing = []
+    if run.trainable == "adapter":
+        missing.append("trainable: adapter")
+    if run.weights == "nf4":
+        missing.append("weights: nf4")
+    if run.loss_tokens == "assistant":
+        missing.append("loss_tokens: assistant")
+    if missing:
+        raise ConfigError(
+            f"method {run.method} asks for {', '.join(missing)}, which this version cannot train yet. "
+            "It trains documents with all weights: use method scratch, or continue. Nothing was written."
+        )
+
+
+def cache_folder(run: Run) -> Path:
+    """Where token stores and trained tokenizers are kept."""
+    return Path(run.data.cache_dir) if run.data.cache_dir else Path(run.runs_dir) / "cache"
+
+
+def prepare(run: Run, note: Callable[[str], None]) -> Job:
+    """Find the model, tokenizer and data of a run, and build what is not there yet.
+
+    Args:
+        run: the run.
+        note: is told in one line what takes long.
+
+    Raises: ConfigError, BadData.
+    """
+    require_supported(run)
+    known_shape, model_folder = find_shape(run)
+    tokenizer_folder = find_tokenizer(run, model_folder, note)
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    shape = settle_shape(run, known_shape, len(tokenizer), tokenizer_folder)
+    built = build_data(run, tokenizer_folder, note)
+    stores = [store.open() for store in built]
+    weights = [source.weight for source in run.data.sources]
+    order = Order(
+        [store.lengths for store in stores],
+        None if None in weights else [weight for weight in weights if weight is not None],
+        run.data.seq_len,
+        run.seed,
+    )
+    num_rows = None if run.budget.epochs is None else order.num_rows_in_epochs(run.budget.epochs)
+    return Job(
+        run=run,
+        shape=shape,
+        model_folder=model_folder,
+        tokenizer=tokenizer,
+        tokenizer_folder=tokenizer_folder,
+        stores=stores,
+        rows=Rows(stores, order, run.rows_per_step, run.rows_per_micro_batch, num_rows),
+        held_out=held_out_batches(run, built),
+        num_steps=count_steps(run, num_rows),
+    )
+
+
+def find_shape(run: Run) -> tuple[QwenShape | None, Path | None]:
+    """The network a run names, and the folder of its weights when it starts from them.
+
+    Returns: (None, None) for a parameter budget, whose shape waits for the vocabulary.
+    """
+    model = run.model
+    if model.shape is not None:
+        given = model.shape
+        heads = given.num_attention_heads
+        values = given.model_dump(exclude={"num_key_value_heads", "head_dim"})
+        return QwenShape(
+            **values,
+            num_key_value_heads=given.num_key_value_heads or heads,
+            head_dim=given.head_dim or given.hidden_size // heads,
+            vocab_size=model.vocab_size or VOCAB_MULTIPLE,
+            max_position_embeddings=run.data.seq_len,
+        ), None
+    if model.name is None:
+        return None, None
+    if run.weights == "random" and model.name.lower() in {name.lower() for name in catalog.names()}:
+        return catalog.get(model.name), None
+    folder = hf.find_folder(model.name)
+    return hf.read_shape(folder), None if run.weights == "random" else folder
+
+
+def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], None]) -> Path:
+    """The tokenizer's folder: the one named, the model's own, or one trained on the data."""
+    if run.tokenizer is not None and run.tokenizer.path is not None:
+        return hf.find_folder(run.tokenizer.path, tokenizer_only=True)
+    if run.tokenizer is None and run.model.name is not None:
+        folder = model_folder or Path(run.model.name)
+        if (folder / "tokenizer.json").is_file():
+            return folder
+    training = (run.tokenizer.train if run.tokenizer else None) or TrainTokenizer()
+    note(f"training a {training.kind} tokenizer of {training.vocab_size:,} entries on the data")
+    return train_tokenizer_from_sources(
+        run.data.sources,
+        kind=training.kind,
+        vocab_size=training.vocab_size,
+        cache_dir=cache_folder(run),
+        max_document_mib=run.data.max_document_mib,
+    )
+
+
+def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_folder: Path) -> QwenShape:
+    """The shape with its vocabulary fixed: as pretrained, as asked for, or as the tokenizer needs.
+
+    Raises: ConfigError when the embedding table would have fewer rows than the tokenizer has tokens.
+    """
+    rounded = VOCAB_MULTIPLE * math.ceil(num_tokens / VOCAB_MULTIPLE)
+    vocab_size = run.model.vocab_size or rounded
+    if shape is not None and run.model.vocab_size is None and run.model.name is not None:
+        keeps_rows = run.weights != "random" or (run.tokenizer is not None and run.tokenizer.path is not None)
+        vocab_size = max(shape.vocab_size, rounded) if keeps_rows and run.weights == "random" else vocab_size
+        vocab_size = shape.vocab_size if run.weights != "random" else vocab_size
+    if vocab_size < num_tokens:
+        raise ConfigError(
+            f"The tokenizer in {tokenizer_folder} has {num_tokens:,} tokens and the model's table {vocab_size:,} rows; "
+            "a token without a row cannot be read. Set model.vocab_size to at least the former, or take the model's own tokenizer."
+        )
+    if shape is None:
+        assert run.model.params is not None
+        shape = catalog.size_for_budget(run.model.params, vocab_size)
+        return replace(shape, max_position_embeddings=run.data.seq_len)
+    return replace(shape, vocab_size=vocab_size)
+
+
+def build_data(run: Run, tokenizer_folder: Path, note: Callable[[str], None]) -> list[BuiltStore]:
+    """A token store for every source, built now or found."""
+    data = run.data
+    return build_sources(
+        data.sources,
+        load_tokenizer(str(tokenizer_folder)),
+        held_out=data.held_out,
+        max_reject_share=data.max_reject_share,
+        max_document_mib=data.max_document_mib,
+        cache_dir=cache_folder(run),
+        workers=data.workers or os.cpu_count() or 1,
+    )
+
+
+def held_out_batches(run: Run, built: Sequence[BuiltStore]) -> list[Batch]:
+    """The evaluation's batches: every source's held-out documents, up to an equal part of eval.max_tokens each."""
+    stores = [store for store in (one.open_held_out() for one in built) if store is not None]
+    batch_tokens = run.rows_per_micro_batch * run.data.seq_len
+    batches = []
+    for store in stores:
+        batches += sequential_batches(store, batch_tokens, run.data.seq_len, run.eval.max_tokens // len(stores))
+    return batches
+
+
+def count_steps(run: Run, num_rows: int | None) -> int:
+    """Optimizer steps of the whole run."""
+    if run.budget.steps is not None:
+        return run.budget.steps
+    if run.budget.tokens is not None:
+        return math.ceil(run.budget.tokens / run.batch.tokens)
+    assert num_rows is not None
+    return max(1, math.ceil(num_rows / run.rows_per_step))
+
+
+def build_engine(job: Job, machine: Machine) -> Engine:
+    """The model with its first weights on its device, and its optimizer."""
+    model = Qwen(job.shape)
+    if job.model_folder is None:
+        init_weights(model, job.run.seed)
+    else:
+        hf.load_weights(model, job.model_folder)
+    model.compute_dtype = machine.compute_dtype
+    return Engine(model.to(machine.device), job.run.optimizer)
+
+
+def provenance(job: Job, machine: Machine) -> dict[str, Any]:
+    """What a run was made of: versions, hashes of data and tokenizer, hardware, the commit of the working folder."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
+        "hardware": {
+            "platform": platform.platform(),
+            "device": describe(machine.device),
+            "compute_dtype": str(machine.compute_dtype).removeprefix("torch."),
+            "peak_flops": machine.peak_flops,
+            "num_threads": torch.get_num_threads(),
+        },
+        "model": {**asdict(job.shape), "num_params": job.shape.num_params},
+        "tokenizer_sha256": sha256_file(job.tokenizer_folder / "tokenizer.json"),
+        "data": [
+            {**source_name(source), "fingerprint": store.fingerprint, "num_tokens": store.num_tokens, "token_share": share}
+            for source, store, share in zip(
+                job.run.data.sources, job.stores, job.rows.order.token_shares(epoch=0), strict=True
+            )
+        ],
+        "order": job.rows.order.fingerprint(),
+        "num_steps": job.num_steps,
+        "git_commit": git_commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def source_name(source: Source) -> dict[str, Any]:
+    """How a source is named in records."""
+    return {key: value for key, value in source.model_dump().items() if key in ("path", "hub", "store") and value}
+
+
+def git_commit() -> str | None:
+    """The commit of the folder the command runs in; None outside a repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
