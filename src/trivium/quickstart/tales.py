@@ -82,56 +82,37 @@ PROBLEMS = {
 }
 # A thing that two pull at breaks in its own way, wherever they are.
 DAMAGE = {"light": "it tore", "floating": "it cracked", "hard": "it broke"}
-# What mends each problem, and what doing so looks like.
-REMEDIES = {
-    "the wind blew it into a tall tree": ["a ladder", "a long pole", "a tall stool"],
-    "it got caught on a high branch": ["a ladder", "a long rake", "a box to stand on"],
-    "the wind blew it over the water": ["a fishing rod", "a paddle boat", "a raft"],
-    "it came down on a rock far from the shore": ["a raft", "a paddle boat", "a plank"],
-    "it came down in a sharp bush": ["thick gloves", "garden scissors", "a long rake"],
-    "it fell into the dirty mud": ["soap and water", "a wet cloth", "a brush"],
-    "it rolled into a deep hole": ["a rope with a hook", "a shovel", "a long pole"],
-    "the water carried it away": ["a fishing net", "a raft", "a long stick"],
-    "it drifted under the bridge": ["a fishing net", "a long stick", "a rope with a hook"],
-    "it hit a root and broke in two": ["strong glue", "a hammer and nails", "tape"],
-    "it got stuck between two trees": ["a strong rope", "a saw", "some butter"],
-    "it sank to the bottom": ["a strong magnet", "a rope with a hook", "a fishing net"],
-    "it slipped between two rocks": ["a long stick", "some butter", "a strong magnet"],
-    "it hit a stone and broke in two": ["strong glue", "a hammer and nails", "tape"],
-    "it broke": ["strong glue", "tape", "a hammer and nails"],
-    "it tore": ["a needle and thread", "tape", "a patch"],
-    "it cracked": ["strong glue", "warm wax", "tape"],
+# What mends each problem, and how that looks when it is done.
+REPAIRS = {
+    ("brought it down", "reached it at last", "got it back to the ground"): {
+        "the wind blew it into a tall tree": ["a ladder", "a long pole", "a tall stool"],
+        "it got caught on a high branch": ["a ladder", "a long rake", "a box to stand on"],
+    },
+    ("brought it back to the shore", "pulled it out of the water", "got it back, dripping wet"): {
+        "the wind blew it over the water": ["a fishing rod", "a paddle boat", "a raft"],
+        "it came down on a rock far from the shore": ["a raft", "a paddle boat", "a plank"],
+        "the water carried it away": ["a fishing net", "a raft", "a long stick"],
+        "it drifted under the bridge": ["a fishing net", "a long stick", "a rope with a hook"],
+        "it sank to the bottom": ["a strong magnet", "a rope with a hook", "a fishing net"],
+    },
+    ("pulled it out", "got it free", "worked until it came loose"): {
+        "it came down in a sharp bush": ["thick gloves", "garden scissors", "a long rake"],
+        "it rolled into a deep hole": ["a rope with a hook", "a shovel", "a long pole"],
+        "it got stuck between two trees": ["a strong rope", "a saw", "some butter"],
+        "it slipped between two rocks": ["a long stick", "some butter", "a strong magnet"],
+    },
+    ("made it clean", "washed it until it shone", "cleaned every bit of it"): {
+        "it fell into the dirty mud": ["soap and water", "a wet cloth", "a brush"],
+    },
+    ("mended it", "fixed it well", "made it as good as new"): {
+        "it hit a root and broke in two": ["strong glue", "a hammer and nails", "tape"],
+        "it hit a stone and broke in two": ["strong glue", "a hammer and nails", "tape"],
+        "it broke": ["strong glue", "tape", "a hammer and nails"],
+        "it tore": ["a needle and thread", "tape", "a patch"],
+        "it cracked": ["strong glue", "warm wax", "tape"],
+    },
 }
-RESCUES = {
-    "high": (
-        ["the wind blew it into a tall tree", "it got caught on a high branch"],
-        ["brought it down", "reached it at last", "got it back to the ground"],
-    ),
-    "wet": (
-        [
-            "the wind blew it over the water",
-            "it came down on a rock far from the shore",
-            "the water carried it away",
-            "it drifted under the bridge",
-            "it sank to the bottom",
-        ],
-        ["brought it back to the shore", "pulled it out of the water", "got it back, dripping wet"],
-    ),
-    "stuck": (
-        [
-            "it came down in a sharp bush",
-            "it rolled into a deep hole",
-            "it got stuck between two trees",
-            "it slipped between two rocks",
-        ],
-        ["pulled it out", "got it free", "worked until it came loose"],
-    ),
-    "dirty": (["it fell into the dirty mud"], ["made it clean", "washed it until it shone", "cleaned every bit of it"]),
-    "broken": (
-        ["it hit a root and broke in two", "it hit a stone and broke in two", "it broke", "it tore", "it cracked"],
-        ["mended it", "fixed it well", "made it as good as new"],
-    ),
-}
+REMEDIES = {problem: remedies for cases in REPAIRS.values() for problem, remedies in cases.items()}
 
 # Each character has its own fault or virtue, its own way to show it, and its own moral.
 CARELESS = {
@@ -144,11 +125,7 @@ CARELESS = {
         ["it is better to go slowly", "those who rush often lose more time"],
     ),
     "proud": (
-        [
-            "said that nothing ever went wrong for {him}.",
-            "wanted to show off to {sight}.",
-            "laughed and did not listen.",
-        ],
+        ["said that all was well.", "wanted to show off to {sight}.", "laughed and did not listen."],
         ["it is good to listen to others", "nobody is too clever for a little advice"],
     ),
     "lazy": (
@@ -385,7 +362,7 @@ PHRASES: dict[str, Table] = {
         "Step by step",
         "In no time",
     ],
-    "rescue": by_one("problem", {problem: ends for problems, ends in RESCUES.values() for problem in problems}),
+    "rescue": by_one("problem", {problem: [*ends] for ends, cases in REPAIRS.items() for problem in cases}),
     "thanks": [
         '"Thank you, {pal}," said {hero} {softly}. "I am sorry."',
         "{Hero} hugged the {pal_kind} and gave {pal} some {food} and a {look} {gift}.",
