@@ -1,0 +1,185 @@
+"""Shapes by name: the published dense Qwen sizes, a ladder of small ones, and a search for any budget between.
+
+Constants are facts of the published models; the ladder is named by its true parameter counts. Knows no weights
+and never imports torch. Everybody at or above `model` may import this file.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from trivium.errors import ConfigError
+from trivium.model.shape import Family, QwenShape
+
+BUDGET_TOLERANCE = 0.05
+LEAST_ASPECT = 3  # channels of width for each layer of depth; thinner and deeper than this hardly learns
+# Widths that are tried: from, up to, in steps of, with a head size of, and a feed-forward size in steps of. From 2048
+# on the number of heads is a multiple of four, so that grouped-query attention divides.
+WIDTHS = ((16, 256, 16, 32, 32), (256, 1024, 64, 64, 64), (1024, 2048, 256, 128, 128), (2048, 16385, 512, 128, 128))
+
+# Published sizes. Columns after the name: layers, hidden, attention heads, key-value heads, head size, intermediate,
+# vocabulary, tied. Source: the config.json of each model on huggingface.co/Qwen.
+QWEN25 = {
+    "Qwen2.5-0.5B": (24, 896, 14, 2, 64, 4864, 151936, True),
+    "Qwen2.5-1.5B": (28, 1536, 12, 2, 128, 8960, 151936, True),
+    "Qwen2.5-3B": (36, 2048, 16, 2, 128, 11008, 151936, True),
+    "Qwen2.5-7B": (28, 3584, 28, 4, 128, 18944, 152064, False),
+    "Qwen2.5-14B": (48, 5120, 40, 8, 128, 13824, 152064, False),
+    "Qwen2.5-32B": (64, 5120, 40, 8, 128, 27648, 152064, False),
+    "Qwen2.5-72B": (80, 8192, 64, 8, 128, 29568, 152064, False),
+}
+QWEN3 = {
+    "Qwen3-0.6B": (28, 1024, 16, 8, 128, 3072, 151936, True),
+    "Qwen3-1.7B": (28, 2048, 16, 8, 128, 6144, 151936, True),
+    "Qwen3-4B": (36, 2560, 32, 8, 128, 9728, 151936, True),
+    "Qwen3-8B": (36, 4096, 32, 8, 128, 12288, 151936, False),
+    "Qwen3-14B": (40, 5120, 40, 8, 128, 17408, 151936, False),
+    "Qwen3-32B": (64, 5120, 64, 8, 128, 25600, 151936, False),
+}
+# The small ones, each for one purpose: a test that ends in a second, a first model on a laptop, and what Qwen's own
+# vocabulary costs on the way up (19 of the 21 million parameters are embeddings).
+LADDER: dict[str, tuple[Family, tuple[int, int, int, int, int, int, int, bool]]] = {
+    "ladder-7k": ("qwen2", (2, 16, 2, 2, 8, 42, 64, True)),
+    "ladder-0.5m": ("qwen2", (4, 64, 2, 2, 32, 170, 4096, True)),
+    "ladder-1m": ("qwen3", (4, 128, 4, 4, 32, 320, 2048, True)),
+    "ladder-21m": ("qwen2", (6, 128, 4, 4, 32, 341, 151936, True)),
+    "ladder-116m": ("qwen2", (12, 512, 8, 8, 64, 1365, 151936, True)),
+    "ladder-582m": ("qwen2", (24, 1024, 16, 4, 64, 2816, 151936, False)),
+}
+# The long base models of Qwen2.5; the larger three also have a coarser norm epsilon than their chat models.
+LONG_BASE = ("Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B", "Qwen2.5-72B")
+COARSE_BASE = ("Qwen2.5-14B", "Qwen2.5-32B", "Qwen2.5-72B")
+
+
+def _shape(
+    family: Family, row: tuple[int, int, int, int, int, int, int, bool], positions: int, eps: float
+) -> QwenShape:
+    layers, hidden, heads, key_value_heads, head_dim, intermediate, vocab, tied = row
+    return QwenShape(
+        family=family,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
+        rms_norm_eps=eps,
+        max_position_embeddings=positions,
+    )
+
+
+def _all_shapes() -> Iterator[tuple[str, QwenShape]]:
+    """Each name with its shape, smallest of each family first; a base and its chat model differ in the last two."""
+    for name, (family, row) in LADDER.items():
+        yield name, _shape(family, row, positions=4096, eps=1e-6)
+    for name, row in QWEN25.items():
+        positions = 131072 if name in LONG_BASE else 32768
+        yield name, _shape("qwen2", row, positions, eps=1e-5 if name in COARSE_BASE else 1e-6)
+        yield f"{name}-Instruct", _shape("qwen2", row, positions=32768, eps=1e-6)
+    for name, row in QWEN3.items():
+        if name != "Qwen3-32B":  # published as a chat model only
+            yield f"{name}-Base", _shape("qwen3", row, positions=32768, eps=1e-6)
+        yield name, _shape("qwen3", row, positions=40960, eps=1e-6)
+
+
+CATALOG = dict(_all_shapes())
+
+
+def names() -> list[str]:
+    """Every name `get` knows, smallest first within the ladder, Qwen2.5 and Qwen3."""
+    return list(CATALOG)
+
+
+def get(name: str) -> QwenShape:
+    """The shape published or listed under `name`, in upper or lower case.
+
+    Raises: ConfigError with the nearest known name.
+    """
+    by_lower = {known.lower(): known for known in CATALOG}
+    found = by_lower.get(name.lower())
+    if found is None:
+        near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0)[0]
+        raise ConfigError(
+            f"There is no model size named {name!r}; the nearest is {by_lower[near]!r}. "
+            "`trivium model list` shows them all."
+        )
+    return CATALOG[found]
+
+
+def size_for_budget(num_params: int, vocab_size: int, family: Family = "qwen3") -> QwenShape:
+    """The best-shaped model within 5 % of `num_params`, its embeddings included.
+
+    Raises: ConfigError with the arithmetic when the vocabulary leaves nothing for the layers.
+    """
+    if num_params <= 0 or vocab_size <= 0:
+        raise ConfigError(
+            f"A model of {num_params:,} parameters with {vocab_size:,} tokens cannot be; both must be > 0."
+        )
+    candidates = list(_candidates(num_params, vocab_size, family))
+    fitting = [shape for shape in candidates if abs(shape.num_params / num_params - 1) <= BUDGET_TOLERANCE]
+    if not fitting:
+        raise ConfigError(_why_nothing_fits(num_params, vocab_size, candidates))
+    return min(fitting, key=lambda shape: _strangeness(shape, num_params))
+
+
+def _candidates(num_params: int, vocab_size: int, family: Family) -> Iterator[QwenShape]:
+    """Shapes around the budget: every width the vocabulary allows, each as deep as the rest of the budget pays for."""
+    for hidden, head_dim, step in _widths():
+        if vocab_size * hidden > num_params * (1 + BUDGET_TOLERANCE):
+            return
+        heads = math.ceil(hidden / head_dim)
+        tied = 2 * vocab_size * hidden > num_params / 4
+        middle = round(hidden * 8 / 3 / step)
+        for intermediate in range(max(1, middle - 2) * step, (middle + 3) * step, step):
+            row = (1, hidden, heads, _key_value_heads(heads), head_dim, intermediate, vocab_size, tied)
+            one_layer = _shape(family, row, positions=4096, eps=1e-6)
+            besides_layers = one_layer.num_embedding_params + hidden
+            layers = (num_params - besides_layers) / (one_layer.num_params - besides_layers)
+            for depth in {math.floor(layers), math.ceil(layers)}:
+                yield replace(one_layer, num_hidden_layers=min(max(1, depth), hidden // LEAST_ASPECT))
+
+
+def _widths() -> Iterator[tuple[int, int, int]]:
+    """Hidden size, head size and feed-forward step of each width; steps grow with it, so matrices stay whole tiles."""
+    for start, stop, hidden_step, head_dim, step in WIDTHS:
+        for hidden in range(start, stop, hidden_step):
+            yield hidden, head_dim, step
+
+
+def _key_value_heads(heads: int) -> int:
+    """Grouped-query attention where it divides: four query heads share a pair from 16 heads on, two from 8."""
+    if heads >= 16 and heads % 4 == 0:
+        return heads // 4
+    return heads // 2 if heads >= 8 and heads % 2 == 0 else heads
+
+
+def _strangeness(shape: QwenShape, num_params: int) -> float:
+    """How far a shape is from what the field builds: 0 is ideal, 1 is a factor of two in width over depth.
+
+    The ideal ratio of width to depth is 24 in small models and hidden / 32 from 768 channels on, up to 128, which
+    the published Qwen sizes scatter around. Missing the budget by the whole tolerance weighs as much as that 1.
+    """
+    ideal_aspect = min(max(24, shape.hidden_size / 32), 128)
+    aspect = abs(math.log2(shape.hidden_size / shape.num_hidden_layers / ideal_aspect))
+    feed_forward = abs(math.log2(shape.intermediate_size / shape.hidden_size * 3 / 8))
+    return aspect + 2 * feed_forward + abs(shape.num_params / num_params - 1) / BUDGET_TOLERANCE
+
+
+def _why_nothing_fits(num_params: int, vocab_size: int, candidates: list[QwenShape]) -> str:
+    """One paragraph: what the vocabulary costs, and the nearest budget or vocabulary that works."""
+    if not candidates:
+        affordable = max(1, num_params // (2 * 16))
+        return (
+            f"A vocabulary of {vocab_size:,} tokens costs {vocab_size:,} x 16 = {vocab_size * 16:,} parameters at the "
+            f"narrowest width of 16 channels, and the budget is {num_params:,}. Give the model more parameters, or "
+            f"train a tokenizer of at most about {affordable:,} tokens, which leaves half of the budget to the layers."
+        )
+    nearest = min(candidates, key=lambda shape: abs(shape.num_params - num_params))
+    return (
+        f"No well-shaped model with {vocab_size:,} tokens comes within {BUDGET_TOLERANCE:.0%} of {num_params:,} "
+        f"parameters: the nearest has {nearest.num_params:,}, of which {vocab_size:,} x {nearest.hidden_size} = "
+        f"{vocab_size * nearest.hidden_size:,} are embeddings. Take that as the budget, or a smaller vocabulary."
+    )

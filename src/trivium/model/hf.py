@@ -1,0 +1,288 @@
+"""Hugging Face folders: read a model's shape and weights, write a model that stock transformers loads.
+
+A folder is data from a stranger: its config.json is read, never run, its weights are safetensors or refused, and no
+name in it may point outside of it. Weights move one piece at a time, so a model is never in memory twice. Does not
+know tokenizers, beyond copying their files by name. `engine` and `use` import this file; it imports torch.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trivium.errors import ConfigError
+from trivium.files import TensorSource, atomic_write, fsync_directory, require_free_space, write_safetensors
+from trivium.model.qwen import Qwen
+from trivium.model.shape import QwenShape
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+HUB_FILES = ("config.json", "generation_config.json", INDEX, "model*.safetensors", *TOKENIZER_FILES)
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+PIECE_BYTES = 1 << 26
+MAX_SHARD_BYTES = 5 * 2**30
+
+
+def find_folder(name: str, revision: str | None = None) -> Path:
+    """The local folder of a model: `name` itself when it is one, else the Hub repository `owner/name`, downloaded once.
+
+    Raises: ConfigError when it is neither, or the Hub cannot be reached or refuses.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ConfigError(
+            f"There is no folder {name!r}, and it is not a Hub id of the form owner/name. Give the path of a model "
+            "folder, or an id such as Qwen/Qwen3-0.6B-Base."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the client lets errors of its HTTP library through, and which library that is varies
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"{name!r} is no folder here and could not be fetched from the Hub: {reason} Check the name and the "
+            "connection, sign in if the model is gated, or give the path of a folder that you have."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """One JSON object from a model folder.
+
+    Raises: ConfigError when the file is missing or is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; expected the folder of a Hugging Face model. Check the path."
+        ) from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON ({error}). Fetch the file again.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}; expected a JSON object. Fetch the file again.")
+    return content
+
+
+def read_shape(folder: Path) -> QwenShape:
+    """The shape of the model in `folder`, from its config.json.
+
+    Raises: ConfigError when the file is missing or asks for what Trivium does not compute.
+    """
+    return QwenShape.from_hf_config(read_json(folder / "config.json"))
+
+
+@torch.no_grad()
+def load_weights(model: Qwen, folder: Path) -> None:
+    """Fill the model's parameters, wherever they are and in the dtype they have, from the folder's safetensors.
+
+    Every name and shape is compared before the first value is written. A second copy of tied embeddings is accepted
+    when it is the same. Extra memory: at most one tensor.
+
+    Raises: ConfigError naming missing, unexpected or differently shaped tensors, or a file that is damaged.
+    """
+    files = _tensor_files(folder)
+    stored = {name: _header(path, name) for name, path in files.items()}
+    parameters = dict(model.named_parameters())
+    tied_copy = model.shape.tie_word_embeddings and HEAD in stored and EMBEDDINGS in stored
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if tied_copy:
+        expected[HEAD] = expected[EMBEDDINGS]
+    _compare(folder, expected, stored)
+    if tied_copy:
+        _require_equal(files[EMBEDDINGS], files[HEAD])
+    for name, parameter in parameters.items():
+        start = 0
+        for piece in _pieces(files[name], name):
+            parameter[start : start + len(piece)].copy_(piece)
+            start += len(piece)
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """The file that holds each tensor, from one safetensors file or from the index of several."""
+    single = folder / WEIGHTS
+    if single.exists():
+        try:
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(single, error) from None
+    if not (folder / INDEX).exists():
+        raise ConfigError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}. Trivium reads safetensors only: pickled weights (.bin, .pt) "
+            "can run code when they are opened. Fetch the safetensors version of the model, or check the path."
+        )
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{folder / INDEX} has no weight_map of tensor names to files. Fetch the file again.")
+    for shard in set(weight_map.values()):
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise ConfigError(
+                f"{folder / INDEX} names the weight file {shard!r}; expected the plain name of a .safetensors file in "
+                "the same folder. The index is damaged or hostile: fetch the model again from a source you trust."
+            )
+        if not (folder / shard).is_file():
+            raise ConfigError(f"{folder / INDEX} names {shard}, which is not there. Fetch the missing file.")
+    return {name: folder / shard for name, shard in weight_map.items()}
+
+
+def _header(path: Path, name: str) -> tuple[int, ...]:
+    """A stored tensor's shape, once its dtype is known to be a plain float."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor = file.get_slice(name)
+            shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
+    if dtype not in ("F32", "BF16", "F16"):
+        raise ConfigError(
+            f"{path} stores {name} as {dtype}; Trivium starts from F32, BF16 or F16 weights. "
+            "Use the unquantized model of the same name."
+        )
+    return shape
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path} is not a whole safetensors file ({error}). Fetch it again.")
+
+
+def _compare(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a folder whose tensors are not exactly the model's."""
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    problems += [f"{name} is not part of the model" for name in stored if name not in expected]
+    problems += [
+        f"{name} has shape {stored[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in stored and stored[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ConfigError(
+            f"The weights in {folder} do not fit its config.json: {'; '.join(problems[:5])}{more}. "
+            "Expected exactly the tensors of that Qwen model; use a complete folder of one model."
+        )
+
+
+def _require_equal(embeddings: Path, head: Path) -> None:
+    """Refuse a tied model whose stored head differs from its embeddings: one of the two would be lost."""
+    pairs = zip(_pieces(embeddings, EMBEDDINGS), _pieces(head, HEAD), strict=True)
+    if not all(torch.equal(left, right) for left, right in pairs):
+        raise ConfigError(
+            f"{head.parent} says tie_word_embeddings is true, yet its {HEAD} differs from {EMBEDDINGS}. "
+            "Set tie_word_embeddings to false in config.json if both were trained, or remove the stale head."
+        )
+
+
+def _pieces(path: Path, name: str) -> Iterator[Tensor]:
+    """A stored tensor in runs of rows. The file is opened for each tensor, since an open map keeps what it has read."""
+    with safe_open(path, framework="pt") as file:
+        stored = file.get_slice(name)
+        shape = stored.get_shape()
+        rows = _rows_per_piece(shape, bytes_per_value=4)
+        for start in range(0, shape[0], rows):
+            yield stored[start : start + rows]
+
+
+def _rows_per_piece(shape: list[int] | torch.Size, bytes_per_value: int) -> int:
+    row_bytes = max(1, bytes_per_value * int(torch.Size(shape[1:]).numel()))
+    return max(1, PIECE_BYTES // row_bytes)
+
+
+def save_folder(
+    model: Qwen,
+    folder: Path,
+    tokenizer_folder: Path | None,
+    dtype: torch.dtype,
+    generation: Mapping[str, object],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the model as transformers expects it: config, generation defaults, weights in `dtype`, tokenizer files.
+
+    `generation`: the content of generation_config.json; its token ids go to config.json too. Everything is written
+    and fsynced beside `folder`, then renamed into its place; an older model there is replaced.
+
+    Raises: ConfigError when something that is no model stands at `folder`; TriviumError when the disk is too full.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds files and is no model folder; it is left alone. Choose another place.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    size_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    require_free_space(folder.parent, size_bytes + (64 << 20), "the model's weights")
+    beside, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "replaced"))
+    for leftover in (beside, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir()
+    config = model.shape.to_hf_config() | {"dtype": str(dtype).removeprefix("torch.")} | _token_ids(generation)
+    atomic_write(beside / "config.json", _as_json(config))
+    atomic_write(beside / "generation_config.json", _as_json(generation))
+    for name in TOKENIZER_FILES:
+        if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
+            atomic_write(beside / name, (tokenizer_folder / name).read_bytes())
+    _write_weights(model, beside, dtype, max_shard_bytes)
+    fsync_directory(beside)
+    if folder.exists():
+        os.rename(folder, replaced)
+    os.rename(beside, folder)
+    fsync_directory(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _as_json(content: Mapping[str, object]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def _token_ids(generation: Mapping[str, object]) -> dict[str, object]:
+    """The special token ids of config.json; where generation stops at several, the first is the model's own."""
+    ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
+    if isinstance(ids.get("eos_token_id"), list):
+        ids["eos_token_id"] = ids["eos_token_id"][0]
+    return ids
+
+
+def _write_weights(model: Qwen, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """One safetensors file, or several with their index when they would be larger than `max_shard_bytes`."""
+    shards: list[list[TensorSource]] = [[]]
+    for name, parameter in model.named_parameters():
+        source = _source(name, parameter, dtype)
+        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + source.num_bytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(source)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, shard, {"format": "pt"})
+        weight_map |= dict.fromkeys((source.name for source in shard), name)
+    if len(shards) > 1:
+        total_size = sum(source.num_bytes for shard in shards for source in shard)
+        atomic_write(folder / INDEX, _as_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
+
+
+def _source(name: str, parameter: Tensor, dtype: torch.dtype) -> TensorSource:
+    """A parameter as bytes on demand, converted and brought to the host one run of rows at a time."""
+
+    def read(tensor: Tensor) -> Iterator[memoryview]:
+        for piece in tensor.split(_rows_per_piece(tensor.shape, dtype.itemsize)):
+            yield piece.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data.cast("B")
+
+    num_bytes = parameter.numel() * dtype.itemsize
+    return TensorSource(
+        name, STORED_DTYPES[dtype], tuple(parameter.shape), num_bytes, partial(read, parameter.detach())
+    )

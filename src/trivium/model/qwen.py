@@ -1,0 +1,221 @@
+"""The network: Qwen2.5 and Qwen3, dense, on one device, read from top to bottom.
+
+Two switches tell the families apart: Qwen2.5 adds a bias to queries, keys and values, Qwen3 normalises queries and
+keys. Parameter names and arithmetic are those of transformers, so weights go both ways and gradients agree. There
+is no batch axis: a batch is one row of tokens holding whole documents that never see each other. There is no loss,
+no logits, no cache and nothing distributed here. `engine` and `use` import this file; it imports torch.
+
+Shapes: T tokens, D hidden, N heads, K key-value heads, H head size, F feed-forward, V vocabulary.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+from trivium.model.shape import QwenShape
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of one row of tokens begin and end, on the device and, read without a sync, on the host.
+
+    `cu_seqlens`: int32, the borders from 0 to T, padded at the end by repeating T so that its length never changes.
+    `bounds`: the same borders without the padding. `max_len`: tokens of the longest document, or any bound on it.
+    """
+
+    cu_seqlens: Tensor
+    bounds: tuple[int, ...]
+    max_len: int
+
+
+class Linear(nn.Linear):
+    """A projection whose fp32 master weight is cast to the dtype of what comes in."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weight unset: `init_weights` or `load_weights` gives every value."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+class Embedding(nn.Embedding):
+    """The token table; unset until `init_weights` or `load_weights`."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weight unset: `init_weights` or `load_weights` gives every value."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, the mean of squares in fp32. Source: arXiv:1910.07467."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of one row: cosine and sine, (T, 1, H/2), computed in fp32 and cast to the compute dtype."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> "Rope":
+        """Source: arXiv:2104.09864, with the channel pairs (i, i + H/2) as transformers lays them out."""
+        even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device)
+        angles = positions_T.float()[:, None, None] * (1.0 / theta ** (even / head_dim))
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def rotate(self, x_TNH: Tensor) -> Tensor:
+        left, right = x_TNH.chunk(2, dim=-1)
+        return torch.cat((left * self.cos - right * self.sin, right * self.cos + left * self.sin), dim=-1)
+
+
+def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -> Tensor:
+    """Causal attention inside each document, (T, N, H); the cost grows with the documents, not with the row.
+
+    On a GPU in 16 bits one kernel takes the whole row with its borders. Elsewhere each document goes to the fused
+    kernel by itself, as views: no mask is ever made.
+    """
+    on_gpu = q_TNH.is_cuda and q_TNH.dtype != torch.float32
+    if on_gpu and torch.cuda.get_device_capability(q_TNH.device) >= (8, 0):
+        cu, longest = documents.cu_seqlens, documents.max_len
+        out = varlen_attn(q_TNH, k_TKH, v_TKH, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        assert isinstance(out, Tensor)
+        return out
+    lengths = [stop - start for start, stop in pairwise(documents.bounds)]
+    outs = []
+    for q, k, v in zip(q_TNH.split(lengths), k_TKH.split(lengths), v_TKH.split(lengths), strict=True):
+        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out_1NtH = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        outs.append(out_1NtH.squeeze(0).transpose(0, 1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention: N query heads share K key-value heads. Source: arXiv:2305.13245."""
+
+    def __init__(self, shape: QwenShape) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        query_size = shape.num_attention_heads * shape.head_dim
+        key_value_size = shape.num_key_value_heads * shape.head_dim
+        self.q_proj = Linear(shape.hidden_size, query_size, bias=shape.qkv_bias)
+        self.k_proj = Linear(shape.hidden_size, key_value_size, bias=shape.qkv_bias)
+        self.v_proj = Linear(shape.hidden_size, key_value_size, bias=shape.qkv_bias)
+        self.o_proj = Linear(query_size, shape.hidden_size, bias=False)
+        self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps) if shape.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps) if shape.qk_norm else nn.Identity()
+
+    def forward(self, x_TD: Tensor, rope: Rope, documents: Documents) -> Tensor:
+        q_TNH = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        k_TKH = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        v_TKH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        q_TNH = rope.rotate(self.q_norm(q_TNH))
+        k_TKH = rope.rotate(self.k_norm(k_TKH))
+        return self.o_proj(attend(q_TNH, k_TKH, v_TKH, documents).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). Source: arXiv:2002.05202."""
+
+    def __init__(self, shape: QwenShape) -> None:
+        super().__init__()
+        self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.up_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each normalised before and added to the residual stream."""
+
+    def __init__(self, shape: QwenShape) -> None:
+        super().__init__()
+        self.self_attn = Attention(shape)
+        self.mlp = MLP(shape)
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+    def forward(self, x_TD: Tensor, rope: Rope, documents: Documents) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, documents)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Decoder(nn.Module):
+    """Everything but the head, under the prefix `model.` that Hugging Face names have."""
+
+    def __init__(self, shape: QwenShape) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.num_hidden_layers))
+        self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+
+class Qwen(nn.Module):
+    """A dense Qwen model. Its weights are unset until `init_weights` or `hf.load_weights` fills them.
+
+    Weights are fp32 masters by default; `compute_dtype` says what the arithmetic runs in.
+    """
+
+    def __init__(self, shape: QwenShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.compute_dtype = torch.float32
+        self.model = Decoder(shape)
+        if not shape.tie_word_embeddings:
+            self.lm_head = Linear(shape.hidden_size, shape.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head, (V, D): logits are hidden @ head_weight.T, which the loss computes a chunk at a time."""
+        return self.model.embed_tokens.weight if self.shape.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, documents: Documents) -> Tensor:
+        """Hidden states after the final norm, (T, D), in the compute dtype.
+
+        tokens, positions: int64 (T,); positions restart at 0 in every document.
+        """
+        x_TD = self.model.embed_tokens(tokens_T).to(self.compute_dtype)
+        rope = Rope.at(positions_T, self.shape.head_dim, self.shape.rope_theta, self.compute_dtype)
+        for block in self.model.layers:
+            x_TD = block(x_TD, rope, documents)
+        return self.model.norm(x_TD)
+
+
+@torch.no_grad()
+def init_weights(model: Qwen, seed: int) -> None:
+    """Start from nothing: normal weights of deviation 0.02, norms 1, biases 0.
+
+    What writes to the residual stream starts smaller by sqrt(2 * layers), so that its variance does not grow with
+    depth. Each tensor has its own CPU generator, so neither device nor order of construction changes its values.
+
+    Source: Radford et al. 2019 (GPT-2), section 2.3.
+    """
+    residual_std = INIT_STD / math.sqrt(2 * model.shape.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD
+            key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

@@ -1,0 +1,228 @@
+"""The shape of a dense Qwen model: what its config.json says, checked, and how many parameters that makes.
+
+Numbers only: no weights, no torch, so that planning and listing start at once. Everybody at or above
+`model` may import this file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from trivium.errors import ConfigError
+
+Family = Literal["qwen2", "qwen3"]
+
+ARCHITECTURES: dict[Family, str] = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+SIZE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class QwenShape:
+    """Everything that decides a model's tensors and their arithmetic; Qwen2.5 is family `qwen2`.
+
+    Raises: ConfigError naming the field when the numbers cannot make a model.
+    """
+
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tie_word_embeddings: bool
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.family not in get_args(Family):
+            raise ConfigError(f"The model family is {self.family!r}; Trivium builds 'qwen2' (Qwen2.5) and 'qwen3'.")
+        for field in SIZE_FIELDS:
+            value = getattr(self, field)
+            if type(value) is not int or value <= 0:
+                raise ConfigError(f"The model's {field} is {value!r}; give a whole number above zero.")
+        for field in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, field)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise ConfigError(f"The model's {field} is {value!r}; give a number above zero.")
+        if type(self.tie_word_embeddings) is not bool:
+            raise ConfigError(f"The model's tie_word_embeddings is {self.tie_word_embeddings!r}; give true or false.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key-value heads "
+                "evenly; make num_key_value_heads a divisor of num_attention_heads."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"The model's head_dim is {self.head_dim}; rotary positions turn pairs of channels, so make it even."
+            )
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the query, key and value projections add a bias (Qwen2.5)."""
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised per head (Qwen3)."""
+        return self.family == "qwen3"
+
+    @property
+    def num_embedding_params(self) -> int:
+        """Parameters that the vocabulary costs: the embeddings, and the output head unless it is the same tensor."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    @property
+    def num_layer_matmul_params(self) -> int:
+        """Weights of one layer's seven projections."""
+        query_size = self.num_attention_heads * self.head_dim
+        key_value_size = self.num_key_value_heads * self.head_dim
+        attention = self.hidden_size * (2 * query_size + 2 * key_value_size)
+        return attention + 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def num_matmul_params(self) -> int:
+        """Weights each token is multiplied with: every projection and the output head, not the embedding look-up."""
+        return self.num_hidden_layers * self.num_layer_matmul_params + self.vocab_size * self.hidden_size
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the whole model; a tied head counts once."""
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        biases = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim if self.qkv_bias else 0
+        layers = self.num_hidden_layers * (self.num_layer_matmul_params + norms + biases)
+        return self.num_embedding_params + layers + self.hidden_size
+
+    def to_hf_config(self) -> dict[str, object]:
+        """The config.json of this shape, without token ids and dtype.
+
+        `rope_theta` stands twice: transformers 5 reads `rope_parameters`, and readers of the older layout would
+        otherwise fall back to a base of 10,000 without a word.
+        """
+        config: dict[str, object] = {
+            "architectures": [ARCHITECTURES[self.family]],
+            "model_type": self.family,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "use_sliding_window": False,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+        }
+        if self.family == "qwen3":
+            config["attention_bias"] = False
+        return config | {field: getattr(self, field) for field in SIZE_FIELDS}
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, object]) -> "QwenShape":
+        """The shape a config.json describes, read as data: nothing it names is imported or run.
+
+        Raises: ConfigError when it asks for code, quantized weights or arithmetic that Trivium does not have.
+        """
+        family = config.get("model_type")
+        if family not in get_args(Family):
+            raise ConfigError(
+                f"The model's config.json says model_type {family!r}; Trivium trains dense Qwen2.5 ('qwen2') "
+                "and Qwen3 ('qwen3') models. Choose one of those."
+            )
+        _refuse_foreign_code(config)
+        _refuse_other_arithmetic(config)
+        missing = [field for field in SIZE_FIELDS[:6] if config.get(field) is None]
+        if missing:
+            raise ConfigError(f"The model's config.json lacks {', '.join(missing)}; the model cannot be built without.")
+        sizes = {field: cast(int, config[field]) for field in SIZE_FIELDS[:6]}
+        return cls(
+            family=cast(Family, family),
+            **sizes,
+            head_dim=_head_dim(config),
+            tie_word_embeddings=cast(bool, config.get("tie_word_embeddings", False)),
+            rope_theta=_rope_theta(config),
+            rms_norm_eps=cast(float, config.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=cast(int, config.get("max_position_embeddings", 32768)),
+        )
+
+
+def _refuse_foreign_code(config: Mapping[str, object]) -> None:
+    """Refuse what would load code or kernels that the folder, not the user, chose."""
+    for key, value in config.items():
+        if value is None or value is False:
+            continue
+        if key in ("auto_map", "custom_pipelines") or "trust_remote_code" in key or "_implementation" in key:
+            raise ConfigError(
+                f"The model's config.json has the key {key!r}, which makes a loader run code of the folder's choice. "
+                "Trivium reads config.json as data only; remove the key if this is a plain Qwen model."
+            )
+        if key in ("quantization_config", "compression_config"):
+            raise ConfigError(
+                f"The model's config.json has a {key!r}: its weights are stored quantized. Trivium starts from "
+                "bf16, fp16 or fp32 weights; use the unquantized model of the same name."
+            )
+
+
+def _refuse_other_arithmetic(config: Mapping[str, object]) -> None:
+    """Refuse settings of the two families that no published dense model uses and this network does not compute."""
+    layer_types = cast("list[object]", config.get("layer_types") or [])
+    found = ""
+    if config.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
+        found = "sliding-window attention (use_sliding_window or layer_types)"
+    elif config.get("hidden_act", "silu") != "silu":
+        found = f"hidden_act {config['hidden_act']!r}"
+    elif config.get("attention_bias"):
+        found = "attention_bias true"
+    if found:
+        raise ConfigError(
+            f"The model's config.json asks for {found}, which no published dense Qwen2.5 or Qwen3 model does "
+            "and Trivium does not compute. Choose a model with full attention, SiLU and the family's own biases."
+        )
+
+
+def _head_dim(config: Mapping[str, object]) -> int:
+    """The head size, with each family's rule where the key is absent (as the published Qwen2.5 configs leave it)."""
+    if config.get("head_dim") is not None:
+        return cast(int, config["head_dim"])
+    if config["model_type"] == "qwen3":
+        return 128
+    hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
+    if type(hidden_size) is not int or type(num_heads) is not int or num_heads <= 0 or hidden_size % num_heads:
+        raise ConfigError(
+            f"The model's config.json gives no head_dim, and hidden_size {hidden_size!r} does not divide evenly "
+            f"by {num_heads!r} attention heads. Add head_dim or correct the two."
+        )
+    return hidden_size // num_heads
+
+
+def _rope_theta(config: Mapping[str, object]) -> float:
+    """The base of the rotary positions, from the transformers-5 key or the two older ones."""
+    rope: dict[str, object] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = config.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"The model's config.json has {key} {value!r}; expected a mapping or null.")
+        rope |= cast("dict[str, object]", value or {})
+    kinds = {rope.get("rope_type", "default"), rope.get("type", "default")}
+    if kinds != {"default"} or set(rope) - {"rope_type", "type", "rope_theta"}:
+        raise ConfigError(
+            f"The model's config.json scales its rotary positions ({rope}); Trivium computes the plain ones only. "
+            "Remove the scaling to train at the model's own length; it can be added back for inference."
+        )
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        raise ConfigError(
+            "The model's config.json has no rope_theta, and guessing it would bend every position: "
+            "Qwen uses 1000000, the transformers default is 10000. Add the one the model was trained with."
+        )
+    return cast(float, theta)
