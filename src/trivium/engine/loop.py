@@ -7,7 +7,6 @@ command goes on after a kill at any instant and ends with the same weights, bit 
 
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -21,15 +20,13 @@ from trivium.engine.engine import Engine, NonFinite
 from trivium.engine.metrics import Interval
 from trivium.engine.optim import learning_rate
 from trivium.engine.runfolder import RunFolder, now
+from trivium.engine.sample import complete
 from trivium.engine.setup import Job
 from trivium.errors import ConfigError, Stopped, TriviumError
 from trivium.model import hf
 
 SHOWN_DOCUMENTS = 5
 MAX_DEFAULT_CHECKPOINT_STEPS = 500
-
-Generate = Callable[[Engine, str], str]
-"""Completes a prompt with an engine's present weights."""
 
 
 class Observer(Protocol):
@@ -99,9 +96,7 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def train(
-    job: Job, engine: Engine, machine: Machine, folder: RunFolder, observer: Observer, generate: Generate
-) -> None:
+def train(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observer: Observer) -> None:
     """Train to the end of the budget, from wherever the folder's newest good checkpoint stands.
 
     Args:
@@ -110,7 +105,6 @@ def train(
         machine: what it computes on.
         folder: open and locked.
         observer: is shown what happens.
-        generate: writes the samples.
 
     Raises:
         Stopped: a signal came; the step was finished and everything saved.
@@ -138,7 +132,7 @@ def train(
             if is_last or progress.step % eval_steps == 0:
                 evaluate(job, engine, folder, progress, observer)
             if is_last or progress.step % sample_steps == 0:
-                sample(job, engine, folder, progress, observer, generate)
+                sample(job, engine, folder, progress, observer)
             if is_last or progress.step % save_steps == 0:
                 save(engine, folder, progress, run.checkpoint.keep)
     finish(job, engine, folder, progress)
@@ -156,6 +150,7 @@ def resume(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observ
     if state is None:
         folder.cut_after(-1)
         evaluate(job, engine, folder, fresh, observer)
+        sample(job, engine, folder, fresh, observer)
         return fresh
     fields: dict[str, Any] = {key: state[key] for key in asdict(fresh)}
     progress = Progress(**{**fields, "interval": Interval(**fields["interval"])})
@@ -248,12 +243,14 @@ def evaluate(job: Job, engine: Engine, folder: RunFolder, progress: Progress, ob
     observer.record(record)
 
 
-def sample(
-    job: Job, engine: Engine, folder: RunFolder, progress: Progress, observer: Observer, generate: Generate
-) -> None:
+def sample(job: Job, engine: Engine, folder: RunFolder, progress: Progress, observer: Observer) -> None:
     """Complete the run's prompts with the present weights."""
-    for prompt in job.run.sample.prompts:
-        record = {"step": progress.step, "prompt": prompt, "text": generate(engine, prompt)}
+    settings = job.run.sample
+    for prompt in settings.prompts:
+        text = complete(
+            engine.model, job.tokenizer, prompt, settings.max_new_tokens, settings.temperature, job.run.seed
+        )
+        record = {"step": progress.step, "prompt": prompt, "text": text}
         folder.samples.append(record)
         observer.record(record)
 

@@ -171,12 +171,16 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_f
 
     Raises: ConfigError when the embedding table would have fewer rows than the tokenizer has tokens.
     """
-    rounded = VOCAB_MULTIPLE * math.ceil(num_tokens / VOCAB_MULTIPLE)
-    vocab_size = run.model.vocab_size or rounded
-    if shape is not None and run.model.vocab_size is None and run.model.name is not None:
-        keeps_rows = run.weights != "random" or (run.tokenizer is not None and run.tokenizer.path is not None)
-        vocab_size = max(shape.vocab_size, rounded) if keeps_rows and run.weights == "random" else vocab_size
-        vocab_size = shape.vocab_size if run.weights != "random" else vocab_size
+    vocab_size = run.model.vocab_size or VOCAB_MULTIPLE * math.ceil(num_tokens / VOCAB_MULTIPLE)
+    if shape is not None and run.weights != "random":
+        if run.model.vocab_size not in (None, shape.vocab_size):
+            raise ConfigError(
+                f"model.vocab_size is {run.model.vocab_size:,} and the pretrained table has {shape.vocab_size:,} rows; "
+                "leave model.vocab_size out when weights are not random."
+            )
+        vocab_size = shape.vocab_size
+    elif shape is not None and run.model.name is not None and run.tokenizer is not None and run.tokenizer.path:
+        vocab_size = run.model.vocab_size or max(shape.vocab_size, vocab_size)
     if vocab_size < num_tokens:
         raise ConfigError(
             f"The tokenizer in {tokenizer_folder} has {num_tokens:,} tokens and the model's table {vocab_size:,} rows; "

@@ -1,0 +1,170 @@
+"""Watching a run: a live panel on a terminal, plain lines elsewhere. Both write to stderr only.
+
+`watch()` picks one; each has the loop's Observer methods. Knows the names of metrics and nothing else of the engine.
+"""
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+BARS = "".join(chr(0x2581 + level) for level in range(8))
+CURVE_COLUMNS = 60
+CURVE_ROWS = 5
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42s, 3m10s, 5h02m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def curve(values: list[float], columns: int = CURVE_COLUMNS, rows: int = CURVE_ROWS) -> list[str]:
+    """A bar chart in text, `rows` lines high: the values' means in at most `columns` equal stretches."""
+    if not values:
+        return []
+    columns = min(columns, len(values))
+    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(means), max(means)
+    eighths = [1 + round((mean - low) / ((high - low) or 1.0) * (8 * rows - 1)) for mean in means]
+    lines = []
+    for row in range(rows - 1, -1, -1):
+        filled = (min(8, max(0, height - 8 * row)) for height in eighths)
+        lines.append("".join(BARS[level - 1] if level else " " for level in filled))
+    return lines
+
+
+class PlainLines:
+    """One line a record, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.num_steps = 0
+
+    def __enter__(self) -> "PlainLines":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def note(self, text: str) -> None:
+        """One line worth knowing."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, step: int, num_steps: int) -> None:
+        """The step after `step` is about to start."""
+        self.num_steps = num_steps
+
+    def step(self, step: int, loss: float) -> None:
+        """Nothing: a line a step is too much for a log."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A line of metrics or a sample was written."""
+        self.note(describe(record, self.num_steps))
+
+
+def describe(record: dict[str, Any], num_steps: int) -> str:
+    """A record of metrics or a sample in one line."""
+    place = f"step {record['step']:,}" + (f"/{num_steps:,}" if num_steps else "")
+    if "train/loss" in record:
+        return (
+            f"{place}  loss {record['train/loss']:.4f}  lr {record['train/learning_rate']:.2e}  "
+            f"grad {record['train/grad_norm']:.2f}  {record['train/tokens_per_second']:,.0f} tokens/s  "
+            f"MFU {record['train/mfu']:.0%}  {record['train/peak_memory_gib']:.2f} GiB"
+        )
+    if "eval/loss" in record:
+        return f"{place}  held-out loss {record['eval/loss']:.4f} over {record['eval/num_tokens']:,} tokens"
+    return f"{place}  sample: {record['prompt']}{record['text']}".replace("\n", " ")
+
+
+class LivePanel:
+    """Loss curve, speed, memory and the time left, redrawn in place."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = Live(console=console, refresh_per_second=4, transient=False, get_renderable=self._render)
+        self.losses: list[float] = []
+        self.latest: dict[str, Any] = {}
+        self.text = ""
+        self.begun = False
+        self.first_step = self.current_step = self.num_steps = 0
+        self.start = time.monotonic()
+
+    def __enter__(self) -> "LivePanel":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.begun:
+            self.live.stop()
+
+    def note(self, text: str) -> None:
+        """One line worth knowing, above the panel."""
+        self.console.print(text, markup=False, highlight=False)
+
+    def begin(self, step: int, num_steps: int) -> None:
+        """Show the panel: the step after `step` is about to start."""
+        self.first_step = self.current_step = step
+        self.num_steps = num_steps
+        self.start = time.monotonic()
+        self.begun = True
+        self.live.start()
+
+    def step(self, step: int, loss: float) -> None:
+        """A step was taken."""
+        self.current_step = step
+        self.losses.append(loss)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A line of metrics or a sample was written."""
+        if "text" in record:
+            self.text = record["prompt"] + record["text"]
+        else:
+            self.latest.update(record)
+        if not self.begun:
+            self.note(describe(record, self.num_steps))
+
+    def _render(self) -> Panel:
+        figures = Table.grid(padding=(0, 3))
+        taken = self.current_step - self.first_step
+        left = (time.monotonic() - self.start) / taken * (self.num_steps - self.current_step) if taken else None
+        cells = [
+            ("step", f"{self.current_step:,} of {self.num_steps:,}"),
+            ("left", duration(left) if left is not None else "?"),
+            ("loss", self._figure("train/loss", ".4f")),
+            ("held-out", self._figure("eval/loss", ".4f")),
+            ("tokens/s", self._figure("train/tokens_per_second", ",.0f")),
+            ("MFU", self._figure("train/mfu", ".0%")),
+            ("memory", self._figure("train/peak_memory_gib", ".2f") + " GiB"),
+        ]
+        figures.add_row(*(Text(name, style="dim") for name, _ in cells))
+        figures.add_row(*(Text(value, style="bold") for _, value in cells))
+        parts: list[Any] = [ProgressBar(total=max(1, self.num_steps), completed=self.current_step), figures]
+        if len(self.losses) > 1:
+            parts += [Text(line, style="cyan") for line in curve(self.losses)]
+        if self.text:
+            parts.append(Text(self.text.replace("\n", " "), style="italic", overflow="ellipsis", no_wrap=True))
+        return Panel(Group(*parts), title="training", title_align="left", border_style="dim")
+
+    def _figure(self, name: str, form: str) -> str:
+        return format(self.latest[name], form) if name in self.latest else "-"
+
+
+def watch() -> LivePanel | PlainLines:
+    """The observer that suits stderr: a panel on a terminal, plain lines elsewhere."""
+    console = Console(stderr=True)
+    return LivePanel(console) if console.is_terminal else PlainLines(console)

@@ -1,0 +1,29 @@
+"""Train under the eyes of a user: the panel while it runs, `report.html` when it ends, however it ends.
+
+Used by `trivium train` and the quickstart.
+"""
+
+from pathlib import Path
+
+from trivium.engine.runfolder import RunFolder
+from trivium.engine.start import start
+from trivium.report.html import write_report
+from trivium.report.panel import watch
+from trivium.runfile import ResolvedRun
+
+
+def train_with_report(resolved: ResolvedRun) -> RunFolder:
+    """Train a run and leave its report, also when it crashes or is stopped.
+
+    Raises: what `start` raises, after the report was written.
+    """
+    path = Path(resolved.run.runs_dir) / resolved.run.name
+    with watch() as observer:
+        try:
+            folder = start(resolved, observer)
+        except BaseException:
+            if (path / "metrics.jsonl").is_file():
+                write_report(path)
+            raise
+    write_report(path)
+    return folder

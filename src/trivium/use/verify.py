@@ -1,0 +1,75 @@
+"""Prove from the records of a run that it read every sample it should, once, in order, and what it ended with.
+
+The order is computed anew from run.yaml and the token stores, every step's digest from the tokens they hold; nothing
+is taken from the run but what is compared. Checkpoints are checked byte by byte. Used by `trivium verify`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from trivium.data.pack import step_digest
+from trivium.engine import checkpoint
+from trivium.engine.runfolder import RunFolder
+from trivium.engine.setup import prepare
+from trivium.errors import TriviumError
+from trivium.runfile import load_run
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proven of a run.
+
+    Attributes:
+        num_steps: steps whose tokens are those of the plan.
+        num_tokens: tokens they read.
+        is_finished: whether the run came to its end.
+        checkpoints: folders whose every byte is what was written.
+    """
+
+    num_steps: int
+    num_tokens: int
+    is_finished: bool
+    checkpoints: list[str]
+
+
+def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], None]) -> Proof:
+    """Replay the ledger of a run against its data.
+
+    Args:
+        path: the run folder.
+        note: is told what takes long.
+        every: is told (step, steps of the ledger) as it goes.
+
+    Raises: TriviumError naming the first step, or the checkpoint, that is not what it should be.
+    """
+    folder = RunFolder.existing(path)
+    job = prepare(load_run(folder.run_yaml, []).run, note)
+    records = list(folder.ledger)
+    digest, num_tokens = "", 0
+    for index, record in enumerate(records):
+        step = index + 1
+        if record["step"] != step:
+            raise TriviumError(f"{folder.ledger.path}: found step {record['step']} where step {step} should stand.")
+        batches = job.rows.step(index)
+        digest = step_digest(digest, batches)
+        num_tokens += sum(batch.num_tokens for batch in batches)
+        if (record["digest"], record["num_tokens"]) != (digest, num_tokens):
+            raise TriviumError(
+                f"Step {step:,} of {path} did not read what its plan says: the ledger has {record['digest'][:12]} after "
+                f"{record['num_tokens']:,} tokens, the data gives {digest[:12]} after {num_tokens:,}. Either the records or "
+                "the data changed since."
+            )
+        every(step, len(records))
+    finished = folder.read("finished.json")
+    if finished is not None and (finished["step"], finished["ledger"]) != (len(records), digest):
+        raise TriviumError(f"{path} says it finished after step {finished['step']}, its ledger ends at {len(records)}.")
+    if finished is not None and len(records) != job.num_steps:
+        raise TriviumError(f"{path} says it finished, after {len(records)} of {job.num_steps} steps.")
+    verified = []
+    for step in checkpoint.steps(folder.checkpoints):
+        state = checkpoint.verify(checkpoint.step_folder(folder.checkpoints, step))
+        if step <= len(records) and state["ledger"] != records[step - 1]["digest"]:
+            raise TriviumError(f"The checkpoint of step {step:,} belongs to another history than the ledger of {path}.")
+        verified.append(checkpoint.step_folder(folder.checkpoints, step).name)
+    return Proof(len(records), num_tokens, finished is not None, verified)
