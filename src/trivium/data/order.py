@@ -6,6 +6,7 @@ Reads lengths only, never a token, and knows nothing of devices. Used by `pack`,
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -112,7 +113,8 @@ class Order:
         """Rows of the first `epochs` passes; a part of an epoch is rounded up to whole rows."""
         whole = int(epochs)
         rows = sum(self.num_rows(epoch) for epoch in range(whole))
-        return rows + (int(np.ceil((epochs - whole) * self.num_rows(whole))) if epochs > whole else 0)
+        part = round((epochs - whole) * self.num_rows(whole), 6)
+        return rows + math.ceil(part)
 
     def token_shares(self, epoch: int) -> list[float]:
         """Each source's achieved share of an epoch's tokens."""

@@ -1,0 +1,89 @@
+"""Packing: labels stay inside documents, nothing is lost, and ranks and micro-batches change nothing."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.memory_store import random_store
+from trivium.data.order import Order
+from trivium.data.pack import NO_LABEL, Rows, pack, sequential_batches, step_digest
+
+document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=30)
+
+
+def rows_of(lengths, seq_len=16, rows_per_step=4, rows_per_micro_batch=2, num_rows=None):
+    store = random_store(np.random.default_rng(0), lengths)
+    order = Order([store.lengths], None, seq_len, seed=3)
+    return store, Rows([store], order, rows_per_step, rows_per_micro_batch, num_rows)
+
+
+@given(document_lengths)
+def test_every_token_but_each_first_is_a_label_once_an_epoch(lengths):
+    store, rows = rows_of(lengths)
+    rows.num_rows = rows.order.num_rows(0)
+    labels = []
+    for step in range(-(-rows.num_rows // rows.rows_per_step)):
+        for batch in rows.step(step):
+            labels += batch.labels[batch.supervised].tolist()
+    expected = [int(token) for document in store.documents for token in document[1:]]
+    assert sorted(labels) == sorted(expected)
+
+
+@given(document_lengths, st.integers(0, 5))
+def test_a_batch_says_the_truth_about_its_documents(lengths, step):
+    store, rows = rows_of(lengths)
+    for batch in rows.step(step):
+        assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == (32,)
+        assert batch.cu_seqlens.tolist()[: len(batch.bounds)] == list(batch.bounds)
+        assert set(batch.cu_seqlens.tolist()[len(batch.bounds) :]) <= {32}
+        pieces = list(zip(batch.bounds, batch.bounds[1:], strict=False))
+        for (begin, end), (_, document, start, stop) in zip(pieces, batch.spans.tolist(), strict=False):
+            ids = store.documents[document]
+            assert batch.tokens[begin:end].tolist() == ids[start:stop].tolist()
+            assert batch.positions[begin:end].tolist() == list(range(stop - start))
+            following = ids[start + 1 : stop + 1].tolist()
+            assert batch.labels[begin:end].tolist() == following + [NO_LABEL] * (end - begin - len(following))
+        assert batch.num_tokens <= 32
+        assert (batch.labels[batch.num_tokens :] == NO_LABEL).all()
+        assert torch.equal(batch.supervised, torch.nonzero(batch.labels != NO_LABEL)[:, 0])
+
+
+@given(document_lengths, st.integers(0, 6))
+def test_ranks_and_micro_batches_do_not_change_what_a_step_reads(lengths, step):
+    digests = set()
+    for rows_per_micro_batch in (1, 2, 4):
+        _, rows = rows_of(lengths, rows_per_micro_batch=rows_per_micro_batch)
+        digests.add(step_digest("", rows.step(step)))
+    assert len(digests) == 1
+    _, rows = rows_of(lengths, rows_per_micro_batch=1)
+    whole = [batch.spans.tolist() for batch in rows.step(step)]
+    shared = [[batch.spans.tolist() for batch in rows.step(step, rank, 2)] for rank in (0, 1)]
+    assert sorted(shared[0] + shared[1]) == sorted(whole)
+
+
+def test_the_last_step_of_a_counted_run_holds_what_is_left():
+    _, rows = rows_of([16] * 10, rows_per_step=4, rows_per_micro_batch=4, num_rows=10)
+    assert [sum(batch.num_tokens for batch in rows.step(step)) for step in range(4)] == [64, 64, 32, 0]
+
+
+@given(document_lengths, st.integers(1, 400))
+def test_evaluation_reads_the_first_documents_whole(lengths, max_tokens):
+    store = random_store(np.random.default_rng(0), lengths)
+    batches = sequential_batches(store, 32, 16, max_tokens)
+    spans = np.concatenate([batch.spans for batch in batches])
+    documents = sorted(set(spans[:, 1].tolist()))
+    assert documents == list(range(len(documents)))
+    read = int((spans[:, 3] - spans[:, 2]).sum())
+    assert read == store.lengths[documents].sum()
+    assert read <= max_tokens or len(documents) == 1
+    assert len(documents) == len(lengths) or read + lengths[len(documents)] > max_tokens
+
+
+def test_the_digest_sees_one_changed_token():
+    store = random_store(np.random.default_rng(0), [20, 12])
+    spans = np.array([[0, 0, 0, 20], [0, 1, 0, 12]])
+    before = step_digest("x", [pack([store], spans, 32)])
+    store.documents[1][11] += 1
+    assert step_digest("x", [pack([store], spans, 32)]) != before
+    assert step_digest("y", [pack([store], spans, 32)]) != step_digest("x", [pack([store], spans, 32)])

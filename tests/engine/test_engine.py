@@ -1,0 +1,154 @@
+"""The engine's arithmetic: packing, accumulation and ranks change nothing; NaN stops before the update."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.memory_store import random_store
+from trivium.config import Optimizer
+from trivium.data.order import Order
+from trivium.data.pack import Rows, pack
+from trivium.engine.engine import Engine, NonFinite
+from trivium.model.qwen import Documents, Qwen, init_weights
+from trivium.model.shape import QwenShape
+
+CONFIG = Optimizer(learning_rate=1e-3, weight_decay=0.1)
+
+
+def small_shape(family: str = "qwen3", tied: bool = True) -> QwenShape:
+    return QwenShape(
+        family=family,
+        vocab_size=500,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=tied,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=128,
+    )
+
+
+def small_engine(family: str = "qwen3", tied: bool = True) -> Engine:
+    model = Qwen(small_shape(family, tied))
+    init_weights(model, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return Engine(model, CONFIG)
+
+
+def rows_of(rows_per_micro_batch: int, rows_per_step: int = 4) -> Rows:
+    store = random_store(np.random.default_rng(0), [5, 17, 40, 3, 90, 21, 33, 8, 64, 50], vocab_size=500)
+    return Rows([store], Order([store.lengths], None, 64, seed=0), rows_per_step, rows_per_micro_batch, None)
+
+
+def gradients(engine: Engine) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad.clone() for name, parameter in engine.parameters.items()}
+    engine.optimizer.zero_grad()
+    return found
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for name, gradient in one.items():
+        assert (gradient - other[name]).norm() <= 1e-6 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", True)])
+def test_four_times_one_equals_one_times_four(family, tied):
+    engine = small_engine(family, tied)
+    whole = engine.forward_backward(rows_of(rows_per_micro_batch=4).step(0))
+    expected = gradients(engine)
+    split = engine.forward_backward(rows_of(rows_per_micro_batch=1).step(0))
+    assert split == pytest.approx(whole, rel=1e-6)
+    assert_same(expected, gradients(engine))
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", True)])
+def test_packed_equals_unpacked(family, tied):
+    engine = small_engine(family, tied)
+    store = random_store(np.random.default_rng(0), [5, 17, 40, 3, 63], vocab_size=500)
+    spans = np.array([[0, document, 0, length] for document, length in enumerate(store.lengths)])
+    packed = engine.forward_backward([pack([store], spans, 128)])
+    expected = gradients(engine)
+    alone = engine.forward_backward([pack([store], span[None], int(span[3])) for span in spans])
+    assert alone == pytest.approx(packed, rel=1e-6)
+    assert_same(expected, gradients(engine))
+
+
+def test_the_loss_is_a_mean_over_tokens_not_over_micro_batches():
+    engine = small_engine()
+    batches = rows_of(rows_per_micro_batch=1).step(0)
+    losses = [engine.evaluate([batch]) for batch in batches]
+    expected = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    assert engine.forward_backward(batches) == pytest.approx(expected, rel=1e-6)
+
+
+@torch.no_grad()
+def test_the_loss_is_the_plain_one_of_the_logits():
+    engine = small_engine()
+    batch = rows_of(rows_per_micro_batch=4).step(0)[0]
+    total = 0.0
+    for begin, end in zip(batch.bounds, batch.bounds[1:], strict=False):
+        length = end - begin
+        documents = Documents(torch.tensor([0, length], dtype=torch.int32), (0, length), length)
+        hidden = engine.model(batch.tokens[begin:end], torch.arange(length), documents)
+        logits = F.linear(hidden, engine.model.head_weight)
+        total += float(F.cross_entropy(logits, batch.labels[begin:end], ignore_index=-100, reduction="sum"))
+    assert engine.evaluate([batch])[0] == pytest.approx(total / batch.num_supervised, rel=1e-6)
+
+
+def test_weight_decay_falls_on_matrices_only():
+    engine = small_engine("qwen2")
+    for group in engine.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.1 if parameter.dim() >= 2 else 0.0)
+    assert sum(len(group["params"]) for group in engine.optimizer.param_groups) == len(engine.parameters)
+
+
+def test_a_bad_loss_names_its_micro_batch():
+    engine = small_engine(tied=False)
+    batches = rows_of(rows_per_micro_batch=1).step(0)
+    others = {token for index in (0, 1, 3) for token in batches[index].tokens.tolist()}
+    poison = next(token for token in batches[2].tokens.tolist() if token not in others)
+    with torch.no_grad():
+        engine.model.model.embed_tokens.weight[poison] = float("inf")
+    with pytest.raises(NonFinite) as caught:
+        engine.forward_backward(batches)
+    assert caught.value.batches == [batches[2]]
+
+
+def test_a_bad_gradient_is_found_before_the_update():
+    engine = small_engine()
+    batches = rows_of(rows_per_micro_batch=2).step(0)
+    engine.forward_backward(batches)
+    next(iter(engine.parameters.values())).grad[0, 0] = float("inf")
+    before = {name: parameter.clone() for name, parameter in engine.parameters.items()}
+    with pytest.raises(NonFinite, match="norm is"):
+        engine.optimizer_step(1e-3, batches)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in engine.parameters.items())
+
+
+def test_save_and_load_go_on_bit_for_bit(tmp_path):
+    rows = rows_of(rows_per_micro_batch=2)
+    straight, first = small_engine(), small_engine()
+    for step in range(6):
+        straight.forward_backward(rows.step(step))
+        straight.optimizer_step(1e-3)
+    for step in range(3):
+        first.forward_backward(rows.step(step))
+        first.optimizer_step(1e-3)
+    first.save(tmp_path / "step-00000003", {"step": 3})
+    torch.manual_seed(99)
+    second = Engine(Qwen(small_shape()), CONFIG)
+    init_weights(second.model, seed=50)
+    assert second.load(tmp_path / "step-00000003")["step"] == 3
+    for step in range(3, 6):
+        second.forward_backward(rows.step(step))
+        second.optimizer_step(1e-3)
+    for name, parameter in straight.parameters.items():
+        assert torch.equal(parameter, second.parameters[name]), name

@@ -1,0 +1,85 @@
+"""The chunked loss against torch's own, and the rule that a step's loss is a sum over all its tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trivium.engine.loss import CPU_SLICE_ELEMENTS, LOGITS_CHUNK_BYTES, cross_entropy_sum, default_chunk_rows
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def inputs(rows: int, hidden: int, vocab: int, dtype: torch.dtype = torch.float32, scale: float = 0.3):
+    torch.manual_seed(rows + hidden + vocab)
+    hidden_MD = torch.randn(rows, hidden).to(dtype).requires_grad_()
+    weight_VD = (scale * torch.randn(vocab, hidden)).requires_grad_()
+    return hidden_MD, weight_VD, torch.randint(vocab, (rows,))
+
+
+def reference(hidden_MD, weight_VD, labels):
+    """torch's cross entropy in fp64, with its gradients."""
+    hidden = hidden_MD.detach().double().requires_grad_()
+    weight = weight_VD.detach().to(hidden_MD.dtype).double().requires_grad_()
+    loss = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    (loss / len(labels)).backward()
+    return loss, hidden.grad, weight.grad
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 70), st.integers(1, 40), st.integers(2, 300), st.integers(1, 80))
+def test_chunked_equals_plain(rows, hidden, vocab, chunk_rows):
+    hidden_MD, weight_VD, labels = inputs(rows, hidden, vocab)
+    loss = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows)
+    (loss / rows).backward()
+    expected, grad_hidden, grad_weight = reference(hidden_MD, weight_VD, labels)
+    assert relative(loss, expected) < 1e-6
+    assert relative(hidden_MD.grad, grad_hidden) < 1e-6
+    assert relative(weight_VD.grad, grad_weight) < 1e-6
+
+
+def test_chunked_equals_plain_with_the_real_vocabulary():
+    hidden_MD, weight_VD, labels = inputs(40, 32, 151_936)
+    assert CPU_SLICE_ELEMENTS // 151_936 < 16 < 40  # several slices in a chunk, several chunks
+    loss = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows=16)
+    (loss / 40).backward()
+    expected, grad_hidden, grad_weight = reference(hidden_MD, weight_VD, labels)
+    assert relative(loss, expected) < 1e-6
+    assert relative(hidden_MD.grad, grad_hidden) < 1e-6
+    assert relative(weight_VD.grad, grad_weight) < 1e-6
+
+
+def test_huge_logits_do_not_overflow():
+    hidden_MD, weight_VD, labels = inputs(20, 16, 50, scale=100.0)
+    loss = cross_entropy_sum(hidden_MD, weight_VD, labels, 7)
+    loss.backward()
+    assert relative(loss, reference(hidden_MD, weight_VD, labels)[0]) < 1e-6
+    assert torch.isfinite(hidden_MD.grad).all() and torch.isfinite(weight_VD.grad).all()
+
+
+def test_bf16_keeps_the_loss_and_the_heads_gradient_in_fp32():
+    hidden_MD, weight_VD, labels = inputs(600, 64, 2000, torch.bfloat16)
+    loss = cross_entropy_sum(hidden_MD, weight_VD, labels, 128)
+    (loss / 600).backward()
+    expected, grad_hidden, grad_weight = reference(hidden_MD, weight_VD, labels)
+    assert loss.dtype == torch.float32 and weight_VD.grad.dtype == torch.float32
+    assert relative(loss, expected) < 1e-4
+    assert relative(hidden_MD.grad, grad_hidden) < 1e-2
+    assert relative(weight_VD.grad, grad_weight) < 1e-2
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden_MD, weight_VD, labels = inputs(10, 8, 30)
+    weight_VD.requires_grad_(False)
+    cross_entropy_sum(hidden_MD, weight_VD, labels).backward()
+    assert weight_VD.grad is None and hidden_MD.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_chunk_fits_its_bytes(dtype):
+    rows = default_chunk_rows(151_936, dtype)
+    assert rows * 151_936 * dtype.itemsize <= LOGITS_CHUNK_BYTES
+    assert default_chunk_rows(10**9, dtype) == 64
