@@ -1,0 +1,205 @@
+"""`report.html`: one run on one page that needs no network, no scripts and no other file.
+
+Whatever comes out of the run folder is escaped: samples are a model's words and can hold anything. Reading the folder
+is `record`, drawing is `plots`. Used by the command line, and by whoever ends a run.
+"""
+
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from trivium.files import atomic_write
+from trivium.report import plots
+from trivium.report.record import Record, read_record
+from trivium.report.style import CSS
+
+STATUS_MEANS = {
+    "finished": "The run came to its end and its result was written.",
+    "failed": "The run stopped by itself. What it wrote until then is below.",
+    "running": "A process is at work on this run; this page shows what it had written when the page was made.",
+    "stopped": "The run is not finished and no process is at work on it. The same command goes on where it stopped.",
+}
+SMALL_PLOTS = {
+    "train/learning_rate": "learning rate",
+    "train/grad_norm": "gradient norm before clipping",
+    "train/tokens_per_second": "training tokens a second",
+    "train/peak_memory_gib": "peak memory, GiB",
+}
+ABSENT = '<span class="absent">not recorded</span>'
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into a run folder, whatever state the run is in, and return its path.
+
+    Raises: TriviumError when `run_folder` is no run folder.
+    """
+    record = read_record(run_folder)
+    path = run_folder / "report.html"
+    atomic_write(path, render(record))
+    return path
+
+
+def render(record: Record) -> str:
+    """The whole page."""
+    sections = [_header(record), _failure(record), _summary(record), _curves(record), _samples(record), _origin(record)]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(record.name)} - Trivium</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def floor_note(record: Record) -> str:
+    """One phrase on how far the last held-out loss is from the floor; empty where there is no floor."""
+    if record.floor is None:
+        return ""
+    if record.above_floor is None:
+        return f"floor {record.floor['nats_per_token']:.3f}; no held-out loss yet"
+    side = "above" if record.above_floor >= 0 else "below"
+    return f"held-out loss is {abs(record.above_floor):.1%} {side} the floor"
+
+
+def _header(record: Record) -> str:
+    return (
+        f'<header>\n<h1>{escape(record.name)} <span class="status {record.status}">{record.status}</span></h1>\n'
+        f"<p>{STATUS_MEANS[record.status]}</p>\n</header>"
+    )
+
+
+def _failure(record: Record) -> str:
+    if record.failure is None:
+        return ""
+    kind, message = str(record.failure.get("kind", "failure")), str(record.failure.get("message", "no message"))
+    where = f" at step {record.failure['step']:,}" if isinstance(record.failure.get("step"), int) else ""
+    return (
+        f'<section class="failure" role="alert">\n<h2>{escape(kind)}{where}</h2>\n<p>{escape(message)}</p>\n</section>'
+    )
+
+
+def _summary(record: Record) -> str:
+    rows = "\n".join(f"<div><dt>{label}</dt><dd>{value or ABSENT}</dd></div>" for label, value in _facts(record))
+    return f"<section>\n<h2>In short</h2>\n<dl>\n{rows}\n</dl>\n{_mfu_note(record)}</section>"
+
+
+def _facts(record: Record) -> Iterator[tuple[str, str]]:
+    """The summary's labels and values, as HTML; an empty value was not recorded."""
+    model = record.provenance.get("model")
+    model = model if isinstance(model, dict) else {}
+    hardware = record.provenance.get("hardware")
+    hardware = hardware if isinstance(hardware, dict) else {}
+    yield "Method", escape(str(record.config.get("method", "")))
+    yield "Model", escape(_model_name(record.config.get("model"), model))
+    yield "Parameters", _number(model.get("num_params"), "{:,.0f}")
+    yield "Steps", _steps(record)
+    yield "Tokens seen", _number(record.curve("train/num_tokens").last, "{:,.0f}")
+    yield "Training loss", _number(record.curve("train/loss").last, "{:.4f} <small>nats a token</small>")
+    yield "Held-out loss", _number(record.curve("eval/loss").last, "{:.4f} <small>nats a token</small>")
+    if record.floor is not None:
+        what = escape(str(record.floor.get("what", "the least loss possible")))
+        yield (
+            "Floor",
+            _number(
+                record.floor["nats_per_token"], f"{{:.4f}} <small>{what.replace('{', '{{').replace('}', '}}')}</small>"
+            ),
+        )
+        yield "Distance", escape(floor_note(record).removeprefix("held-out loss is "))
+    yield "Training time", _duration(record.curve("train/seconds").last)
+    yield (
+        "Speed",
+        _number(record.curve("train/tokens_per_second").typical, "{:,.0f} <small>tokens a second, median</small>"),
+    )
+    yield "MFU", _number(record.curve("train/mfu").typical, "{:.1%} <small>median</small>")
+    yield "Peak memory", _number(record.curve("train/peak_memory_gib").highest, "{:.2f} <small>GiB</small>")
+    yield "Device", escape(", ".join(str(hardware[key]) for key in ("device", "compute_dtype") if key in hardware))
+    yield "Checkpoints", escape(", ".join(record.checkpoints)) or "none"
+
+
+def _model_name(asked: object, shape: dict[str, Any]) -> str:
+    """What the run file named, then what became of it."""
+    named = asked if isinstance(asked, str) else ""
+    if isinstance(asked, dict):
+        named = str(asked.get("name") or "")
+    built = ""
+    if {"family", "num_hidden_layers", "hidden_size", "vocab_size"} <= shape.keys():
+        built = (
+            f"{shape['family']}, {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, "
+            f"vocabulary {shape['vocab_size']}"
+        )
+    return ": ".join(part for part in (named, built) if part)
+
+
+def _steps(record: Record) -> str:
+    planned = record.provenance.get("num_steps")
+    return f"{record.step:,} of {planned:,}" if isinstance(planned, int) else f"{record.step:,}"
+
+
+def _number(value: object, pattern: str) -> str:
+    return pattern.format(value) if isinstance(value, int | float) else ""
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.1f} s"
+
+
+def _mfu_note(record: Record) -> str:
+    """The formula that stands behind the MFU, where there is one; its one place is the engine."""
+    if not record.curve("train/mfu").values:
+        return ""
+    from trivium.engine.metrics import MFU_FORMULA
+
+    return f'<p class="note">MFU = {escape(MFU_FORMULA)}</p>\n'
+
+
+def _curves(record: Record) -> str:
+    train, held_out = record.curve("train/loss"), record.curve("eval/loss")
+    if not train.values and not held_out.values:
+        return '<section>\n<h2>Curves</h2>\n<p class="absent">No metrics were recorded.</p>\n</section>'
+    floor = record.floor["nats_per_token"] if record.floor is not None else None
+    small = []
+    for metric, label in SMALL_PLOTS.items():
+        curve = record.curve(metric)
+        name = metric.partition("/")[2]
+        drawn = plots.small_plot(name, curve, label) if curve.values else f'<p class="absent">{ABSENT}</p>'
+        small.append(f"<figure>\n<figcaption>{label}</figcaption>\n{drawn}\n</figure>")
+    return (
+        '<section>\n<h2>Curves</h2>\n<figure class="wide">\n<figcaption>loss</figcaption>\n'
+        + plots.loss_plot(train, held_out, floor, floor_note(record))
+        + '\n</figure>\n<div class="grid">\n'
+        + "\n".join(small)
+        + "\n</div>\n</section>"
+    )
+
+
+def _samples(record: Record) -> str:
+    """For each prompt its completions side by side, oldest first."""
+    by_prompt: dict[str, list[str]] = {}
+    for line in record.samples:
+        prompt, text = str(line.get("prompt", "")), str(line.get("text", ""))
+        words = f"<b>{escape(prompt)}</b>{escape(text.removeprefix(prompt))}"
+        by_prompt.setdefault(prompt, []).append(
+            f"<figure>\n<figcaption>step {line['step']:,}</figcaption>\n<blockquote>{words}</blockquote>\n</figure>"
+        )
+    if not by_prompt:
+        return '<section>\n<h2>Samples</h2>\n<p class="absent">No samples were recorded.</p>\n</section>'
+    strips = "\n".join(f'<div class="strip" tabindex="0">\n{"".join(cards)}\n</div>' for cards in by_prompt.values())
+    return f"<section>\n<h2>Samples along the way</h2>\n{strips}\n</section>"
+
+
+def _origin(record: Record) -> str:
+    parts = [
+        f"<details>\n<summary>{name}</summary>\n<pre>{escape(text)}</pre>\n</details>"
+        for name, text in (("run.yaml", record.run_yaml), ("provenance.json", record.provenance_json))
+        if text
+    ]
+    if record.missing:
+        parts.append(f'<p class="note">Not in the folder: {escape(", ".join(record.missing))}.</p>')
+    return "<section>\n<h2>Where it comes from</h2>\n" + "\n".join(parts) + "\n</section>"

@@ -1,0 +1,132 @@
+"""Curves as inline SVG that takes its colours from the page, so that it reads in light and in dark.
+
+Knows curves, not runs. matplotlib's object interface only, without pyplot's global figures. Used by the report.
+"""
+
+import io
+import re
+from html import escape
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from trivium.report.record import Curve
+
+# matplotlib wants real colours: these stand for the page's CSS variables and are replaced in the SVG.
+STAND_INS = {
+    "ink": "#000001",
+    "muted": "#000002",
+    "grid": "#000003",
+    "train": "#000004",
+    "held-out": "#000005",
+    "floor": "#000006",
+}
+WIDE_INCHES, SMALL_INCHES = (8.6, 3.7), (4.2, 2.1)
+LOG_SCALE_FROM_RATIO = 4
+
+
+def loss_plot(train: Curve, held_out: Curve, floor: float | None, note: str) -> str:
+    """Training and held-out loss in nats a token, the floor as a line, and `note` on how far away it is."""
+    with rc_context(_style()):
+        figure, axes = _axes(WIDE_INCHES)
+        axes.plot(train.steps, train.values, color=STAND_INS["train"], linewidth=1.1, label="training")
+        marker = "o" if len(held_out.values) <= 40 else ""
+        axes.plot(
+            held_out.steps,
+            held_out.values,
+            color=STAND_INS["held-out"],
+            linewidth=1.8,
+            marker=marker,
+            markersize=4.5,
+            label="held-out",
+        )
+        if floor is not None:
+            axes.axhline(
+                floor, color=STAND_INS["floor"], linewidth=1.5, linestyle=(0, (5, 3)), label=f"floor {floor:.3f}"
+            )
+            axes.annotate(
+                note,
+                (1, floor),
+                xycoords=("axes fraction", "data"),
+                xytext=(-2, -5),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                color=STAND_INS["floor"],
+            )
+        drawn = [*train.values, *held_out.values, *([] if floor is None else [floor])]
+        _loss_scale(axes, drawn)
+        axes.set_ylabel("loss, nats a token")
+        axes.legend(loc="upper right", frameon=False)
+        return _svg(figure, "loss", "Loss over the optimizer steps. " + note)
+
+
+def small_plot(name: str, curve: Curve, label: str) -> str:
+    """One metric over the optimizer steps, from zero up."""
+    with rc_context(_style()):
+        figure, axes = _axes(SMALL_INCHES)
+        marker = "o" if len(curve.values) == 1 else ""
+        axes.plot(curve.steps, curve.values, color=STAND_INS["train"], linewidth=1.2, marker=marker)
+        axes.set_ylim(0, 1.08 * max(curve.values) or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        return _svg(figure, name, f"{label} over the optimizer steps.")
+
+
+def _style() -> dict[str, object]:
+    """Text stays text, in the page's own typeface; identifiers do not change from one drawing to the next."""
+    return {"svg.fonttype": "none", "svg.hashsalt": "trivium", "font.size": 10, "text.color": STAND_INS["ink"]}
+
+
+def _axes(size_inches: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size_inches, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(STAND_INS["grid"])
+    axes.tick_params(which="both", length=0, pad=6, colors=STAND_INS["muted"])
+    axes.yaxis.label.set_color(STAND_INS["muted"])
+    axes.xaxis.label.set_color(STAND_INS["muted"])
+    axes.grid(axis="y", color=STAND_INS["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+    return figure, axes
+
+
+def _loss_scale(axes: Axes, values: list[float]) -> None:
+    """A logarithmic axis where the loss fell far: else the first steps flatten all that matters."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low >= LOG_SCALE_FROM_RATIO:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(low / 1.22, high * 1.08)
+    else:
+        margin = 0.12 * (high - low) or 0.1
+        axes.set_ylim(low - margin, high + margin)
+
+
+def _plain(value: float, _: int | None) -> str:
+    """12,000 and 0.003: no powers of ten where words would do."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """The drawing as an `<svg>` element: identifiers unique in the page, colours the page's, size the column's."""
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg.replace("xlink:href", "href"))
+    for variable, colour in STAND_INS.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    view = re.search(r'viewBox="([^"]*)"', svg)
+    assert view is not None, "matplotlib writes a viewBox"
+    return f'<svg viewBox="{view[1]}" role="img" aria-label="{escape(description)}">' + svg[svg.index(">") + 1 :]
