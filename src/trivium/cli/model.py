@@ -105,13 +105,12 @@ def _facts(shape: QwenShape) -> dict[str, str]:
 
 def _as_dict(shape: QwenShape) -> dict[str, object]:
     """The JSON of one shape: its counts, then its fields under config.json's names."""
-    share = round(shape.num_embedding_params / shape.num_params, 4)
-    counts = {
+    return {
         "num_params": shape.num_params,
         "num_embedding_params": shape.num_embedding_params,
-        "embedding_share": share,
+        "embedding_share": round(shape.num_embedding_params / shape.num_params, 4),
+        **asdict(shape),
     }
-    return counts | asdict(shape)
 
 
 def _row(name: str, shape: QwenShape) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,14 +35,16 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-HUB_FILES = ("config.json", "generation_config.json", INDEX, "model*.safetensors", *TOKENIZER_FILES)
+MODEL_FILES = ("config.json", "generation_config.json", INDEX, "model*.safetensors")
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 PIECE_BYTES = 1 << 26
 MAX_SHARD_BYTES = 5 * 2**30
 
 
-def find_folder(name: str, revision: str | None = None) -> Path:
+def find_folder(name: str, revision: str | None = None, tokenizer_only: bool = False) -> Path:
     """The local folder of a model: `name` itself when it is one, else the Hub repository `owner/name`, downloaded once.
+
+    `tokenizer_only` leaves the weights on the Hub.
 
     Raises: ConfigError when it is neither, or the Hub cannot be reached or refuses.
     """
@@ -54,8 +57,9 @@ def find_folder(name: str, revision: str | None = None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    wanted = list(TOKENIZER_FILES if tokenizer_only else MODEL_FILES + TOKENIZER_FILES)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the client lets errors of its HTTP library through, and which library that is varies
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
@@ -211,13 +215,14 @@ def save_folder(
     folder: Path,
     tokenizer_folder: Path | None,
     dtype: torch.dtype,
-    generation: Mapping[str, object],
+    generation: Mapping[str, object] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the model as transformers expects it: config, generation defaults, weights in `dtype`, tokenizer files.
 
-    `generation`: the content of generation_config.json; its token ids go to config.json too. Everything is written
-    and fsynced beside `folder`, then renamed into its place; an older model there is replaced.
+    `dtype`: float32 or bfloat16. `generation`: the content of generation_config.json, whose token ids go to
+    config.json too; None takes the tokenizer's own eos, pad and bos. Everything is written and fsynced beside
+    `folder`, then renamed into its place, so what stands there is always whole; an older model there makes way first.
 
     Raises: ConfigError when something that is no model stands at `folder`; TriviumError when the disk is too full.
     """
@@ -230,6 +235,8 @@ def save_folder(
     for leftover in (beside, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir()
+    if generation is None:
+        generation = {} if tokenizer_folder is None else _tokenizer_ids(tokenizer_folder)
     config = model.shape.to_hf_config() | {"dtype": str(dtype).removeprefix("torch.")} | _token_ids(generation)
     atomic_write(beside / "config.json", _as_json(config))
     atomic_write(beside / "generation_config.json", _as_json(generation))
@@ -254,6 +261,20 @@ def _token_ids(generation: Mapping[str, object]) -> dict[str, object]:
     ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
     if isinstance(ids.get("eos_token_id"), list):
         ids["eos_token_id"] = ids["eos_token_id"][0]
+    return ids
+
+
+def _tokenizer_ids(tokenizer_folder: Path) -> dict[str, object]:
+    """The ids of a tokenizer's own eos, pad and bos tokens, as generation_config.json names them."""
+    config = read_json(tokenizer_folder / "tokenizer_config.json")
+    added = cast("list[dict[str, object]]", read_json(tokenizer_folder / "tokenizer.json").get("added_tokens") or [])
+    id_of = {token["content"]: token["id"] for token in added}
+    ids: dict[str, object] = {}
+    for role in ("bos", "eos", "pad"):
+        token = config.get(f"{role}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if content in id_of:
+            ids[f"{role}_token_id"] = id_of[content]
     return ids
 
 

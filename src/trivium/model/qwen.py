@@ -99,9 +99,9 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) ->
         return out
     lengths = [stop - start for start, stop in pairwise(documents.bounds)]
     outs = []
-    for q, k, v in zip(q_TNH.split(lengths), k_TKH.split(lengths), v_TKH.split(lengths), strict=True):
-        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out_1NtH = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+    for document in zip(q_TNH.split(lengths), k_TKH.split(lengths), v_TKH.split(lengths), strict=True):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in document)
+        out_1NtH = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         outs.append(out_1NtH.squeeze(0).transpose(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
