@@ -39,35 +39,31 @@ def by_one(fact: str, options: dict[str, list[str]]) -> By:
     return By((fact,), {(value,): entries for value, entries in options.items()})
 
 
-GIRLS = words(
-    "Lily Mia Anna Lucy Rosie Molly Nora Zoe Ella Daisy Sara Ruby "
-    "Clara Ivy Maya Tess Bella Carla Freya Gwen Hazel Iris Polly Wendy"
-)
-BOYS = words(
-    "Tom Ben Max Sam Jack Leo Finn Oscar Noah Theo Hugo Dan "
-    "Peter Luke Otto Milo Felix Gus Henry Ivan Karl Rufus Simon Victor"
-)
-ANIMALS = words(
-    "rabbit bear fox mouse duck cat frog hedgehog squirrel pig goat beaver sheep pony mole turtle "
-    "badger crow donkey goose hare lizard raccoon wolf"
-)
+# Hero and friend have names and kinds of their own, so that a reader never confuses them.
+GIRLS = words("Lily Mia Anna Lucy Rosie Nora Ella Daisy Ruby Clara")
+BOYS = words("Tom Ben Max Sam Jack Leo Oscar Theo Hugo Peter")
+FRIENDLY_GIRLS = words("Poppy Bella Hazel Tilly Pearl Fern Olive Juniper")
+FRIENDLY_BOYS = words("Bruno Pip Biscuit Rufus Otto Moss Gus Barnaby")
+KINDS = words("girl boy rabbit bear fox mouse cat squirrel pig goat beaver pony")
+FRIENDLY_KINDS = words("duck frog hedgehog mole turtle badger crow donkey goose hare lizard raccoon")
 
 
-def by_name(fact: str, girl: str, boy: str) -> By:
+def by_name(fact: str, she: str, he: str) -> By:
     """The pronoun that goes with a name; being certain, it costs nothing."""
-    return by_one(fact, {name: [girl] for name in GIRLS} | {name: [boy] for name in BOYS})
+    girls, boys = GIRLS + FRIENDLY_GIRLS, BOYS + FRIENDLY_BOYS
+    return by_one(fact, {name: [she] for name in girls} | {name: [he] for name in boys})
 
 
 # How a thing can come to harm depends on what it is made of, and on where it is.
 THINGS = {
-    "light": words("kite balloon hat scarf flag ribbon blanket parasol"),
-    "floating": words("ball boat basket hoop bottle bucket barrel pumpkin"),
-    "hard": words("drum bell lantern wagon scooter clock trumpet robot"),
+    "light": words("kite balloon hat scarf flag ribbon"),
+    "floating": words("ball boat basket hoop bottle bucket"),
+    "hard": words("drum bell lantern wagon scooter clock"),
 }
 PLACES = {
-    "trees": words("forest park orchard woods hill playground grove jungle"),
-    "water": words("river lake pond beach harbour stream waterfall canal"),
-    "mud": words("farm meadow garden field valley swamp vineyard quarry"),
+    "trees": words("forest park orchard woods hill playground"),
+    "water": words("river lake pond beach harbour stream"),
+    "mud": words("farm meadow garden field valley swamp"),
 }
 PROBLEMS = {
     ("light", "trees"): ["the wind blew it into a tall tree", "it got caught on a high branch"],
@@ -186,15 +182,13 @@ TRAITS = CARELESS | SELFISH | KIND
 
 FACTS: dict[str, Table] = {
     "trait": mixed([*CARELESS], [*KIND], [*SELFISH]),
-    "kind": ["girl", "boy", *ANIMALS],
-    "hero": By(("kind",), {("girl",): GIRLS, ("boy",): BOYS} | {(kind,): GIRLS + BOYS for kind in ANIMALS}),
+    "kind": KINDS,
+    "hero": by_one("kind", {kind: mixed(GIRLS, BOYS) for kind in KINDS} | {"girl": GIRLS, "boy": BOYS}),
     "he": by_name("hero", "she", "he"),
     "his": by_name("hero", "her", "his"),
     "him": by_name("hero", "her", "him"),
-    "pal": by_one("hero", {hero: [name for name in BOYS + GIRLS if name != hero] for hero in BOYS + GIRLS}),
-    "pal_kind": by_one(
-        "kind", {kind: [other for other in ANIMALS if other != kind] for kind in ["girl", "boy", *ANIMALS]}
-    ),
+    "pal": mixed(FRIENDLY_GIRLS, FRIENDLY_BOYS),
+    "pal_kind": FRIENDLY_KINDS,
     "pal_he": by_name("pal", "she", "he"),
     "pal_his": by_name("pal", "her", "his"),
     "food": words(
