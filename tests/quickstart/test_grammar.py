@@ -130,7 +130,7 @@ def test_the_corpus_is_seeded_varied_and_of_the_promised_size(tmp_path: Path) ->
     texts = [json.loads(line)["text"] for line in first.splitlines()]
     assert len(texts) == len(set(texts)) == 3000
     lengths = [len(text.split()) for text in texts]
-    assert 60 <= min(lengths) and max(lengths) <= 170
+    assert min(lengths) >= 60 and max(lengths) <= 170
     assert len({text.split(".")[0] for text in texts}) > 2500
     assert {text.split()[0] for text in texts} == {"Once"}
     ordered = sorted(texts)
