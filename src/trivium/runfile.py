@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from trivium.config import METHOD_DEFAULTS, Run, with_method_defaults
 from trivium.errors import ConfigError
 from trivium.schema import KeyPath, dotted_name, key_at, keys, suggest
-from trivium.yamltree import Node, Place, Problem, parse_tree, read_file, resolve_scalar
+from trivium.yamltree import ABSURD_NUMBER, Node, Place, Problem, parse_tree, read_file, resolve_scalar
 
 COMMAND_LINE = Place("command line")
 FILE_NAME = Place("file name")
@@ -52,7 +52,7 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> ResolvedRun:
     tree = _write_out(tree, ())
     for override in overrides:
         try:
-            tree = _write_out(_override(tree, override, problems), ())
+            tree = _write_out(_override(tree, override), ())
         except Problem as problem:
             problems.append(problem)
     if path and isinstance(tree.value, dict):
@@ -87,7 +87,7 @@ def _as_node(value: Any, place: Place) -> Node:
     return value if isinstance(value, Node) else Node(value, place)
 
 
-def _override(tree: Node, override: str, problems: list[Problem]) -> Node:
+def _override(tree: Node, override: str) -> Node:
     """Set one `key=value`; unknown keys are set too, and refused by validation like those of the file."""
     dotted, equals, text = override.partition("=")
     if not equals:
@@ -97,7 +97,7 @@ def _override(tree: Node, override: str, problems: list[Problem]) -> Node:
     path: KeyPath = tuple(
         int(step) if re.fullmatch(r"[0-9]{1,6}", step) else step for step in dotted.strip().split(".")
     )
-    new = _override_value(dotted, text, problems)
+    new = _override_value(dotted, text)
     node = tree
     for depth, step in enumerate(path):
         here, is_last = path[:depth], depth == len(path) - 1
@@ -125,16 +125,22 @@ def _override(tree: Node, override: str, problems: list[Problem]) -> Node:
     return tree
 
 
-def _override_value(dotted: str, text: str, problems: list[Problem]) -> Node:
+def _override_value(dotted: str, text: str) -> Node:
     """A list, mapping or quoted text is read as YAML; anything else is one unquoted word, whatever it contains."""
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         raise Problem(COMMAND_LINE, f"{dotted} is not valid UTF-8 text")
-    try:
-        if text.lstrip()[:1] in ("[", "{", '"', "'"):
-            return _on_command_line(parse_tree(text, f"{COMMAND_LINE}: {dotted}", problems))
-        return Node(resolve_scalar(text.strip()), COMMAND_LINE)
-    except (Problem, ValueError) as error:
-        raise Problem(COMMAND_LINE, f"{dotted}={text[:ENOUGH_COLUMNS]}: {error}") from None
+    if text.lstrip()[:1] in ("[", "{", '"', "'"):
+        found: list[Problem] = []
+        try:
+            node = parse_tree(text, dotted, found)
+        except Problem as problem:
+            found, node = [problem], Node(None, COMMAND_LINE)
+        if found:
+            raise Problem(COMMAND_LINE, f"{dotted}: {found[0].text}")
+        return _on_command_line(node)
+    if ABSURD_NUMBER.match(text):
+        raise Problem(COMMAND_LINE, f"{dotted} is a number of over 100 digits; no key takes one")
+    return Node(resolve_scalar(text.strip()), COMMAND_LINE)
 
 
 def _on_command_line(node: Node) -> Node:
@@ -149,12 +155,11 @@ def _find(tree: Node, path: KeyPath) -> tuple[Node, int]:
     """The deepest node that was written on the way to `path`, and how many steps of it exist."""
     node = tree
     for depth, step in enumerate(path):
-        if isinstance(node.value, dict) and isinstance(step, str) and step in node.value:
-            node = node.value[step]
-        elif isinstance(node.value, list) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
-        else:
+        value: Any = node.value
+        in_list = isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if not in_list and not (isinstance(value, dict) and step in value):
             return node, depth
+        node = value[step]
     return node, len(path)
 
 

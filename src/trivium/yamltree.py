@@ -24,7 +24,7 @@ BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fals
 INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 SPECIAL_FLOAT = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-ABSURD_NUMBER = re.compile(r"[-+]?[0-9]{101}")
+ABSURD_NUMBER = re.compile(r"\s*[-+]?(0o)?[0-9]{101}|0x[0-9a-fA-F]{101}")
 FORBIDDEN_CHARACTER = re.compile("[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Scalar = str | int | float | bool | None
@@ -63,10 +63,11 @@ class Problem(Exception):
     def __init__(self, place: Place, text: str) -> None:
         super().__init__(f"{place}: {text}")
         self.place = place
+        self.text = text
 
 
 def resolve_scalar(text: str) -> Scalar:
-    """The value of an unquoted word by YAML 1.2's core schema.
+    """The value of an unquoted word by YAML 1.2's core schema; meant for words that are no `ABSURD_NUMBER`.
 
     Source: https://yaml.org/spec/1.2.2/#103-core-schema
     """
@@ -180,8 +181,7 @@ class _Parser:
 
     def scalar(self, event: Any, place: Place) -> Scalar:
         if ABSURD_NUMBER.match(event.value):
-            self.problems.append(Problem(place, "found a number of over 100 digits; no key takes one"))
-            return None
+            raise Problem(place, "found a number of over 100 digits; no key takes one")
         return resolve_scalar(event.value) if event.implicit[0] else event.value
 
     def mapping(self, depth: int) -> dict[str, Node]:

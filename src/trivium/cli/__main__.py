@@ -1,0 +1,5 @@
+"""`python -m trivium.cli`: the command where no script is installed."""
+
+from trivium.cli.main import main
+
+main()
