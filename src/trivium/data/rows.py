@@ -1,0 +1,190 @@
+"""Rows: a piece of a source's bytes becomes documents, and refusals that say why.
+
+Runs in worker processes, so it imports nothing heavy. Where the bytes come from is `blocks.py`'s business, what
+becomes of the texts is `encode.py`'s. Imported by those two and by `inspect.py`.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+UTF8_BOM = b"\xef\xbb\xbf"
+LINE_END = re.compile(rb"\n")
+BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
+LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\r]*\n)*")
+MAX_DETAIL_CHARS = 160
+
+Format = Literal["json", "line", "paragraph", "file"]
+
+
+class Reason(StrEnum):
+    """Why a row is refused; few and short, so that they can be counted."""
+
+    NOT_UTF8 = "not UTF-8"
+    UTF16 = "UTF-16, not UTF-8"
+    NUL = "NUL byte"
+    SURROGATE = "lone surrogate"
+    NOT_JSON = "not JSON"
+    CUT_OFF = "JSON cut off"
+    TWO_VALUES = "more than one value on the line"
+    TOO_DEEP = "JSON nested too deeply"
+    NOT_OBJECT = "not a JSON object"
+    NO_FIELD = "field missing"
+    NULL = "field is null"
+    WRONG_TYPE = "field is not text"
+    EMPTY = "empty"
+    TOO_LONG = "too long"
+
+
+class Piece(NamedTuple):
+    """Whole rows of one file as raw bytes, cut by the reader."""
+
+    file: str
+    """Name for messages: the path below the source."""
+    format: Format
+    first_line: int
+    """Number of the first line (or record), from 1."""
+    data: bytes
+    refusal: Reason | None = None
+    """Set when the reader already knows that no row of this piece can be used."""
+
+
+class Row(NamedTuple):
+    """A document."""
+
+    line: int
+    text: str
+    utf8: bytes
+
+
+class Reject(NamedTuple):
+    """A row that cannot be used."""
+
+    line: int
+    reason: Reason
+    detail: str
+
+
+class RowError(Exception):
+    """A row cannot be used: the reason, and what was found."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail[:MAX_DETAIL_CHARS]
+
+
+def parse_piece(piece: Piece, field: str, max_row_bytes: int) -> Iterator[Row | Reject]:
+    """Yield every row of a piece in order, as a document or as a refusal; blank lines between rows are no rows."""
+    for line, raw in _split(piece):
+        try:
+            if piece.refusal is not None:
+                raise RowError(piece.refusal)
+            if is_too_long(raw, max_row_bytes):
+                raise RowError(Reason.TOO_LONG)
+            text = _decode(raw)
+            text = _json_field(text, field) if piece.format == "json" else _plain_text(text, piece.format)
+            yield Row(line, text, _checked_utf8(text))
+        except RowError as error:
+            yield Reject(line, error.reason, error.detail)
+
+
+def is_too_long(raw: bytes, max_row_bytes: int) -> bool:
+    """Whether a row is over the limit as it lies in the file, blanks around it aside.
+
+    The reader asks the same of the beginning of a row, and refuses it without ever holding the whole.
+    """
+    return len(raw) > max_row_bytes and len(raw.strip()) > max_row_bytes
+
+
+def _split(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number, raw row)."""
+    data, line = piece.data, piece.first_line
+    if line == 1:
+        data = data.removeprefix(UTF8_BOM)
+    if piece.format == "file":
+        yield line, data
+    elif piece.format == "paragraph":
+        yield from _paragraphs(data, line)
+    else:
+        for number, raw in enumerate(data.split(b"\n"), start=line):
+            if raw and not raw.isspace():
+                yield number, raw
+
+
+def _paragraphs(data: bytes, line: int) -> Iterator[tuple[int, bytes]]:
+    start = 0
+    for border in [*BLANK_LINES.finditer(data), None]:
+        stop = border.end() if border else len(data)
+        first = LEADING_BLANK_LINES.match(data, start, stop).end()  # a cut may have left blank lines in front
+        if paragraph := data[first:stop].rstrip():
+            yield line + data.count(b"\n", start, first), paragraph
+        line += data.count(b"\n", start, stop)
+        start = stop
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(Reason.NOT_UTF8, f"byte 0x{raw[error.start]:02x} at {error.start}") from None
+    if "\0" in text:
+        raise RowError(Reason.NUL, f"at character {text.index(chr(0))}")
+    return text
+
+
+def _plain_text(text: str, form: Format) -> str:
+    """Windows line ends are the file's, not the text's."""
+    text = text.replace("\r\n", "\n")
+    return text.rstrip("\r") if form == "line" else text
+
+
+# Whole numbers are read as floats because Python refuses to read one of more than 4,300 digits, and none is ever used.
+JSON_DECODER = json.JSONDecoder(parse_int=float)
+
+
+def _json_field(text: str, field: str) -> str:
+    """The text in one field of one JSON object."""
+    try:
+        value = JSON_DECODER.decode(text)
+    except RecursionError:
+        raise RowError(Reason.TOO_DEEP) from None
+    except json.JSONDecodeError as error:
+        raise _json_error(error, text) from None
+    if not isinstance(value, dict):
+        raise RowError(Reason.NOT_OBJECT, f"found {_json_type(value)}")
+    if field not in value:
+        raise RowError(Reason.NO_FIELD, f"no {field!r}; it has {', '.join(map(repr, list(value)[:8])) or 'no fields'}")
+    content = value[field]
+    if content is None:
+        raise RowError(Reason.NULL, repr(field))
+    if not isinstance(content, str):
+        raise RowError(Reason.WRONG_TYPE, f"{field!r} is {_json_type(content)}")
+    return content
+
+
+def _json_error(error: json.JSONDecodeError, text: str) -> RowError:
+    if error.msg == "Extra data":
+        return RowError(Reason.TWO_VALUES, f"the second begins at column {error.colno}")
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+        return RowError(Reason.CUT_OFF, f"after {len(text)} characters")
+    return RowError(Reason.NOT_JSON, f"{error.msg} at column {error.colno}")
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def _checked_utf8(text: str) -> bytes:
+    """The text's UTF-8, once it is known to be one a model can learn from."""
+    if "\0" in text:
+        raise RowError(Reason.NUL, f"at character {text.index(chr(0))}")
+    if not text or text.isspace():
+        raise RowError(Reason.EMPTY)
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(Reason.SURROGATE, f"U+{ord(text[error.start]):04X} at character {error.start}") from None

@@ -1,0 +1,293 @@
+"""Tokenizers: load and check one, train a small one, encode documents with it.
+
+A trained tokenizer is a plain Hugging Face folder. `DocumentEncoder` is what worker processes hold: it needs the
+`tokenizers` library only, since importing transformers would cost each of them seconds. Chat formats are not its
+business. Everybody above `data` may import this file.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from trivium.errors import ConfigError
+from trivium.files import atomic_write
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+# How Qwen2, 2.5 and 3 split text into words before BPE. Source: the pre_tokenizer entry of Qwen's tokenizer.json.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHARACTER_SPLIT = r"[\s\S]"
+
+CHATML_TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# The library needs about 90 bytes of memory a character while it encodes, so long texts go through it in parts.
+MAX_PART_CHARS = 1 << 19
+
+TokenizerKind = Literal["bpe", "byte", "char"]
+
+
+def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
+    """Load a tokenizer folder or Hub id with transformers, and check what training relies on.
+
+    Raises: ConfigError when there is none, it is not a fast one, it has no end token, or its ids have holes.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    if not folder.exists() and (folder.is_absolute() or str(name).startswith((".", "~"))):
+        raise ConfigError(
+            f"Tokenizer {name}: no such folder. Expected one with tokenizer.json, or a Hub id such as Qwen/Qwen3-0.6B."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.exists() else name), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"Tokenizer {name} cannot be loaded ({_first_line(error)}). Expected a folder with tokenizer.json and "
+            "tokenizer_config.json, or a Hub id that is in the local cache or reachable from here."
+        ) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"Tokenizer {name} has no tokenizer.json. Only fast tokenizers are used; convert it first.")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"Tokenizer {name} has no eos_token, so no document would ever end. Set it in tokenizer_config.json."
+        )
+    ids = sorted(tokenizer.get_vocab().values())
+    if ids != list(range(len(ids))):
+        raise ConfigError(
+            f"Tokenizer {name} has {len(ids)} tokens with ids up to {ids[-1]}. Expected ids from 0 without holes or "
+            "repeats; one of its files does not belong to the others."
+        )
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, folder: Path) -> None:
+    """Train a tokenizer and save it as a Hugging Face folder; the same texts give byte-identical files.
+
+    All kinds start from the 256 bytes, so any text encodes without an unknown token and decodes to itself
+    (`bpe` first normalises to NFC as Qwen does), and end with Qwen's three special tokens.
+    - `bpe`: merges learnt on words cut by Qwen's pattern, `vocab_size` tokens if the texts have that many merges.
+    - `byte`: the bytes alone, always 259 tokens.
+    - `char`: one token a character for the commonest ones, the bytes of UTF-8 for those that found no place.
+
+    Raises: ConfigError when `vocab_size` is below 259 (256 bytes and 3 special tokens).
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(
+            f"Tokenizer vocab_size is {vocab_size}. Expected at least {MIN_VOCAB_SIZE}: the 256 bytes, so that every "
+            f"text can be written, and {len(SPECIAL_TOKENS)} special tokens."
+        )
+    num_ordinary = vocab_size - len(SPECIAL_TOKENS)
+    trained = {"bpe": _train_bpe, "byte": _train_byte, "char": _train_char}[kind](texts, num_ordinary)
+    trained.decoder = decoders.ByteLevel()
+    trained.add_special_tokens(list(SPECIAL_TOKENS))
+    _save(trained, folder)
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _split_then_bytes(QWEN_SPLIT)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _train_byte(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab=_byte_vocab(), merges=[]))
+    tokenizer.pre_tokenizer = _split_then_bytes(QWEN_SPLIT)  # changes no id; short words keep the library fast
+    return tokenizer
+
+
+def _train_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Characters beyond ASCII join the byte vocabulary whole, commonest first; `ignore_merges` then finds them."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    vocab = _byte_vocab()
+    for character, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if len(vocab) == vocab_size:
+            break
+        if not character.isascii():
+            vocab[_byte_level(character)] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = _split_then_bytes(CHARACTER_SPLIT)
+    return tokenizer
+
+
+def _split_then_bytes(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _byte_vocab() -> dict[str, int]:
+    """The 256 bytes under their printable stand-ins, in the order the library itself gives them."""
+    return {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def _byte_level(text: str) -> str:
+    """The printable stand-ins of a text's UTF-8 bytes."""
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    return "".join(piece for piece, _ in pieces)
+
+
+def _save(tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(token)): {"content": token, **flags} for token in SPECIAL_TOKENS
+        },
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    atomic_write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    atomic_write(folder / "chat_template.jinja", CHATML_TEMPLATE)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """All that decides the token ids of a document; small enough to send to a worker process."""
+
+    tokenizer_json: str
+    """The backend tokenizer, with every control token marked special."""
+    end_id: int
+    """Appended to each document: `<|endoftext|>` where the vocabulary has it, else the tokenizer's eos."""
+    vocab_size: int
+    """Number of ids, added tokens included."""
+    control_tokens: tuple[str, ...]
+    """Tokens that steer a model and are therefore plain text inside a document."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of everything above."""
+        return hashlib.sha256(f"{self.end_id}\n{self.tokenizer_json}".encode()).hexdigest()
+
+
+def document_encoding(tokenizer: "PreTrainedTokenizerFast") -> Encoding:
+    """Take from a loaded tokenizer what encodes documents.
+
+    It starts from the loaded object and not from tokenizer.json, because Qwen3-Base keeps four of its tokens only in
+    tokenizer_config.json. Qwen marks tokens such as `<think>` not special, so the library would let plain text forge
+    them; here every added token that is special or written in angle brackets counts as a control token.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["truncation"] = content["padding"] = None
+    for token in content["added_tokens"]:
+        token["special"] = token["special"] or re.fullmatch(r"<.+>", token["content"]) is not None
+    end_id = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
+    return Encoding(
+        tokenizer_json=json.dumps(content, ensure_ascii=False),
+        end_id=int(end_id),
+        vocab_size=len(tokenizer),
+        control_tokens=tuple(token["content"] for token in content["added_tokens"] if token["special"]),
+    )
+
+
+class DocumentEncoder:
+    """Turns texts into token ids, each document ended by `end_id`; control tokens inside a text stay plain text."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        content = json.loads(encoding.tokenizer_json)
+        self._tokenizer = Tokenizer.from_str(encoding.tokenizer_json)
+        self._tokenizer.encode_special_tokens = True
+        self._end_id = encoding.end_id
+        self.dtype = token_dtype(encoding.vocab_size)
+        tokens = sorted(encoding.control_tokens, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        all_plain = all(token["special"] for token in content["added_tokens"])
+        self._cuts_at_lines = all_plain and _splits_after_newlines(content["pre_tokenizer"])
+
+    def has_control_token(self, text: str) -> bool:
+        """Whether a control token is written out in the text."""
+        return self._control.search(text) is not None
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """One array of ids a text, uint16 or int32 by the size of the vocabulary, the end token last."""
+        owned_parts = [(index, part) for index, text in enumerate(texts) for part in self._parts(text)]
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in _groups(owned_parts):
+            encoded = self._tokenizer.encode_batch_fast([part for _, part in group], add_special_tokens=False)
+            for (owner, _), part in zip(group, encoded, strict=True):
+                ids[owner].append(np.array(part.ids, dtype=self.dtype))
+        end = np.array([self._end_id], dtype=self.dtype)
+        return [np.concatenate([*document, end]) for document in ids]
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """Cut a long text before a line that begins with a letter or digit, where no token ever reaches across."""
+        start = 0
+        while self._cuts_at_lines and len(text) - start > MAX_PART_CHARS:
+            cut = text.rfind("\n", start, start + MAX_PART_CHARS) + 1
+            while cut > start and not text[cut].isalnum():
+                cut = text.rfind("\n", start, cut - 1) + 1
+            if cut <= start:
+                later = re.compile(r"\n(?=[^\W_])").search(text, start + MAX_PART_CHARS - 1)
+                if later is None:
+                    break
+                cut = later.end()
+            yield text[start:cut]
+            start = cut
+        yield text[start:]
+
+
+def _groups(parts: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Neighbours of at most `MAX_PART_CHARS` characters together; a longer part stands alone."""
+    group: list[tuple[int, str]] = []
+    num_chars = 0
+    for owner, part in parts:
+        if group and num_chars + len(part) > MAX_PART_CHARS:
+            yield group
+            group, num_chars = [], 0
+        group.append((owner, part))
+        num_chars += len(part)
+    if group:
+        yield group
+
+
+def _splits_after_newlines(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Whether a pre-tokenizer is one of ours or Qwen's, all of which end a word between a newline and a letter."""
+    known = (QWEN_SPLIT, CHARACTER_SPLIT)
+    steps = (pre_tokenizer or {}).get("pretokenizers", [])
+    patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
+    return len(patterns) == 1 and patterns[0] in known
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 below 65,500 ids, else int32. Source: `DType.optimal_dtype` of megatron.core.datasets.indexed_dataset."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
