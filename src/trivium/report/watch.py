@@ -3,6 +3,7 @@
 Used by `trivium train` and the quickstart.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from trivium.engine.runfolder import RunFolder
@@ -12,8 +13,14 @@ from trivium.report.panel import watch
 from trivium.runfile import ResolvedRun
 
 
-def train_with_report(resolved: ResolvedRun) -> RunFolder:
+def train_with_report(
+    resolved: ResolvedRun, before_report: Callable[[RunFolder], None] = lambda folder: None
+) -> RunFolder:
     """Train a run and leave its report, also when it crashes or is stopped.
+
+    Args:
+        resolved: the run.
+        before_report: adds to the folder of a run that ended well what the report should show.
 
     Raises: what `start` raises, after the report was written.
     """
@@ -25,5 +32,6 @@ def train_with_report(resolved: ResolvedRun) -> RunFolder:
             if (path / "metrics.jsonl").is_file():
                 write_report(path)
             raise
+    before_report(folder)
     write_report(path)
     return folder
