@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from trivium.data.rows import BLANK_LINES, LEADING_BLANK_LINES, LINE_END, Format, Piece, Reason, is_too_long
+from trivium.data.rows import BLANK_LINES, LINE_END, Format, Piece, Reason, end_of_blank_lines, is_too_long
 from trivium.errors import BadData, ConfigError
 
 BLOCK_BYTES = 1 << 19
@@ -205,7 +205,7 @@ def _cut_rows(
             yield first_line, buffer[:stop], False, Position(start.file, offset, line)
             buffer = buffer[stop:]
         elif is_too_long(buffer, reading.max_row_bytes):
-            first_line = line + buffer.count(b"\n", 0, cast(re.Match[bytes], LEADING_BLANK_LINES.match(buffer)).end())
+            first_line = line + buffer.count(b"\n", 0, end_of_blank_lines(buffer, 0, len(buffer)))
             buffer, num_bytes, num_lines = _skip_row(stream, border, buffer, block_bytes)
             offset, line = offset + num_bytes, line + num_lines
             yield first_line, b"too long", True, Position(start.file, offset, line)

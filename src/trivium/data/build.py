@@ -139,7 +139,7 @@ class StoreJob:
         _verify(folder, manifest)
         report = json.loads((folder / "report.json").read_text())
         tally = Tally(num_documents=report["kept"], rejected=Counter(report["rejected_by_reason"]))
-        self._require_few_rejects(tally, folder, self.max_reject_share)
+        self._require_few_rejects(tally, folder)
         return BuiltStore(self.corpus.name, folder, manifest, report)
 
     def _build(self, folder: Path, inputs: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ class StoreJob:
             except BadData:
                 shutil.rmtree(partial_folder)
                 raise
-            self._require_few_rejects(partial.tally, partial_folder, self.max_reject_share)
+            self._require_few_rejects(partial.tally, partial_folder)
             if not partial.tally.num_documents:
                 raise BadData(
                     f"{self.corpus.name}: holds no document. Expected at least one row with text; is it the right file?"
@@ -168,26 +168,24 @@ class StoreJob:
             needed_bytes = _disk_bytes(num_bytes, self.encoding) - partial.num_bytes
             require_free_space(self.cache_dir, needed_bytes, f"the token store of {self.corpus.name}")
         blocks = self.corpus.blocks(partial.position, self.block_bytes)
-        tally = partial.tally
+        tally, hopeless_share = partial.tally, max(EARLY_STOP_SHARE, self.max_reject_share)
         with BuildProgress(self.corpus.name, num_bytes) as progress:
             for block in encode_blocks(blocks, self.encoding, self.corpus.reading, workers):
                 partial.append(block)
                 progress.advance(block.num_raw_bytes, tally.num_tokens, tally.num_rejected)
-                if tally.num_rows >= EARLY_STOP_ROWS and tally.reject_share > EARLY_STOP_SHARE:
+                if tally.num_rows >= EARLY_STOP_ROWS and tally.reject_share > hopeless_share:
                     break
             partial.commit()
-        if tally.num_rows >= EARLY_STOP_ROWS:
-            self._require_few_rejects(tally, partial.folder, EARLY_STOP_SHARE)
 
-    def _require_few_rejects(self, tally: Tally, folder: Path, max_share: float) -> None:
+    def _require_few_rejects(self, tally: Tally, folder: Path) -> None:
         """Raises: BadData that names the commonest reasons and where every refused row is listed."""
-        if tally.reject_share <= max_share:
+        if tally.reject_share <= self.max_reject_share:
             return
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in tally.rejected.most_common(3))
         raise BadData(
             f"{self.corpus.name}: {tally.num_rejected:,} of {tally.num_rows:,} rows cannot be used "
-            f"({tally.reject_share:.1%}; at most {max_share:.1%} may): {reasons}. Each is listed with file, line and reason in "
-            f"{folder / REJECTS}. Mend the data, or allow more with max_reject_share."
+            f"({tally.reject_share:.1%}; at most {self.max_reject_share:.1%} may): {reasons}. Each is listed with "
+            f"file, line and reason in {folder / REJECTS}. Mend the data, or allow more with max_reject_share."
         )
 
 
@@ -275,7 +273,7 @@ def train_tokenizer_from_sources(
     for source in sources:
         if source.store is not None:
             raise ConfigError(
-                f"{source.store}: a ready store holds tokens, not text, to train a tokenizer on. Name a tokenizer by its path."
+                f"{source.store}: a store holds tokens, not text, to train a tokenizer on. Name one by its path."
             )
     cache_dir.mkdir(parents=True, exist_ok=True)
     corpora = [open_corpus(source, max_document_mib, cache_dir) for source in sources]

@@ -38,6 +38,9 @@ class Tally:
     num_control_rows: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
 
+    def __post_init__(self) -> None:
+        self.rejected = Counter(self.rejected)  # a plain dict when read back from JSON
+
     @property
     def num_rejected(self) -> int:
         """Rows that became no document."""
@@ -69,7 +72,7 @@ class Partial:
         if (folder / JOURNAL).exists():
             journal = json.loads((folder / JOURNAL).read_text())
             self.position = Position(*journal["position"])
-            self.tally = Tally(**{**journal["tally"], "rejected": Counter(journal["tally"]["rejected"])})
+            self.tally = Tally(**journal["tally"])
             sizes = journal["sizes"]
         self._files = {name: _open_at(folder / name, size) for name, size in sizes.items()}
 

@@ -118,11 +118,17 @@ def _paragraphs(data: bytes, line: int) -> Iterator[tuple[int, bytes]]:
     start = 0
     for border in [*BLANK_LINES.finditer(data), None]:
         stop = border.end() if border else len(data)
-        first = LEADING_BLANK_LINES.match(data, start, stop).end()  # a cut may have left blank lines in front
+        first = end_of_blank_lines(data, start, stop)  # a cut may have left some in front
         if paragraph := data[first:stop].rstrip():
             yield line + data.count(b"\n", start, first), paragraph
         line += data.count(b"\n", start, stop)
         start = stop
+
+
+def end_of_blank_lines(data: bytes, start: int, stop: int) -> int:
+    """Where the first line with something on it begins."""
+    match = LEADING_BLANK_LINES.match(data, start, stop)
+    return match.end() if match else start
 
 
 def _decode(raw: bytes) -> str:
@@ -174,7 +180,7 @@ def _json_error(error: json.JSONDecodeError, text: str) -> RowError:
 
 
 def _json_type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", float: "a number"}
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "true or false", float: "a number"}
     return names.get(type(value), "null")
 
 

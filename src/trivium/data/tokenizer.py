@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -67,7 +67,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
             f"Tokenizer {name} cannot be loaded ({_first_line(error)}). Expected a folder with tokenizer.json and "
             "tokenizer_config.json, or a Hub id that is in the local cache or reachable from here."
         ) from error
-    if not tokenizer.is_fast:
+    if tokenizer is None or not tokenizer.is_fast:
         raise ConfigError(f"Tokenizer {name} has no tokenizer.json. Only fast tokenizers are used; convert it first.")
     if tokenizer.eos_token_id is None:
         raise ConfigError(
@@ -79,7 +79,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
             f"Tokenizer {name} has {len(ids)} tokens with ids up to {ids[-1]}. Expected ids from 0 without holes or "
             "repeats; one of its files does not belong to the others."
         )
-    return tokenizer
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def _first_line(error: BaseException) -> str:
