@@ -7,7 +7,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from malformed import CASES, GOOD, Case
+from tests.malformed import CASES, GOOD, Case
 
 from trivium.config import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError
@@ -250,7 +250,7 @@ def runs(draw: st.DrawFn) -> Run:
 
 
 @given(run=runs())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_dump_loads_back_equal(run: Run, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("dump") / "run.yaml"
     path.write_text(dump_run(run, dict.fromkeys(flatten(run), "any\nwhere # \x07")), encoding="utf-8")
@@ -259,7 +259,7 @@ def test_dump_loads_back_equal(run: Run, tmp_path_factory: pytest.TempPathFactor
 
 
 @given(run=runs(), cuts=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_mutated_file_is_read_or_refused_in_words(
     run: Run, cuts: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ):
@@ -284,7 +284,7 @@ def test_a_mutated_file_is_read_or_refused_in_words(
     | TEXT,
     value=TEXT,
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_override_is_taken_or_refused_in_words(key: str, value: str, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("override") / "run.yaml"
     path.write_text(GOOD)
@@ -306,7 +306,7 @@ PLAIN = st.recursive(
 
 
 @given(value=PLAIN)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_one_line_yaml_is_yaml(value: object):
     text = to_yaml(value)
     assert "\n" not in text
@@ -314,7 +314,7 @@ def test_one_line_yaml_is_yaml(value: object):
 
 
 @given(text=TEXT)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_quoted_text_is_text_to_other_readers(text: str):
     """PyYAML's own loader (YAML 1.1) is the oracle for the quoting of what is not a bare word."""
     if to_yaml(text).startswith('"'):

@@ -1,0 +1,55 @@
+# Builds, runs and tests Trivium in its own .venv. Needs Python >= 3.11 and make, nothing else.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
+
+.PHONY: help install quickstart test test-slow test-gpu lint format bench clean
+
+help:
+	@echo "make quickstart   watch a model learn, from nothing to text (installs what it needs; minutes)"
+	@echo "make install      the command .venv/bin/trivium"
+	@echo "make test         the tests; also test-slow, test-gpu, lint, format, bench, clean"
+
+install: .venv/core.stamp
+
+quickstart: .venv/core.stamp
+	$(BIN)/trivium quickstart
+
+test: .venv/dev.stamp
+	$(BIN)/pytest -q -m "not slow and not gpu"
+
+test-slow: .venv/dev.stamp
+	$(BIN)/pytest -q -m "slow and not gpu"
+
+test-gpu: .venv/dev.stamp
+	$(BIN)/pytest -q -m gpu
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports --no-logo
+
+format: .venv/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/dev.stamp
+	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .import_linter_cache dist
+	find src tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+# The build backend is installed first, from the lock, so that nothing that pip fetches floats.
+.venv/core.stamp: pyproject.toml requirements.lock
+	@echo "Installing Trivium into .venv; this is done once and takes a few minutes."
+	$(PYTHON) -m venv .venv
+	$(INSTALL) hatchling editables
+	$(INSTALL) --no-build-isolation --editable .
+	touch $@
+
+.venv/dev.stamp: .venv/core.stamp
+	$(INSTALL) --no-build-isolation --editable ".[dev]"
+	touch $@
