@@ -266,7 +266,9 @@ MISSING = [
     case("no model", "method: scratch\ndata: a\n", "run.yaml: model is missing; expected text or the keys"),
     case("no data", "method: scratch\nmodel: 1M\n", "run.yaml: data is missing; expected a file"),
     case(
-        "no sources", "method: scratch\nmodel: 1M\ndata: {seq_len: 8}\n", ":3: data.sources is missing; expected a list"
+        "sources absent",
+        "method: scratch\nmodel: 1M\ndata: {seq_len: 8}\n",
+        ":3: data.sources is missing; expected a list",
     ),
     case("half a shape", "method: scratch\nmodel: {shape: {}}\ndata: a\n", ":2: model.shape.hidden_size is missing"),
 ]
@@ -337,6 +339,7 @@ BROKEN_YAML = [
         "name: !!python/object/apply:os.system [ls]",
         ":4: found the tag tag:yaml.org,2002:python/object",
     ),
+    added("line break in a key", '"a\\nb": 1', ":4: a\\U0000000ab is not a known key"),
     added("own tag", "name: !env HOME", ":4: found the tag !env"),
     added("standard tag", "seed: !!int 5", ":4: found the tag tag:yaml.org,2002:int"),
     added("binary", "name: !!binary aGk=", ":4: found the tag"),
@@ -410,6 +413,10 @@ OVERRIDES = [
     given("data.seq_len=1000", "command line: batch.tokens 32768 is not a multiple of data.seq_len 1000"),
     given("seed=" + "9" * 400, "command line: seed", "over 100 digits"),
     given("seed='" + "9" * 400 + "'", "command line: seed", "over 100 digits"),
+    given("data.sources.weight.x=1", "command line: data.sources.weight: data.sources is a list"),
+    given("nam\udcffe=x", "command line: nam\\U0000dcffe is not valid UTF-8 text"),
+    given("a" + ".a" * 5000 + "=1", "is not a known key; no key has over 20 parts"),
+    given("\x1b[31mseed=1", "command line: \\U0000001b[31mseed is not a known key"),
     given("name=\udcff", "command line: name is not valid UTF-8 text"),
     case("two overrides", GOOD, "seed is -1", "log.every_steps is 0", overrides=("seed=-1", "log.every_steps=0")),
 ]

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.malformed import CASES, GOOD, Case
 
+from tests.malformed import CASES, GOOD, Case
 from trivium.config import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError
 from trivium.runfile import differences, dump_run, flatten, load_run, to_yaml
@@ -42,8 +42,8 @@ def test_malformed_is_refused(case: Case, folder: Path):
     assert [path.name for path in folder.iterdir()] == ["run.yaml"]
 
 
-def test_there_are_over_a_hundred_cases():
-    assert len({case.name for case in CASES}) >= 100
+def test_there_are_over_a_hundred_cases_and_no_two_share_a_name():
+    assert len({case.name for case in CASES}) == len(CASES) > 100
 
 
 def test_all_problems_are_listed_in_the_order_of_the_file(folder: Path):

@@ -18,7 +18,17 @@ from pydantic_core import ErrorDetails
 from trivium.config import METHOD_DEFAULTS, Run, with_method_defaults
 from trivium.errors import ConfigError
 from trivium.schema import KeyPath, dotted_name, key_at, keys, suggest
-from trivium.yamltree import ABSURD_NUMBER, Node, Place, Problem, parse_tree, read_file, resolve_scalar
+from trivium.yamltree import (
+    ABSURD_NUMBER,
+    MAX_DEPTH,
+    Node,
+    Place,
+    Problem,
+    parse_tree,
+    printable,
+    read_file,
+    resolve_scalar,
+)
 
 COMMAND_LINE = Place("command line")
 FILE_NAME = Place("file name")
@@ -91,44 +101,44 @@ def _override(tree: Node, override: str) -> Node:
     """Set one `key=value`; unknown keys are set too, and refused by validation like those of the file."""
     dotted, equals, text = override.partition("=")
     if not equals:
-        raise Problem(
-            COMMAND_LINE, f"found {_show(override)}; expected key=value, such as optimizer.learning_rate=1e-3"
-        )
-    path: KeyPath = tuple(
-        int(step) if re.fullmatch(r"[0-9]{1,6}", step) else step for step in dotted.strip().split(".")
-    )
-    new = _override_value(dotted, text)
+        example = "optimizer.learning_rate=1e-3"
+        raise Problem(COMMAND_LINE, f"found {_show(override)}; expected key=value, such as {example}")
+    if re.search("[\ud800-\udfff]", override):
+        raise Problem(COMMAND_LINE, f"{dotted} is not valid UTF-8 text")
+    steps = dotted.strip().split(".")
+    if len(steps) > MAX_DEPTH:
+        raise Problem(COMMAND_LINE, f"{_show(dotted)} is not a known key; no key has over {MAX_DEPTH} parts")
+    path: KeyPath = tuple(int(step) if re.fullmatch("[0-9]{1,6}", step) else step for step in steps)
     node = tree
-    for depth, step in enumerate(path):
-        here, is_last = path[:depth], depth == len(path) - 1
-        if node.value is None:
-            key = key_at(here)
-            node.value = [] if key and key.is_list and isinstance(step, int) else {}
-            node.place = COMMAND_LINE
-        if isinstance(node.value, list):
-            if not isinstance(step, int) or step > len(node.value):
-                last = f"0 to {len(node.value)}"
-                raise Problem(
-                    COMMAND_LINE, f"{dotted}: {dotted_name(here)} is a list; expected an entry's number, {last}"
-                )
-            if step == len(node.value):
-                node.value.append(Node(None, COMMAND_LINE))
-            child = node.value[step]
-        elif isinstance(node.value, dict):
-            child = node.value.setdefault(str(step), Node(None, COMMAND_LINE))
-        else:
-            found = f"{dotted_name(here)} is {_show(node.value)} ({node.place})"
-            raise Problem(COMMAND_LINE, f"{dotted} cannot be set: {found} and has no keys of its own")
-        if is_last:
-            child.value, child.place = new.value, new.place
-        node = child
+    for depth in range(len(path)):
+        node = _child(node, path[: depth + 1])
+    new = _override_value(dotted, text)
+    node.value, node.place = new.value, new.place
     return tree
+
+
+def _child(node: Node, path: KeyPath) -> Node:
+    """The node at the end of `path`, given its parent; made where it is missing."""
+    *above, step = path
+    parent = dotted_name(tuple(above))
+    if node.value is None:
+        key = key_at(tuple(above))
+        node.value, node.place = ([] if key and key.is_list else {}), COMMAND_LINE
+    if isinstance(node.value, dict):
+        return node.value.setdefault(str(step), Node(None, COMMAND_LINE))
+    if not isinstance(node.value, list):
+        found = f"{parent} is {_show(node.value)} ({node.place}) and has no keys of its own"
+        raise Problem(COMMAND_LINE, f"{dotted_name(path)} cannot be set: {found}")
+    if not isinstance(step, int) or step > len(node.value):
+        expected = f"an entry's number, 0 to {len(node.value)}"
+        raise Problem(COMMAND_LINE, f"{dotted_name(path)}: {parent} is a list; expected {expected}")
+    if step == len(node.value):
+        node.value.append(Node(None, COMMAND_LINE))
+    return node.value[step]
 
 
 def _override_value(dotted: str, text: str) -> Node:
     """A list, mapping or quoted text is read as YAML; anything else is one unquoted word, whatever it contains."""
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise Problem(COMMAND_LINE, f"{dotted} is not valid UTF-8 text")
     if text.lstrip()[:1] in ("[", "{", '"', "'"):
         found: list[Problem] = []
         try:
@@ -278,7 +288,7 @@ def quote(text: str, always: bool = True) -> str:
     if is_safe and not always:
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in escaped) + '"'
+    return f'"{printable(escaped)}"'
 
 
 def to_yaml(value: object) -> str:

@@ -57,11 +57,16 @@ class Node:
         return self.value
 
 
+def printable(text: str) -> str:
+    """Text with what would break a line or steer a terminal written as escapes, which double-quoted YAML reads back."""
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in text)
+
+
 class Problem(Exception):
     """One thing that is wrong, as a sentence, and where."""
 
     def __init__(self, place: Place, text: str) -> None:
-        super().__init__(f"{place}: {text}")
+        super().__init__(printable(f"{place}: {text}"))
         self.place = place
         self.text = text
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 from click.testing import CliRunner, Result
-from tests.malformed import CASES, GOOD, MISSING, OUT_OF_RANGE, UNKNOWN_KEYS, WRONG_CHOICES, WRONG_TYPES, Case
 
+from tests.malformed import CASES, GOOD, MISSING, OUT_OF_RANGE, UNKNOWN_KEYS, WRONG_CHOICES, WRONG_TYPES, Case
 from trivium.cli.config import config
 from trivium.cli.main import trivium
 from trivium.config import METHOD_DEFAULTS

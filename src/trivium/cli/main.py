@@ -6,6 +6,7 @@ Data goes to stdout, everything else to stderr. Nothing imports this file.
 
 import difflib
 import importlib
+import shlex
 import shutil
 import sys
 import textwrap
@@ -77,7 +78,7 @@ class VerbGroup(click.Group):
 def describe_fault(error: Exception, arguments: list[str]) -> str:
     """One paragraph on an error that nobody foresaw."""
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    command = " ".join(["trivium", "--debug", *arguments])
+    command = shlex.join(["trivium", "--debug", *arguments])
     return f"stopped by an error that Trivium did not foresee, {what}. To see where it happened, run: {command}"
 
 
