@@ -81,7 +81,7 @@ def finished_run(tmp_path: Path) -> Path:
     texts = {0: " pan" * 20, 120: ", there was a was the the kite. " * 4, 360: STORY[16:120], 600: STORY[16:]}
     write_lines(
         folder / "samples.jsonl",
-        [{"step": step, "prompt": prompt, "text": prompt + text} for step, text in texts.items()],
+        [{"step": step, "prompt": prompt, "text": text} for step, text in texts.items()],
     )
     floor = {"nats_per_token": 0.6, "what": "entropy of the grammar on the held-out stories"}
     (folder / "floor.json").write_text(json.dumps(floor))

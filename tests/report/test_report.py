@@ -130,7 +130,7 @@ def test_hostile_words_stay_words(finished_run: Path) -> None:
     hostile = (
         "</blockquote></style><script>alert('x')</script><img src=//evil onerror=\"go()\"> &lt; {0} %s \x00 \u202e"
     )
-    write_lines(finished_run / "samples.jsonl", [{"step": 3, "prompt": hostile, "text": hostile + hostile}])
+    write_lines(finished_run / "samples.jsonl", [{"step": 3, "prompt": hostile, "text": hostile}])
     (finished_run / "run.yaml").write_text(f"name: x\nmethod: {json.dumps(hostile)}\nmodel: {json.dumps(hostile)}\n")
     (finished_run / "failure.json").write_text(json.dumps({"kind": hostile, "message": hostile, "step": 3}))
     (finished_run / "floor.json").write_text(json.dumps({"nats_per_token": 0.6, "what": hostile}))

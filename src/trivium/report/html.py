@@ -184,7 +184,7 @@ def _samples(record: Record) -> str:
     by_prompt: dict[str, list[str]] = {}
     for line in record.samples:
         prompt, text = str(line.get("prompt", "")), str(line.get("text", ""))
-        words = f"<b>{escape(prompt)}</b>{escape(text.removeprefix(prompt))}"
+        words = f"<b>{escape(prompt)}</b>{escape(text)}"
         by_prompt.setdefault(prompt, []).append(
             f"<figure>\n<figcaption>step {line['step']:,}</figcaption>\n<blockquote>{words}</blockquote>\n</figure>"
         )
