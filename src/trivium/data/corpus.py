@@ -86,7 +86,8 @@ class FileHashes:
     """
 
     def __init__(self, cache_dir: Path) -> None:
-        self._path = cache_dir / "file-hashes.json"
+        self.cache_dir = cache_dir.resolve()
+        self._path = self.cache_dir / "file-hashes.json"
         self._known: dict[str, list[str]] = {}
         if self._path.exists():
             try:
@@ -138,8 +139,10 @@ class FileCorpus:
 
     @classmethod
     def open(cls, root: Path, reading: Reading, hashes: FileHashes) -> "FileCorpus":
-        """List and hash the files below `root`."""
+        """List and hash the files below `root`; a cache that lies among them is no source."""
         files = list_files(root)
+        if root.resolve() in hashes.cache_dir.parents:
+            files = [file for file in files if not file.path.resolve().is_relative_to(hashes.cache_dir)]
         stamps = [stamp(file.path) for file in files]
         return cls(str(root), reading, files, [hashes.sha256(file.path) for file in files], stamps)
 

@@ -1,0 +1,213 @@
+"""Rows and blocks: every kind of bad row has its reason, and where the bytes were cut changes nothing."""
+
+import gzip
+import json
+import os
+import random
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trivium.data.blocks import START, Position, Reading, SourceFile, list_files, read_blocks
+from trivium.data.rows import Piece, Reason, Reject, Row, parse_piece
+from trivium.errors import BadData, ConfigError
+
+MAX_ROW_BYTES = 2000
+
+BAD_JSON_ROWS = [
+    (b"nonsense", Reason.NOT_JSON),
+    (b"{'text': 'a'}", Reason.NOT_JSON),
+    (b'{"text": "a\tb"}', Reason.NOT_JSON),
+    (b"\xef\xbb\xbf" + b'{"text": "a mark in the middle"}', Reason.NOT_JSON),
+    (b'{"text": "a"', Reason.CUT_OFF),
+    (b'{"text": "a', Reason.CUT_OFF),
+    (b'{"text": ', Reason.CUT_OFF),
+    (b'{"text": "a"}{"text": "b"}', Reason.TWO_VALUES),
+    (b'{"text": "a"}, ', Reason.TWO_VALUES),
+    (b"[" * 1500 + b"]" * 400, Reason.TOO_DEEP),
+    (b'["a"]', Reason.NOT_OBJECT),
+    (b'"a"', Reason.NOT_OBJECT),
+    (b"17", Reason.NOT_OBJECT),
+    (b"null", Reason.NOT_OBJECT),
+    (b"{}", Reason.NO_FIELD),
+    (b'{"content": "a", "id": 3}', Reason.NO_FIELD),
+    (b'{"text": null}', Reason.NULL),
+    (b'{"text": 5}', Reason.WRONG_TYPE),
+    (b'{"text": true}', Reason.WRONG_TYPE),
+    (b'{"text": ["a"]}', Reason.WRONG_TYPE),
+    (b'{"text": {"a": "b"}}', Reason.WRONG_TYPE),
+    (b'{"text": ""}', Reason.EMPTY),
+    (b'{"text": " \\n\\t\\u3000"}', Reason.EMPTY),
+    (b'{"text": "\xff"}', Reason.NOT_UTF8),
+    (b'{"text": "\xed\xa0\x80"}', Reason.NOT_UTF8),
+    (b'{"text": "a\\u0000b"}', Reason.NUL),
+    (b'{"text": "a\x00b"}', Reason.NUL),
+    (b'{"text": "\\ud800 alone"}', Reason.SURROGATE),
+    (b'{"text": "\\udc00\\ud83d"}', Reason.SURROGATE),
+    (b'{"text": "' + b"a" * MAX_ROW_BYTES + b'"}', Reason.TOO_LONG),
+]
+
+GOOD_JSON_ROWS = [
+    (b'{"text": "a", "number": ' + b"9" * 1900 + b"}", "a"),
+    (b'{"text": "a", "number": 1e999, "other": NaN, "third": -Infinity}', "a"),
+    (b'{"text": "first", "text": "last"}', "last"),
+    (b'{"text": "\\ud83d\\ude00"}', "\N{GRINNING FACE}"),
+    (b'{"text": "windows"}\r', "windows"),
+    ('{"text": "caf\u00e9\u2028line"}'.encode(), "caf\u00e9\u2028line"),
+]
+
+
+def read(path: Path, documents: str = "file", block_bytes: int = 1 << 19, start: Position = START):
+    reading = Reading("text", documents, MAX_ROW_BYTES)
+    for block in read_blocks(list_files(path), reading, start, block_bytes):
+        for piece in block.pieces:
+            for row in parse_piece(piece, "text", MAX_ROW_BYTES):
+                yield (piece.file, row.line, row.text if isinstance(row, Row) else row.reason)
+
+
+@pytest.mark.parametrize(("raw", "reason"), BAD_JSON_ROWS)
+def test_a_bad_row_says_why_and_its_neighbours_live(raw, reason):
+    data = b'{"text": "before"}\n' + raw + b'\n{"text": "after"}\n'
+    before, bad, after = parse_piece(Piece("f", "json", 1, data), "text", MAX_ROW_BYTES)
+    assert (before.text, after.text, after.line) == ("before", "after", 3)
+    assert isinstance(bad, Reject)
+    assert (bad.line, bad.reason) == (2, reason)
+
+
+@pytest.mark.parametrize(("raw", "text"), GOOD_JSON_ROWS)
+def test_odd_but_good_rows_are_kept(raw, text):
+    (row,) = parse_piece(Piece("f", "json", 1, raw), "text", MAX_ROW_BYTES)
+    assert (row.text, row.utf8) == (text, text.encode())
+
+
+def test_a_missing_field_names_the_fields_that_are_there():
+    (row,) = parse_piece(Piece("f", "json", 1, b'{"content": "a", "id": 3}'), "text", MAX_ROW_BYTES)
+    assert row.detail == "no 'text'; it has 'content', 'id'"
+
+
+def test_mark_at_the_start_blank_lines_and_missing_last_newline(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "b"}')
+    assert list(read(path)) == [("a.jsonl", 1, "a"), ("a.jsonl", 4, "b")]
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-be"])
+def test_utf16_is_named(tmp_path, codec):
+    mark = "" if codec == "utf-16" else "\ufeff"
+    (tmp_path / "a.txt").write_bytes((mark + "two\nlines").encode(codec))
+    assert {row[2] for row in read(tmp_path, "line")} == {Reason.UTF16}
+    assert [row[2] for row in read(tmp_path, "file")] == [Reason.UTF16]
+
+
+def test_plain_text_as_files_paragraphs_and_lines(tmp_path):
+    (tmp_path / "b.txt").write_bytes(b"\r\none\r\ntwo\r\n \t\r\n\r\n  three\n\n\n")
+    (tmp_path / "a.md").write_bytes(b" \n")
+    assert list(read(tmp_path)) == [("a.md", 1, Reason.EMPTY), ("b.txt", 1, "\none\ntwo\n \t\n\n  three\n\n\n")]
+    assert list(read(tmp_path, "paragraph")) == [("b.txt", 2, "one\ntwo"), ("b.txt", 6, "  three")]
+    assert list(read(tmp_path, "line")) == [("b.txt", 2, "one"), ("b.txt", 3, "two"), ("b.txt", 6, "  three")]
+
+
+BYTES_OF_TEXT = st.text(alphabet="ab \n\r\t\u00e9", max_size=60).map(str.encode)
+
+
+@settings(max_examples=150)
+@given(
+    data=BYTES_OF_TEXT,
+    documents=st.sampled_from(["line", "paragraph"]),
+    block_bytes=st.integers(1, 40),
+    long=st.integers(3, 12),
+)
+def test_where_blocks_are_cut_changes_no_row(tmp_path_factory, data, documents, block_bytes, long):
+    path = tmp_path_factory.mktemp("cut") / "a.txt"
+    path.write_bytes(data)
+    reading = Reading("text", documents, long)
+
+    def rows(size: int, start: Position = START):
+        for block in read_blocks([SourceFile(path, "a")], reading, start, size):
+            found = [row for piece in block.pieces for row in parse_piece(piece, "text", long)]
+            yield block.after, [(row.line, row.text if isinstance(row, Row) else row.reason) for row in found]
+
+    whole = [row for _, found in rows(1 << 19) for row in found]
+    blocks = list(rows(block_bytes))
+    assert [row for _, found in blocks for row in found] == whole
+    for index, (after, _) in enumerate(blocks):
+        rest = [row for _, found in rows(block_bytes, after) for row in found]
+        assert rest == [row for _, found in blocks[index + 1 :] for row in found]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.zst", ".parquet"])
+def test_any_container_gives_the_same_rows_from_any_place(tmp_path, suffix):
+    texts = [f"document {number} " + "word " * random.Random(number).randrange(60) for number in range(300)]
+    path = tmp_path / f"a{suffix}"
+    lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"id": [1] * 300, "text": texts}), path, row_group_size=70)
+    elif suffix.endswith(".zst"):
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
+            file.write(lines)
+    else:
+        path.write_bytes(gzip.compress(lines) if suffix.endswith(".gz") else lines)
+    expected = [(path.name, number + 1, text) for number, text in enumerate(texts)]
+    assert list(read(path, block_bytes=1500)) == expected
+    reading = Reading("text", "file", MAX_ROW_BYTES)
+    blocks = list(read_blocks(list_files(path), reading, block_bytes=1500))
+    middle = len(blocks) // 2
+    num_before = sum(
+        len(list(parse_piece(piece, "text", MAX_ROW_BYTES))) for block in blocks[:middle] for piece in block.pieces
+    )
+    assert list(read(path, block_bytes=700, start=blocks[middle - 1].after)) == expected[num_before:]
+
+
+def test_parquet_columns_of_bytes_nulls_and_numbers(tmp_path):
+    table = pyarrow.table({"text": pyarrow.array([b"good", b"\xff\n", None, "\u00e9".encode()]), "n": [1, 2, 3, 4]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = [row[1:] for row in read(tmp_path)]
+    assert found == [(1, "good"), (2, Reason.NOT_UTF8), (3, Reason.NULL), (4, "\u00e9")]
+    numbers = read_blocks(list_files(tmp_path), Reading("n", "file", MAX_ROW_BYTES))
+    rows = [row for block in numbers for piece in block.pieces for row in parse_piece(piece, "n", MAX_ROW_BYTES)]
+    assert {row.reason for row in rows} == {Reason.WRONG_TYPE}
+
+
+def test_folders_are_read_sorted_once_and_without_end(tmp_path):
+    (tmp_path / "b" / "inner").mkdir(parents=True)
+    for name in ("b/inner/2.txt", "b/1.txt", "a.txt", "b/.hidden.txt", "b/image.png"):
+        (tmp_path / name).write_text(name)
+    os.symlink(tmp_path, tmp_path / "b" / "loop")
+    os.symlink(tmp_path / "gone.txt", tmp_path / "dangling.txt")
+    assert [file.name for file in list_files(tmp_path)] == ["a.txt", "b/1.txt", "b/inner/2.txt"]
+
+
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises((BadData, ConfigError)) as caught:
+        list(read(path))
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+def test_sources_that_cannot_be_read_say_so(tmp_path):
+    assert "no such file" in refusal(tmp_path / "nowhere")
+    assert "nothing to read" in refusal(tmp_path)
+    for name, content, expected in [
+        ("a.docx", b"x", "cannot be read"),
+        ("a.gz", b"x", "cannot be read"),
+        ("plain.jsonl.gz", b'{"text": "a"}\n', "Not a gzipped file"),
+        ("cut.jsonl.gz", gzip.compress(os.urandom(5000))[:3000], "EOFError"),
+        ("bent.txt.gz", gzip.compress(b"a" * 500)[:-8] + b"12345678", "cannot be read to its end"),
+        ("plain.txt.zst", b"not zstd at all", "cannot be read to its end"),
+        ("cut.txt.zst", zstd(os.urandom(1500))[:-200], "cannot be read to its end"),
+        ("list.json", b'[{"text": "a"}]', "one JSON list"),
+        ("a.parquet", b"PAR1 and no more", "not a readable Parquet"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        assert expected in refusal(tmp_path / name)
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "b.parquet")
+    assert "no column 'text'; it has body" in refusal(tmp_path / "b.parquet")

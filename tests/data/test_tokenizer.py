@@ -1,0 +1,163 @@
+"""Tokenizers: trained ones load in transformers and lose nothing; documents encode as the library itself encodes."""
+
+import os
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from trivium.data import tokenizer as module
+from trivium.data.tokenizer import (
+    CHATML_TEMPLATE,
+    END_OF_TEXT,
+    QWEN_SPLIT,
+    SPECIAL_TOKENS,
+    DocumentEncoder,
+    document_encoding,
+    load_tokenizer,
+    train_tokenizer,
+)
+from trivium.errors import ConfigError
+
+REAL = Path(os.environ.get("TRIVIUM_TOKENIZERS", Path(__file__).resolve().parents[3] / "shared" / "tokenizers"))
+REAL_NAMES = ("qwen2.5-base", "qwen2.5-instruct", "qwen3-base", "qwen3")
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real Qwen tokenizers are not beside the checkout")
+
+TEXTS = [
+    "The fox said it's the fox's own fault, and they'd all seen 1234 of them.\n\n  Then\tthe rain came.\r\n",
+    "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8 \ud55c\uad6d\uc5b4 \N{GRINNING FACE}",
+] * 20
+ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=80)
+
+
+@pytest.fixture(scope="module", params=["bpe", "byte", "char"])
+def trained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / request.param
+    train_tokenizer(iter(TEXTS), request.param, 300, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real():
+    return {name: load_tokenizer(REAL / name) for name in REAL_NAMES}
+
+
+def test_trained_tokenizer_is_what_hugging_face_expects(trained):
+    loaded = AutoTokenizer.from_pretrained(trained)
+    assert loaded.is_fast
+    assert (loaded.eos_token, loaded.pad_token) == (END_OF_TEXT, END_OF_TEXT)
+    size = len(loaded)
+    assert loaded.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [size - 3, size - 2, size - 1]
+    num_beyond_ascii = sum(not character.isascii() for character in set("".join(TEXTS)))
+    num_beyond_ascii = sum(not character.isascii() for character in set("".join(TEXTS)))
+    assert size == {"bpe": 300, "byte": 259, "char": 259 + num_beyond_ascii}[trained.name]
+    assert loaded.chat_template == CHATML_TEMPLATE
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    assert loaded.apply_chat_template(messages, tokenize=False) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    )
+    prompt = loaded.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_any_text_comes_back(trained):
+    loaded = AutoTokenizer.from_pretrained(trained)
+
+    @settings(max_examples=200)
+    @given(ANY_TEXT)
+    def comes_back(text):
+        ids = loaded(text, split_special_tokens=True).input_ids
+        assert loaded.decode(ids) == (unicodedata.normalize("NFC", text) if trained.name == "bpe" else text)
+
+    comes_back()
+
+
+def test_byte_tokens_are_bytes_and_char_tokens_characters(tmp_path):
+    train_tokenizer(iter(TEXTS), "byte", 1000, tmp_path / "byte")
+    assert len(load_tokenizer(tmp_path / "byte")("\u00e9a\u65e5").input_ids) == 6
+    train_tokenizer(iter(TEXTS), "char", 1000, tmp_path / "char")
+    chars = load_tokenizer(tmp_path / "char")
+    assert len(chars("\u00e9a\u65e5").input_ids) == 3
+    assert len(chars("\u0436").input_ids) == 2  # never seen: its two bytes
+
+
+def test_training_is_deterministic_in_a_process_of_its_own(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from trivium.data.tokenizer import train_tokenizer\n"
+        "for kind in ('bpe', 'char'): train_tokenizer(iter(eval(sys.argv[1])), kind, 400, Path(sys.argv[2]) / kind)\n"
+    ).replace("eval(sys.argv[1])", "sys.argv[1].split('|')")
+    for turn in ("one", "two"):
+        command = [sys.executable, "-c", script, "|".join(TEXTS), str(tmp_path / turn)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "1" if turn == "one" else "2"})
+    for path in (tmp_path / "one").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+
+
+def test_bad_tokenizers_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="at least 259"):
+        train_tokenizer(iter(TEXTS), "bpe", 100, tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
+    train_tokenizer(iter(TEXTS), "byte", 259, tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"eos_token": "<|endoftext|>",', ""))
+    with pytest.raises(ConfigError, match="no eos_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_long_documents_are_encoded_in_parts_with_the_same_ids(trained, monkeypatch):
+    loaded = load_tokenizer(trained)
+    encoder = DocumentEncoder(document_encoding(loaded))
+    lines = st.text(alphabet="ab1 .\n\r\t\u00e9\u0301_", max_size=120)
+
+    @settings(max_examples=150)
+    @given(lines)
+    def same(text):
+        with monkeypatch.context() as patch:
+            whole = encoder.encode([text])[0]
+            patch.setattr(module, "MAX_PART_CHARS", 7)
+            assert np.array_equal(encoder.encode([text, text])[1], whole)
+
+    same()
+
+
+@needs_real
+@pytest.mark.parametrize("name", REAL_NAMES)
+def test_documents_encode_as_transformers_does(real, name):
+    tokenizer = real[name]
+    encoder = DocumentEncoder(document_encoding(tokenizer))
+    texts = [*TEXTS[:2], "The quick brown fox", "x" * 50_000, "\n\n\n", Path(__file__).read_text()]
+    for text, ids in zip(texts, encoder.encode(texts), strict=True):
+        assert ids.dtype == np.int32
+        assert ids.tolist() == [*tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids, 151643]
+
+
+@needs_real
+@pytest.mark.parametrize("name", REAL_NAMES)
+def test_no_text_can_forge_a_control_token(real, name):
+    tokenizer = real[name]
+    encoder = DocumentEncoder(document_encoding(tokenizer))
+    text = "".join(tokenizer.get_added_vocab())
+    (ids,) = encoder.encode([text])
+    assert ids[-1] == 151643 and max(ids[:-1]) < 151643
+    assert tokenizer.decode(ids[:-1]) == text
+    assert encoder.has_control_token("a <|im_end|> b") and not encoder.has_control_token("a < b |> c")
+
+
+@needs_real
+def test_own_pattern_and_parts_are_those_of_qwen(real, monkeypatch):
+    tokenizer = real["qwen3"]
+    assert QWEN_SPLIT in tokenizer.backend_tokenizer.to_str().encode().decode("unicode_escape")
+    encoder = DocumentEncoder(document_encoding(tokenizer))
+    text = Path(__file__).read_text() + "\n\u65e5\u672c\n 1\n\n\nx" * 50
+    whole = encoder.encode([text])[0]
+    monkeypatch.setattr(module, "MAX_PART_CHARS", 30)
+    assert np.array_equal(encoder.encode([text])[0], whole)
