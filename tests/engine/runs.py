@@ -1,0 +1,115 @@
+"""Small real runs, each in a process of its own, for tests that kill, stop and damage them."""
+
+import hashlib
+import json
+import multiprocessing
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from transformers import AutoTokenizer  # noqa: F401  imported here so that the fork server has it before it forks
+
+from trivium.quickstart.grammar import story
+
+WALL_CLOCK = {"time", "train/tokens_per_second", "train/mfu", "train/peak_memory_gib", "train/seconds"}
+
+context = multiprocessing.get_context("forkserver")
+# The server imports torch once and forks, so that a run in a new process starts in milliseconds.
+context.set_forkserver_preload(["tests.engine.runs", "trivium.engine.start", "torch"])
+
+
+def write_corpus(path: Path, num_stories: int = 150) -> Path:
+    rng = Random(5)
+    path.write_text("".join(json.dumps({"text": story(rng).text}) + "\n" for _ in range(num_stories)))
+    return path
+
+
+def run_values(corpus: Path, runs_dir: Path, **values: Any) -> dict[str, Any]:
+    """A run of 24 steps over about 3 epochs' worth of documents, with everything periodic happening often."""
+    return {
+        "method": "scratch",
+        "name": "small",
+        "model": {
+            "shape": {
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 8,
+            }
+        },
+        "tokenizer": {"train": {"kind": "byte", "vocab_size": 259}},
+        "data": {
+            "sources": [str(corpus)],
+            "seq_len": 64,
+            "held_out": 0.05,
+            "workers": 1,
+            "cache_dir": str(corpus.parent / "cache"),
+        },
+        "budget": {"steps": 24},
+        "batch": {"tokens": 512, "micro_tokens": 256},
+        "eval": {"every_steps": 6, "max_tokens": 1024},
+        "checkpoint": {"every_steps": 2},
+        "log": {"every_steps": 3},
+        "device": "cpu",
+        "precision": "fp32",
+        "runs_dir": str(runs_dir),
+        **values,
+    }
+
+
+def train(values: dict[str, Any]) -> None:
+    """Start or go on with a run, here and now."""
+    import torch
+
+    from trivium.config import Run, with_method_defaults
+    from trivium.engine.start import start
+    from trivium.runfile import ResolvedRun
+
+    torch.set_num_threads(1)
+    start(ResolvedRun(Run.model_validate(with_method_defaults(values)), {}), Silent())
+
+
+class Silent:
+    """An observer that shows nothing."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def begin(self, step: int, num_steps: int) -> None:
+        pass
+
+    def step(self, step: int, loss: float) -> None:
+        pass
+
+    def record(self, record: dict[str, Any]) -> None:
+        pass
+
+
+def spawn(values: dict[str, Any]) -> Any:
+    """A run in a real process, which can be killed."""
+    process = context.Process(target=train, args=(values,))
+    process.start()
+    return process
+
+
+def finish(values: dict[str, Any]) -> None:
+    """Run the same command until it ends by itself."""
+    process = spawn(values)
+    process.join()
+    assert process.exitcode == 0, f"exit code {process.exitcode}"
+
+
+def outcome(runs_dir: Path) -> dict[str, Any]:
+    """All that must be the same after any number of kills: weights, moments, result, ledger, metrics but for time."""
+    folder = runs_dir / "small"
+    last = max((folder / "checkpoints").glob("step-*"))
+    files = [last / "model.safetensors", last / "training.safetensors", folder / "model" / "model.safetensors"]
+    hashes = {file.name + file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "hashes": hashes,
+        "ledger": (folder / "ledger.jsonl").read_text(),
+        "metrics": [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in metrics],
+    }

@@ -1,0 +1,183 @@
+"""Kill a run anywhere: it goes on, and ends with the very same bits."""
+
+import shutil
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.engine.runs import finish, outcome, run_values, spawn, train, write_corpus
+from trivium.engine import checkpoint
+from trivium.engine.runfolder import RunFolder
+from trivium.errors import ConfigError, TriviumError
+
+KILLS = 40
+KILLS_INSIDE_A_SAVE = 15
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "stories.jsonl")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    """The outcome of the run that nobody disturbs, and how long it takes."""
+    runs_dir = tmp_path_factory.mktemp("whole")
+    finish(run_values(corpus, runs_dir))
+    shutil.rmtree(runs_dir / "small")
+    start = time.monotonic()
+    finish(run_values(corpus, runs_dir))
+    return outcome(runs_dir), time.monotonic() - start
+
+
+def kill_at_random(values, rng: Random, seconds: float) -> None:
+    process = spawn(values)
+    time.sleep(rng.uniform(0.0, seconds))
+    process.kill()
+    process.join()
+
+
+def kill_inside_a_save(values, rng: Random) -> bool:
+    """Kill when a save has begun, some random moment into it; whether it was cut off there."""
+    checkpoints = Path(values["runs_dir"]) / "small" / "checkpoints"
+    process = spawn(values)
+    num_saves = rng.randrange(1, 8)
+    delay = rng.uniform(0.0, 0.002)
+    while process.is_alive() and not (
+        len(list(checkpoints.glob("step-*"))) >= min(num_saves, 2) and list(checkpoints.glob(".step-*.tmp"))
+    ):
+        pass
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    return bool(list(checkpoints.glob(".step-*.tmp")))
+
+
+def test_forty_kills_end_with_the_same_bits(corpus, uninterrupted, tmp_path):
+    expected, seconds = uninterrupted
+    rng = Random(0)
+    inside = trials = 0
+    while trials < KILLS or inside < KILLS_INSIDE_A_SAVE:
+        runs_dir = tmp_path / str(trials)
+        values = run_values(corpus, runs_dir)
+        if trials % 2:
+            kill_at_random(values, rng, seconds)
+        else:
+            inside += kill_inside_a_save(values, rng)
+        finish(values)
+        assert outcome(runs_dir) == expected, f"trial {trials}"
+        shutil.rmtree(runs_dir)
+        trials += 1
+        assert trials < 3 * KILLS, f"only {inside} of {trials} kills fell inside a save"
+    print(f"{trials} kills, {inside} of them inside a save: all {trials} runs ended with the same bits")
+
+
+def test_one_run_killed_again_and_again(corpus, uninterrupted, tmp_path):
+    expected, seconds = uninterrupted
+    values = run_values(corpus, tmp_path)
+    rng = Random(1)
+    for _ in range(6):
+        kill_at_random(values, rng, seconds)
+    finish(values)
+    assert outcome(tmp_path) == expected
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_75(corpus, uninterrupted, tmp_path):
+    expected, _ = uninterrupted
+    values = run_values(corpus, tmp_path, checkpoint={"every_steps": 1000})
+    folder = RunFolder(tmp_path / "small")
+    process = spawn(values)
+    while len(list(folder.ledger)) < 5:
+        time.sleep(0.001)
+    process.terminate()
+    process.join()
+    # The raw process has no command line to turn Stopped into 75; that is tests/cli/test_train.py.
+    assert process.exitcode == 1
+    stopped_at = checkpoint.steps(folder.checkpoints)[0]
+    assert 5 <= stopped_at < 24
+    assert [record["step"] for record in folder.ledger] == list(range(1, stopped_at + 1))
+    finish(values)
+    found = outcome(tmp_path)
+    assert found["hashes"] == expected["hashes"] and found["ledger"] == expected["ledger"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing"])
+def test_a_damaged_newest_checkpoint_is_found_and_the_one_before_used(corpus, uninterrupted, tmp_path, damage):
+    expected, _ = uninterrupted
+    values = run_values(corpus, tmp_path)
+    process = spawn(values)
+    folder = RunFolder(tmp_path / "small")
+    while len(checkpoint.steps(folder.checkpoints)) < 2:
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    newest, before = checkpoint.steps(folder.checkpoints)[:2]
+    file = checkpoint.step_folder(folder.checkpoints, newest) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    match damage:
+        case "flip":
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+        case "truncate":
+            file.write_bytes(content[:-1])
+        case "missing":
+            file.unlink()
+    notes = []
+
+    from tests.engine import runs
+
+    class Noting(runs.Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    original, runs.Silent = runs.Silent, Noting
+    try:
+        train(values)
+    finally:
+        runs.Silent = original
+    assert any("set aside a damaged checkpoint" in note and f"step-{newest:08d}" in note for note in notes)
+    assert any(f"resumed after step {before}" in note for note in notes)
+    assert outcome(tmp_path) == expected
+
+
+def test_two_runs_never_share_a_folder(corpus, tmp_path):
+    values = run_values(corpus, tmp_path, budget={"steps": 100_000})
+    process = spawn(values)
+    while not list((tmp_path / "small" / "checkpoints").glob("step-*")):
+        time.sleep(0.001)
+    with pytest.raises(TriviumError, match=f"in use by process {process.pid}"):
+        train(values)
+    process.kill()
+    process.join()
+
+
+def test_a_finished_run_says_so_and_changes_nothing(corpus, tmp_path):
+    values = run_values(corpus, tmp_path, budget={"steps": 3})
+    train(values)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "small").rglob("*") if path.name != "lock"}
+    train(values)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "small").rglob("*") if path.name != "lock"}
+    assert {p for p in before if before[p] != after[p]} <= {tmp_path / "small"}
+
+
+def test_a_changed_run_is_refused_with_the_differences(corpus, tmp_path):
+    train(run_values(corpus, tmp_path, budget={"steps": 3}))
+    changed = run_values(corpus, tmp_path, budget={"steps": 4}, seed=9)
+    with pytest.raises(ConfigError, match=r"(?s)budget\.steps.*3.*4.*seed.*0.*9"):
+        train(changed)
+
+
+def test_changed_data_is_refused_on_resume(corpus, tmp_path):
+    own = write_corpus(tmp_path / "own.jsonl")
+    values = run_values(own, tmp_path, budget={"steps": 100_000})
+    process = spawn(values)
+    while not list((tmp_path / "small" / "checkpoints").glob("step-*")):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    lines = own.read_text().splitlines(keepends=True)
+    own.write_text("".join(lines[:-10]))
+    with pytest.raises(ConfigError, match="has changed since step"):
+        train(values)
