@@ -1,0 +1,197 @@
+"""Tokenisation side by side: `trivium data build` and Megatron-LM's tools/preprocess_data.py, and what memory it takes.
+
+Both read the same generated JSONL with the same Hugging Face tokenizer and as many workers, in turns, each as a whole
+command from its start to its end; the tokens of both must be the same, byte for byte. Then Trivium reads a corpus of
+four times the size, to see whether its memory grows. Writes bench/results/tokenise.json.
+
+    python bench/tokenise.py --megatron DIR --tokenizer DIR
+
+DIR is a checkout of https://github.com/NVIDIA/Megatron-LM; what it imports beyond Trivium's dev extra (omegaconf) must
+be on PYTHONPATH.
+"""
+
+import argparse
+import filecmp
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+RESULT = Path(__file__).parent / "results" / "tokenise.json"
+POLL_SECONDS = 0.05
+GROWTH = 4
+SYLLABLES = [
+    "ba", "ce", "di", "fo", "gu", "ha", "je", "ki", "lo", "mu", "na", "pe", "qui", "ro", "su", "ta", "ve",
+    "wi", "xo", "ya", "ze", "str", "and", "ing", "est", "ed", "ly", "er", "tion", "ment",
+]  # fmt: skip
+SCRIPTS = (
+    "абвгдежзиклмнопрстуфхцчшщыэюя",
+    "日本語中文字漢国人大学生年月時分",
+    "αβγδεζηθικλμνξοπρστυφχψω",
+    "가나다라마바사아자차카타파하",
+)
+CODE = "def {0}({1}, {2}):\n    if {1} > {3}:\n        return {0}({1} - 1, {2} + {3})\n    return {2}  # {1}\n\n"
+
+
+def write_corpus(path: Path, num_bytes: int, seed: int) -> None:
+    """Documents of mixed length: Zipf-distributed words, code, numbers and other scripts, one JSON object a line."""
+    generator = random.Random(seed)
+    words = ["".join(generator.choices(SYLLABLES, k=generator.randint(1, 4))) for _ in range(30_000)]
+    weights = [1 / (rank + 3) for rank in range(len(words))]
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < num_bytes:
+            line = json.dumps({"text": make_document(generator, words, weights)}, ensure_ascii=False) + "\n"
+            file.write(line)
+            written += len(line.encode())
+
+
+def make_document(generator: random.Random, words: list[str], weights: list[float]) -> str:
+    """One document of a few sentences to a few pages."""
+    paragraphs = []
+    for _ in range(min(40, 1 + int(generator.paretovariate(1.1)))):
+        kind = generator.random()
+        chosen = generator.choices(words, weights, k=generator.randint(20, 120))
+        if kind < 0.75:
+            chosen[0] = chosen[0].capitalize()
+            paragraphs.append(" ".join(chosen) + f", {generator.randint(0, 99999)}.")
+        elif kind < 0.9:
+            paragraphs.append(CODE.format(*chosen[:3], generator.randint(0, 999)) * 2)
+        else:
+            script = generator.choice(SCRIPTS)
+            paragraphs.append(" ".join("".join(generator.choices(script, k=len(word))) for word in chosen))
+    return "\n\n".join(paragraphs)
+
+
+def measure(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[float, float]:
+    """Run a command; give its wall seconds and the peak of its and its children's resident memory in MiB."""
+    begin = time.perf_counter()
+    with (folder / "output.txt").open("w") as output:
+        process = psutil.Popen(command, cwd=folder, env=os.environ | environment, stdout=output, stderr=output)
+        peak_bytes = 0
+        while process.poll() is None:
+            peak_bytes = max(peak_bytes, resident_bytes(process))
+            time.sleep(POLL_SECONDS)
+    seconds = time.perf_counter() - begin
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, (folder / "output.txt").read_text()[-3000:])
+    return seconds, peak_bytes / 2**20
+
+
+def resident_bytes(process: psutil.Process) -> int:
+    """Resident memory of a process and all below it; pages they share count once for each."""
+    total = 0
+    for one in (process, *process.children(recursive=True)):
+        try:
+            total += one.memory_info().rss
+        except psutil.Error:
+            continue
+    return total
+
+
+def run_trivium(corpus: Path, folder: Path, tokenizer: Path, workers: int) -> tuple[float, float, Path]:
+    """Build a store in an empty cache; give seconds, peak MiB and the file of tokens."""
+    folder.mkdir()
+    options = ["--tokenizer", str(tokenizer), "--workers", str(workers), "--held-out", "0", "--cache-dir", str(folder)]
+    program = "from trivium.cli.main import main; main()"
+    seconds, peak_mib = measure([sys.executable, "-c", program, "data", "build", str(corpus), *options], folder, {})
+    (tokens,) = folder.glob("store-*/tokens.bin")
+    return seconds, peak_mib, tokens
+
+
+def run_megatron(
+    corpus: Path, folder: Path, tokenizer: Path, workers: int, checkout: Path
+) -> tuple[float, float, Path]:
+    """The same with Megatron's tool."""
+    folder.mkdir()
+    options = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--append-eod"]
+    options += ["--workers", str(workers), "--input", str(corpus), "--output-prefix", str(folder / "store")]
+    search = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, str(checkout / "tools" / "preprocess_data.py"), *options]
+    seconds, peak_mib = measure(command, folder, {"PYTHONPATH": search})
+    return seconds, peak_mib, folder / "store_text_document.bin"
+
+
+def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All runs, and the figures drawn from them."""
+    corpus, large = folder / "corpus.jsonl", folder / "large.jsonl"
+    write_corpus(corpus, arguments.mib << 20, seed=0)
+    write_corpus(large, GROWTH * arguments.mib << 20, seed=1)
+    options = (arguments.tokenizer.resolve(), arguments.workers)
+    runs = []
+    for number in range(arguments.runs):
+        ours, our_mib, our_tokens = run_trivium(corpus, folder / f"trivium{number}", *options)
+        theirs, their_mib, their_tokens = run_megatron(
+            corpus, folder / f"megatron{number}", *options, arguments.megatron.resolve()
+        )
+        same = filecmp.cmp(our_tokens, their_tokens, shallow=False)
+        runs.append({"trivium_seconds": ours, "megatron_seconds": theirs, "trivium_peak_mib": our_mib,
+                     "megatron_peak_mib": their_mib, "ratio": theirs / ours, "same_tokens": same})  # fmt: skip
+        print(runs[-1], file=sys.stderr, flush=True)
+    seconds, peak_mib, _ = run_trivium(large, folder / "trivium-large", *options)
+    small_peak_mib = max(run["trivium_peak_mib"] for run in runs)
+    return {
+        "corpus_mib": arguments.mib,
+        "workers": arguments.workers,
+        "runs": runs,
+        "speed_ratio": statistics.median(run["ratio"] for run in runs),
+        "speed_ratio_spread": [min(run["ratio"] for run in runs), max(run["ratio"] for run in runs)],
+        "trivium_mib_per_second": arguments.mib / statistics.median(run["trivium_seconds"] for run in runs),
+        "megatron_mib_per_second": arguments.mib / statistics.median(run["megatron_seconds"] for run in runs),
+        "same_tokens": all(run["same_tokens"] for run in runs),
+        "trivium_peak_mib": small_peak_mib,
+        "megatron_peak_mib": max(run["megatron_peak_mib"] for run in runs),
+        "large": {"corpus_mib": GROWTH * arguments.mib, "seconds": seconds, "trivium_peak_mib": peak_mib,
+                  "memory_ratio_to_small": peak_mib / small_peak_mib},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Parse the flags, run, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--megatron", type=Path, required=True, help="checkout of Megatron-LM")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a real tokenizer folder")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--mib", type=int, default=32, help="size of the corpus")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    load_before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        figures = compare(arguments, Path(folder))
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "load_before": load_before},
+        "versions": {"python": platform.python_version(), "megatron_lm": megatron_version(arguments.megatron),
+                     **{name: version(name) for name in ("trivium", "tokenizers", "transformers", "numpy")}},
+        "tokenizer": arguments.tokenizer.name,
+        **figures,
+    }  # fmt: skip
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def megatron_version(checkout: Path) -> str:
+    """MAJOR.MINOR.PATCH as the checkout says it."""
+    facts: dict[str, str] = {}
+    for line in (checkout / "megatron" / "core" / "package_info.py").read_text().splitlines():
+        name, equals, value = line.partition(" = ")
+        if equals and name in ("MAJOR", "MINOR", "PATCH"):
+            facts[name] = value.strip()
+    return ".".join(facts[name] for name in ("MAJOR", "MINOR", "PATCH"))
+
+
+if __name__ == "__main__":
+    main()
