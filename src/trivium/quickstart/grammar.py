@@ -203,12 +203,12 @@ def floor_nats_per_token(texts: Iterable[str], tokens_per_text: Iterable[int]) -
 
     Why this is the floor. A tokenizer turns each text into one sequence of tokens, so a model's loss summed over
     a story is -ln q(tokens after the first | the first). The first token is the same in every story ("Once" begins
-    them all), hence knowing it helps nobody, and the end of a story is part of its text; for the grammar itself
-    that sum is exactly -ln p(text). By Gibbs' inequality the expectation of -ln q over stories drawn from p is
-    least for q = p. On held-out stories, which say nothing about each other, a model stays below this number only
-    by the luck of the draw, and the grammar's choices, told to nobody, are the only luck there is.
+    them all), so being given it is worth nothing, and where a story ends is part of its text: for the grammar itself
+    the sum is exactly -ln p(text). By Gibbs' inequality no q has a smaller expected -ln q over stories drawn from p
+    than q = p. Stories are drawn one by one, so the training stories say nothing about the choices made in the
+    held-out ones, and a model gets below this number on them only by the luck of the draw.
 
-    Source: Cover and Thomas, Elements of Information Theory, theorems 2.6.3 and 5.4.3.
+    Source: Cover and Thomas, Elements of Information Theory, theorem 2.6.3.
     """
     costs = [score(text) for text in texts]
     return math.fsum(costs) / sum(num_tokens - 1 for num_tokens in tokens_per_text)

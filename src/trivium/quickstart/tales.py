@@ -1,4 +1,4 @@
-"""The words of the quickstart's little stories: plain tables, no code that runs.
+"""The words of the quickstart's little stories: plain tables, and the few helpers that lay them out.
 
 `{slot}` in a phrase stands for another table. A FACT is chosen where it is first written and then stays for the
 whole story (`{hero}`, `{thing}`); a PHRASE is chosen anew each time. `By` makes a table depend on facts already
