@@ -185,8 +185,8 @@ def _skip(stream: BinaryIO, num_bytes: int) -> None:
     if num_bytes and stream.seekable():
         stream.seek(num_bytes)
         return
-    while num_bytes:
-        num_bytes -= len(stream.read(min(num_bytes, BLOCK_BYTES)))
+    while num_bytes and (passed := stream.read(min(num_bytes, BLOCK_BYTES))):
+        num_bytes -= len(passed)
 
 
 def _cut_rows(
