@@ -115,6 +115,9 @@ def test_same_inputs_are_tokenised_once_and_checked_each_time(tmp_path, tokenize
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(BadData, match="not what was built"):
         build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
+    os.truncate(first.path / "manifest.json", 100)
+    with pytest.raises(BadData, match="nothing vouches"):
+        build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
 
 
 def test_other_inputs_are_other_stores(tmp_path, tokenizer):

@@ -135,8 +135,7 @@ class StoreJob:
             "held_out": self.held_out,
         }
         folder = made_once(self.cache_dir / f"store-{content_key(inputs)}", lambda folder: self._build(folder, inputs))
-        manifest = json.loads((folder / "manifest.json").read_text())
-        _verify(folder, manifest)
+        manifest = _verified_manifest(folder)
         report = json.loads((folder / "report.json").read_text())
         tally = Tally(num_documents=report["kept"], rejected=Counter(report["rejected_by_reason"]))
         self._require_few_rejects(tally, folder)
@@ -213,15 +212,24 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _verify(folder: Path, manifest: dict[str, Any]) -> None:
+def _verified_manifest(folder: Path) -> dict[str, Any]:
     """Read every byte of a store against its manifest: a disk that lost or bent some would train on noise, silently."""
-    for name, expected in manifest["sha256"].items():
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        expected_hashes = dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError) as error:
+        raise BadData(
+            f"{folder / 'manifest.json'}: cannot be read ({type(error).__name__}), so nothing vouches for the store. "
+            f"Delete {folder} and run the same command again; look at the disk."
+        ) from None
+    for name, expected in expected_hashes.items():
         found = sha256_file(folder / name) if (folder / name).is_file() else "missing"
         if found != expected:
             raise BadData(
                 f"{folder / name}: its SHA-256 is {found[:12]}, the manifest says {expected[:12]}: it is not what was "
                 f"built. Delete {folder} and run the same command again; look at the disk."
             )
+    return manifest
 
 
 def _ready_store(prefix: Path, encoding: Encoding) -> BuiltStore:
