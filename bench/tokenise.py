@@ -12,6 +12,7 @@ be on PYTHONPATH.
 
 import argparse
 import filecmp
+import itertools
 import json
 import os
 import platform
@@ -48,21 +49,21 @@ def write_corpus(path: Path, num_bytes: int, seed: int) -> None:
     """Documents of mixed length: Zipf-distributed words, code, numbers and other scripts, one JSON object a line."""
     generator = random.Random(seed)
     words = ["".join(generator.choices(SYLLABLES, k=generator.randint(1, 4))) for _ in range(30_000)]
-    weights = [1 / (rank + 3) for rank in range(len(words))]
+    cumulative = list(itertools.accumulate(1 / (rank + 3) for rank in range(len(words))))
     written = 0
     with path.open("w", encoding="utf-8") as file:
         while written < num_bytes:
-            line = json.dumps({"text": make_document(generator, words, weights)}, ensure_ascii=False) + "\n"
+            line = json.dumps({"text": make_document(generator, words, cumulative)}, ensure_ascii=False) + "\n"
             file.write(line)
             written += len(line.encode())
 
 
-def make_document(generator: random.Random, words: list[str], weights: list[float]) -> str:
+def make_document(generator: random.Random, words: list[str], cumulative: list[float]) -> str:
     """One document of a few sentences to a few pages."""
     paragraphs = []
     for _ in range(min(40, 1 + int(generator.paretovariate(1.1)))):
         kind = generator.random()
-        chosen = generator.choices(words, weights, k=generator.randint(20, 120))
+        chosen = generator.choices(words, cum_weights=cumulative, k=generator.randint(20, 120))
         if kind < 0.75:
             chosen[0] = chosen[0].capitalize()
             paragraphs.append(" ".join(chosen) + f", {generator.randint(0, 99999)}.")

@@ -8,6 +8,7 @@ a file. Everybody may import this file; it never imports torch.
 
 import math
 import re
+from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -46,7 +47,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 COUNT_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-COUNT_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMBT]?)", re.IGNORECASE)
+COUNT_PATTERN = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMBT]?)", re.IGNORECASE)
 
 
 def parse_count(value: object) -> object:
@@ -57,7 +58,7 @@ def parse_count(value: object) -> object:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and (match := COUNT_PATTERN.fullmatch(value.strip())):
-        return round(float(match[1]) * COUNT_SUFFIXES[match[2].upper()])
+        return round(Decimal(match[1]) * COUNT_SUFFIXES[match[2].upper()])
     return value
 
 
@@ -112,15 +113,15 @@ class Model(Part):
     name: str | None = None
     """A catalogue name (`trivium model list`), a Hugging Face folder, or a Hub id."""
     params: Count | None = None
-    """A parameter budget such as `25M`; a well-shaped Qwen3 of about that size is found for the tokenizer's vocabulary."""
+    """A parameter budget such as `25M`: a well-shaped Qwen3 of about that size, for the tokenizer's vocabulary."""
     shape: Shape | None = None
     """The network's numbers one by one."""
     vocab_size: Count | None = None
-    """Rows of the embedding table. Default: the tokenizer's size rounded up to a multiple of 64, or what the model has."""
+    """Rows of the embedding table. Default: what the model has, or the tokenizer's size up to a multiple of 64."""
 
     @model_validator(mode="before")
     @classmethod
-    def _from_text(cls, value: object) -> object:
+    def from_shorthand(cls, value: object) -> object:
         if isinstance(value, str):
             return {"params" if COUNT_PATTERN.fullmatch(value.strip()) else "name": value}
         return value
@@ -150,7 +151,7 @@ class Tokenizer(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_text(cls, value: object) -> object:
+    def from_shorthand(cls, value: object) -> object:
         return {"path": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -183,7 +184,7 @@ class Source(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_text(cls, value: object) -> object:
+    def from_shorthand(cls, value: object) -> object:
         return {"path": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -212,7 +213,7 @@ class Data(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_text(cls, value: object) -> object:
+    def from_shorthand(cls, value: object) -> object:
         if isinstance(value, str):
             return {"sources": [value]}
         return {"sources": value} if isinstance(value, list) else value

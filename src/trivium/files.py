@@ -59,8 +59,8 @@ def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise TriviumError(
-            f"Disk full: {what} needs {needed_bytes / 2**20:,.1f} MiB in {folder}, and {free_bytes / 2**20:,.1f} MiB are free. "
-            "Nothing was written or removed. Free some space and run the same command again."
+            f"Disk full: {what} needs {needed_bytes / 2**20:,.1f} MiB in {folder}, and {free_bytes / 2**20:,.1f} MiB "
+            "are free. Nothing was written or removed. Free some space and run the same command again."
         )
 
 
@@ -103,7 +103,9 @@ class FolderLock:
     def __enter__(self) -> "FolderLock":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
 

@@ -83,8 +83,8 @@ def _write_out(node: Node, path: KeyPath) -> Node:
         return Node([_write_out(item, (*path, index)) for index, item in enumerate(node.value)], node.place)
     part = Run if not path else key.part if key else None
     value: Any = node.value
-    if part is not None and not isinstance(value, dict) and hasattr(part, "_from_text"):
-        value = part._from_text(value)
+    if part is not None and not isinstance(value, dict) and hasattr(part, "from_shorthand"):
+        value = part.from_shorthand(value)
     if not isinstance(value, dict):
         return node
     children = {name: _as_node(child, node.place) for name, child in value.items()}

@@ -10,7 +10,9 @@ import click
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", help="Complete this text and end; without it, ask line by line.")
 @click.option("--max-new-tokens", default=200, show_default=True, type=click.IntRange(min=1), help="Where to stop.")
-@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(min=0.0), help="0 takes the likeliest token.")
+@click.option(
+    "--temperature", default=0.8, show_default=True, type=click.FloatRange(min=0.0), help="0 takes the likeliest token."
+)
 @click.option("--seed", type=int, help="Make the choice of tokens repeatable.")
 def chat(model: Path, prompt: str | None, max_new_tokens: int, temperature: float, seed: int | None) -> None:
     """Complete text with MODEL: a run folder, or any Hugging Face folder of a Qwen model.

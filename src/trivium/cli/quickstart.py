@@ -7,7 +7,9 @@ import click
 
 @click.command()
 @click.argument("text_file", required=False, type=click.Path(path_type=Path))
-@click.option("--runs-dir", default="runs", show_default=True, type=click.Path(path_type=Path), help="Where it is made.")
+@click.option(
+    "--runs-dir", default="runs", show_default=True, type=click.Path(path_type=Path), help="Where it is made."
+)
 @click.option("-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the run file.")
 def quickstart(text_file: Path | None, runs_dir: Path, overrides: tuple[str, ...]) -> None:
     """Train a small model from nothing, offline, in a few minutes on two CPU cores.

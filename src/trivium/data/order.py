@@ -71,9 +71,7 @@ class Order:
         per_source = [self._documents(source, epoch) for source in range(len(self.lengths))]
         sources = np.repeat(np.arange(len(per_source), dtype=np.int32), [len(chosen) for chosen in per_source])
         documents = np.concatenate(per_source)
-        lengths = np.concatenate(
-            [lengths[chosen] for lengths, chosen in zip(self.lengths, per_source, strict=True)]
-        )
+        lengths = np.concatenate([lengths[chosen] for lengths, chosen in zip(self.lengths, per_source, strict=True)])
         shuffle = np.random.default_rng([self.seed, 2, epoch]).permutation(len(documents))
         return sources[shuffle], documents[shuffle], np.cumsum(lengths[shuffle])
 

@@ -10,8 +10,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -48,13 +49,13 @@ def tensor_source(name: str, tensor: torch.Tensor) -> TensorSource:
         flat = tensor.detach().reshape(-1)
         for start in range(0, flat.numel(), COPY_ELEMENTS):
             piece = flat[start : start + COPY_ELEMENTS].cpu().contiguous()
-            yield memoryview(piece.view(torch.uint8).numpy())
+            yield piece.view(torch.uint8).numpy().data
 
     num_bytes = tensor.numel() * tensor.element_size()
     return TensorSource(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), num_bytes, read)
 
 
-def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, object]) -> None:
+def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: Mapping[str, object]) -> None:
     """Write a checkpoint so that `folder` is there and whole, or not there at all.
 
     Args:
@@ -90,7 +91,7 @@ def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict
     fsync_directory(folder.parent)
 
 
-def verify(folder: Path) -> dict[str, object]:
+def verify(folder: Path) -> dict[str, Any]:
     """Check every byte against the manifest and return the state.
 
     Raises: Damaged naming the first file that is missing or differs.
@@ -141,9 +142,7 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def load_newest(
-    checkpoints: Path, load: Callable[[Path], dict[str, object]]
-) -> tuple[dict[str, object] | None, list[str]]:
+def load_newest(checkpoints: Path, load: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any] | None, list[str]]:
     """Load the newest checkpoint that verifies; set aside the newer ones, which did not.
 
     Returns: the state that was loaded, None where there is no checkpoint; and what was wrong with each one set aside,

@@ -6,8 +6,9 @@ means. Tests and benches drive these verbs directly.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,11 +93,11 @@ class Engine:
                 num_supervised += batch.num_supervised
         return total / max(1, num_supervised), num_supervised
 
-    def save(self, folder: Path, state: dict[str, object]) -> None:
+    def save(self, folder: Path, state: Mapping[str, object]) -> None:
         """Write weights, moments, random state and `state` as one checkpoint, crash-safe; see `checkpoint`."""
         checkpoint.write(folder, self._tensors(), state)
 
-    def load(self, folder: Path) -> dict[str, object]:
+    def load(self, folder: Path) -> dict[str, Any]:
         """Take weights, moments and random state from a checkpoint that verifies; return its `state`.
 
         Raises: checkpoint.Damaged when a byte differs from what was written.

@@ -153,7 +153,8 @@ def resume(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observ
         sample(job, engine, folder, fresh, observer)
         return fresh
     fields: dict[str, Any] = {key: state[key] for key in asdict(fresh)}
-    progress = Progress(**{**fields, "interval": Interval(**fields["interval"])})
+    fields["interval"] = Interval(**fields["interval"])
+    progress = Progress(**fields)
     if progress.order != fresh.order:
         raise ConfigError(
             f"The data of {folder.path} has changed since step {progress.step:,}: its documents are not those the run "
@@ -161,7 +162,9 @@ def resume(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observ
         )
     engine.model.compute_dtype = getattr(torch, progress.compute_dtype)
     folder.cut_after(progress.step)
-    observer.note(f"resumed after step {progress.step:,} from {checkpoint.step_folder(folder.checkpoints, progress.step)}")
+    observer.note(
+        f"resumed after step {progress.step:,} from {checkpoint.step_folder(folder.checkpoints, progress.step)}"
+    )
     return progress
 
 
@@ -200,10 +203,12 @@ def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite) -> 
         }
         for source, document, start, stop in spans
     ]
-    shown = "; ".join(f"document {d['document']} of source {d['source']}: {d['text']!r}" for d in documents[:SHOWN_DOCUMENTS])
+    shown = "; ".join(
+        f"document {d['document']} of source {d['source']}: {d['text']!r}" for d in documents[:SHOWN_DOCUMENTS]
+    )
     message = (
         f"Stopped before the update of step {step:,}: {error}. The weights are those of the step before. It came from "
-        f"{len(documents)} pieces of documents, the first being {shown}. All are listed in {folder.path / 'failure.json'}. "
+        f"{len(documents)} pieces of documents, all listed in {folder.path / 'failure.json'}, the first being {shown}. "
         "Look at those documents; if they are sound, lower optimizer.learning_rate or set precision: fp32."
     )
     folder.write("failure.json", {"kind": "not finite", "step": step, "message": message, "documents": documents})
@@ -265,9 +270,7 @@ def save(engine: Engine, folder: RunFolder, progress: Progress, keep: int) -> No
 
 def finish(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -> None:
     """Write the result as a Hugging Face folder, and last of all that the run is finished."""
-    hf.save_folder(
-        engine.model, folder.model, tokenizer_folder=job.tokenizer_folder, dtype=engine.model.compute_dtype
-    )
+    hf.save_folder(engine.model, folder.model, tokenizer_folder=job.tokenizer_folder, dtype=engine.model.compute_dtype)
     folder.write(
         "finished.json",
         {

@@ -5,6 +5,8 @@ both gradients need only e / s, and 1 / s is applied to the small side of the pr
 in slices that fit the cache. Used by the engine alone.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -39,7 +41,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         hidden_MD: torch.Tensor,
         weight_VD: torch.Tensor,
         labels_M: torch.Tensor,
@@ -69,8 +71,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_loss: torch.Tensor
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, grad_loss: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:

@@ -84,7 +84,7 @@ class RunFolder:
         """
         if not (path / "run.yaml").is_file():
             raise TriviumError(
-                f"{path} is no run folder: it has no run.yaml. Name the folder that `trivium train` made, such as runs/NAME."
+                f"{path} is no run folder: it has no run.yaml. Name the folder that `trivium train` made: runs/NAME."
             )
         return cls(path)
 

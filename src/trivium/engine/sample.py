@@ -6,16 +6,15 @@ Consumes no random numbers of the run: samples have a generator of their own. Us
 from typing import Any
 
 import torch
-from torch import nn
 
 from trivium.model.qwen import Qwen
 
 
-def as_transformers(model: Qwen) -> nn.Module:
+def as_transformers(model: Qwen) -> Any:
     """A transformers model whose parameters are the given model's tensors; nothing is copied."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = model.shape.to_hf_config()
+    values: dict[str, Any] = model.shape.to_hf_config()
     config = AutoConfig.for_model(**values)
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -26,9 +25,7 @@ def as_transformers(model: Qwen) -> nn.Module:
     return twin.eval()
 
 
-def complete(
-    model: Qwen, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int
-) -> str:
+def complete(model: Qwen, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
     """What the model writes after a prompt, without the prompt; ends at the end-of-text token.
 
     Args:

@@ -150,7 +150,7 @@ def find_shape(run: Run) -> tuple[QwenShape | None, Path | None]:
 def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], None]) -> Path:
     """The tokenizer's folder: the one named, the model's own, or one trained on the data."""
     if run.tokenizer is not None and run.tokenizer.path is not None:
-        return hf.find_folder(run.tokenizer.path, tokenizer_only=True)
+        return hf.find_folder(run.tokenizer.path)
     if run.tokenizer is None and run.model.name is not None:
         folder = model_folder or Path(run.model.name)
         if (folder / "tokenizer.json").is_file():
@@ -184,7 +184,8 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_f
     if vocab_size < num_tokens:
         raise ConfigError(
             f"The tokenizer in {tokenizer_folder} has {num_tokens:,} tokens and the model's table {vocab_size:,} rows; "
-            "a token without a row cannot be read. Set model.vocab_size to at least the former, or take the model's own tokenizer."
+            "a token without a row cannot be read. Set model.vocab_size to at least the former, or take the model's "
+            "own tokenizer."
         )
     if shape is None:
         assert run.model.params is not None
@@ -252,7 +253,12 @@ def provenance(job: Job, machine: Machine) -> dict[str, Any]:
         "model": {**asdict(job.shape), "num_params": job.shape.num_params},
         "tokenizer_sha256": sha256_file(job.tokenizer_folder / "tokenizer.json"),
         "data": [
-            {**source_name(source), "fingerprint": store.fingerprint, "num_tokens": store.num_tokens, "token_share": share}
+            {
+                **source_name(source),
+                "fingerprint": store.fingerprint,
+                "num_tokens": store.num_tokens,
+                "token_share": share,
+            }
             for source, store, share in zip(
                 job.run.data.sources, job.stores, job.rows.order.token_shares(epoch=0), strict=True
             )
@@ -276,5 +282,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
-
-

@@ -13,7 +13,7 @@ from trivium.engine.device import probe
 from trivium.engine.loop import Observer
 from trivium.engine.runfolder import RunFolder, now
 from trivium.engine.setup import build_engine, prepare, provenance, require_supported
-from trivium.errors import ConfigError, Stopped, TriviumError
+from trivium.errors import ConfigError, Stopped
 from trivium.files import atomic_write
 from trivium.runfile import ResolvedRun, differences, dump_run, load_run
 

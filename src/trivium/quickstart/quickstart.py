@@ -34,12 +34,11 @@ def quickstart(text_file: Path | None, runs_dir: Path, overrides: tuple[str, ...
     runs_dir.mkdir(parents=True, exist_ok=True)
     source = text_file or runs_dir / "stories.jsonl"
     name = "quickstart" if text_file is None else f"quickstart-{text_file.stem}"
-    documents = ", documents: paragraph" if source.suffix in (".txt", ".md") else ""
+    settings = [f"name={name}", f"runs_dir={runs_dir}", f"data.sources.0.path={source}"]
+    if source.suffix in (".txt", ".md"):
+        settings.append("data.sources.0.documents=paragraph")
     with as_file(files("trivium.quickstart") / "run.yaml") as run_file:
-        resolved = load_run(
-            run_file,
-            (f"data.sources=[{{path: {str(source)!r}{documents}}}]", f"runs_dir={runs_dir}", f"name={name}", *overrides),
-        )
+        resolved = load_run(run_file, (*settings, *overrides))
     if text_file is not None:
         return train_with_report(resolved)
     write_corpus(source, NUM_STORIES, CORPUS_SEED)
@@ -78,7 +77,8 @@ def summary(folder: RunFolder) -> str:
         lines.append(f"Held-out loss: {losses[0]:.4f} nats a token before training, {losses[-1]:.4f} after.")
     if losses and floor:
         best = floor["nats_per_token"]
-        lines.append(f"The best possible is {best:.4f}, {floor['what']}: the model is {losses[-1] / best - 1:.1%} above it.")
+        above = losses[-1] / best - 1
+        lines.append(f"The best possible is {best:.4f}, {floor['what']}: the model is {above:.1%} above it.")
     lines.append(f"Model: {folder.model}\nReport: {folder.path / 'report.html'}")
     lines.append(f"Go on with: trivium chat {folder.path}    trivium verify {folder.path}")
     return "\n".join(lines)

@@ -40,10 +40,10 @@ def by_one(fact: str, options: dict[str, list[str]]) -> By:
 
 
 # Hero and friend have names and kinds of their own, so that a reader never confuses them.
-GIRLS = words("Lily Mia Anna Lucy Rosie Nora Ella Daisy Ruby Clara")
-BOYS = words("Tom Ben Max Sam Jack Leo Oscar Theo Hugo Peter")
-FRIENDLY_GIRLS = words("Poppy Bella Hazel Tilly Pearl Fern Olive Juniper")
-FRIENDLY_BOYS = words("Bruno Pip Biscuit Rufus Otto Moss Gus Barnaby")
+GIRLS = words("Lily Mia Anna Lucy Rosie Nora Daisy Clara")
+BOYS = words("Tom Ben Max Sam Jack Leo Oscar Peter")
+FRIENDLY_GIRLS = words("Poppy Bella Hazel Tilly Pearl Juniper")
+FRIENDLY_BOYS = words("Bruno Pip Biscuit Rufus Otto Barnaby")
 KINDS = words("girl boy rabbit bear fox mouse cat squirrel pig goat beaver pony")
 FRIENDLY_KINDS = words("duck frog hedgehog mole turtle badger crow donkey goose hare lizard raccoon")
 
@@ -191,13 +191,6 @@ FACTS: dict[str, Table] = {
     "pal_kind": FRIENDLY_KINDS,
     "pal_he": by_name("pal", "she", "he"),
     "pal_his": by_name("pal", "her", "his"),
-    "food": words(
-        "cake soup apples honey bread cheese berries pancakes cookies pears jam nuts plums carrots pie corn "
-        "dumplings grapes lemonade mushrooms noodles pudding rice waffles"
-    ),
-    "colour": words(
-        "red blue green yellow white pink black purple brown golden silver grey crimson turquoise scarlet violet"
-    ),
     "thing": mixed(*THINGS.values()),
     "place": mixed(*PLACES.values()),
     "problem": By(
@@ -250,7 +243,7 @@ PHRASES: dict[str, Table] = {
         "{He} loved {food} and {pastime}.",
         "{Hero} liked {pastime} and {food}.",
         "Every {time}, {he} ate {food} and dreamed of {pastime}.",
-        "{Food} and {pastime} made {him} happy.",
+        "Nothing made {hero} as happy as {food} and {pastime}.",
         "{His} {relative} taught {him} {pastime} and made {him} {food}.",
     ],
     "pastime": words(
@@ -271,7 +264,7 @@ PHRASES: dict[str, Table] = {
     "time": words("morning day afternoon evening night"),
     "outing": [
         "One {weather} {time}, {hero} took the {thing} to the {scene} {place}.",
-        "On a {weather} {time}, {he} went to the {scene} {place} with the {colour} {thing}.",
+        "On a {weather} {time}, {he} went to the {scene} {place} with the {thing}.",
         "Then came a {weather} {time}, and {hero} carried the {thing} to a {look} {place}.",
     ],
     "scene": words(
@@ -300,7 +293,7 @@ PHRASES: dict[str, Table] = {
     "warning": [
         '"Be careful with that {thing}," said {pal} {softly}.',
         '"Watch out, {hero}!" {pal} called {softly}.',
-        '"Slow down, or you will lose your {thing}," the {pal_kind} warned {softly}.',
+        '"Slow down, or you will lose your {thing}," {pal} warned {softly}.',
         '"This {place} can be dangerous," {pal} said in a {mood} voice.',
     ],
     "sight": [
@@ -313,7 +306,7 @@ PHRASES: dict[str, Table] = {
         "a {look} snail",
         "some {mood} bees",
     ],
-    "conduct": ["But {hero} {fault}", "{Hero} {fault}", "But the {trait} {kind} {fault}"],
+    "conduct": ["But {hero} {fault}", "{Hero} {fault}", "But {hero} was {trait} and {fault}"],
     "fault": by_one("trait", {trait: faults for trait, (faults, _) in (CARELESS | SELFISH).items()}),
     "loss": ["Then {problem}.", "Suddenly {problem}!", "Bump! {Problem}.", "While {pal} was {doing}, {problem}."],
     "quarrel": [
@@ -324,19 +317,26 @@ PHRASES: dict[str, Table] = {
     "sorrow": [
         "{Hero} felt {feeling} and a little {feeling_too}.",
         "{Hero} sat down on a {look} {seat} and cried.",
-        '"Oh no, my {colour} {thing}!" {he} cried.',
-        "{He} was so {feeling} that {he} forgot all about {food}.",
+        '"Oh no, my {thing}!" {he} cried in a {mood} voice.',
+        "{He} was so {feeling} that {he} did not even want {food}.",
         "Now {hero} was {feeling}, and {pal} looked {feeling_too}.",
     ],
     "feeling": words(
         "sad sorry ashamed upset afraid worried lonely angry hopeless tired miserable gloomy shaken confused"
     ),
     "feeling_too": words("cold small guilty silly alone helpless empty weak hurt pale sick shocked lost foolish"),
+    "food": words(
+        "cake soup apples honey bread cheese berries pancakes cookies pears jam nuts plums carrots pie corn "
+        "dumplings grapes lemonade mushrooms noodles pudding rice waffles"
+    ),
+    "colour": words(
+        "red blue green yellow white pink black purple brown golden silver grey crimson turquoise scarlet violet"
+    ),
     "seat": words("stone log bench stump step box chair rug branch doorstep"),
     "help": [
         '"Do not worry," said {pal} {softly}. "We can use {remedy}." {manner} they {rescue}.',
         "But {pal} had {remedy}. {manner} the two of them {rescue}.",
-        '"{exclaim}" said the {mood} {pal_kind}, and fetched {remedy}. {manner} they {rescue}.',
+        '"{exclaim}" said {pal} {softly}, and fetched {remedy}. {manner} they {rescue}.',
         "{Pal} ran home and came back with {remedy}. {manner} {pal_he} {rescue}.",
     ],
     "softly": words(
@@ -359,10 +359,10 @@ PHRASES: dict[str, Table] = {
     "rescue": by_one("problem", {problem: [*ends] for ends, cases in REPAIRS.items() for problem in cases}),
     "thanks": [
         '"Thank you, {pal}," said {hero} {softly}. "I am sorry."',
-        "{Hero} hugged the {pal_kind} and gave {pal} some {food} and a {look} {gift}.",
+        "{Hero} hugged {pal} and brought some {food} and a {look} {gift}.",
         '"I was so {trait}," {hero} said. {Pal} smiled {softly}.',
         "{Hero} gave {pal} a {look} {gift} to say thank you.",
-        "They shared the {food} and were friends again.",
+        "They shared some {food} and were friends again.",
     ],
     "gift": words(
         "shell button flower feather pebble picture song letter kiss coin poem ring spoon pencil mirror necklace"
@@ -381,7 +381,7 @@ PHRASES: dict[str, Table] = {
     "comfort": [
         "{Hero} {virtue}, smiling {softly}.",
         '{Hero} {virtue}. "{exclaim}" {he} said {softly}.',
-        'The {trait} {kind} {virtue}. "Do not be {feeling}," {he} said.',
+        '{Hero} was {trait} and {virtue}. "Do not be {feeling}," {he} said.',
     ],
     "virtue": by_one("trait", {trait: virtues for trait, (virtues, _) in KIND.items()}),
     "deed": [
@@ -394,7 +394,7 @@ PHRASES: dict[str, Table] = {
         "{Pal} was so happy that {pal_he} gave {hero} some {food} and a {look} {gift}.",
         '"Thank you, {hero}!" said {pal} {softly}, and gave {him} a {look} {gift}.',
         "They played with the {thing} until {time} and ate {food}.",
-        "The {pal_kind} danced with the {colour} {thing} and sang a {look} song.",
+        "{Pal} danced with the {thing} and sang a {look} song.",
     ],
     "end": [
         "{Hero} learned that {moral}.",

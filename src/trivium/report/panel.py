@@ -4,6 +4,7 @@
 """
 
 import time
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -35,7 +36,7 @@ def curve(values: list[float], columns: int = CURVE_COLUMNS, rows: int = CURVE_R
         return []
     columns = min(columns, len(values))
     edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     eighths = [1 + round((mean - low) / ((high - low) or 1.0) * (8 * rows - 1)) for mean in means]
     lines = []

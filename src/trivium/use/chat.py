@@ -32,7 +32,7 @@ class Completer:
                 f"{path} holds no model: neither {path / 'model'} nor the folder itself has a config.json. Name the "
                 "folder of a finished run, or of a Hugging Face model."
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder)
         self.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
         if seed is not None:
@@ -53,7 +53,9 @@ class Completer:
         left = Left()
         inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+        choice = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+        )
         arguments = {
             **inputs,
             **choice,

@@ -56,9 +56,9 @@ def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], 
         num_tokens += sum(batch.num_tokens for batch in batches)
         if (record["digest"], record["num_tokens"]) != (digest, num_tokens):
             raise TriviumError(
-                f"Step {step:,} of {path} did not read what its plan says: the ledger has {record['digest'][:12]} after "
-                f"{record['num_tokens']:,} tokens, the data gives {digest[:12]} after {num_tokens:,}. Either the records or "
-                "the data changed since."
+                f"Step {step:,} of {path} did not read what its plan says: the ledger has {record['digest'][:12]} "
+                f"after {record['num_tokens']:,} tokens, the data gives {digest[:12]} after {num_tokens:,}. Either the "
+                "records or the data changed since."
             )
         every(step, len(records))
     finished = folder.read("finished.json")
