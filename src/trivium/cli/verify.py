@@ -34,6 +34,6 @@ def verify(run: Path, as_json: bool) -> None:
         return
     state = "finished" if proof.is_finished else "unfinished"
     click.echo(
-        f"Proven: the {proof.num_steps:,} steps of this {state} run read {proof.num_tokens:,} tokens, those of its plan "
-        f"in its order, none skipped, none repeated. {len(proof.checkpoints)} checkpoints hold what was written."
+        f"Proven: the {proof.num_steps:,} steps of this {state} run read {proof.num_tokens:,} tokens, those of its "
+        f"plan in its order, none skipped, none repeated. {len(proof.checkpoints)} checkpoints hold what was written."
     )

@@ -1,0 +1,146 @@
+"""The command line as a user has it: train, stop, go on, verify, chat, in real processes with real files."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.engine.runs import write_corpus
+from trivium.engine.runfolder import RunFolder
+
+RUN_FILE = """
+method: scratch
+model:
+  shape: {hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
+tokenizer:
+  train: {kind: byte, vocab_size: 259}
+data:
+  sources: [stories.jsonl]
+  seq_len: 64
+  held_out: 0.05
+batch: {tokens: 256}
+eval: {max_tokens: 512}
+sample: {prompts: [Once], max_new_tokens: 8}
+"""
+
+
+def trivium(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trivium.cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a run file, its data, and a finished run of it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    write_corpus(folder / "stories.jsonl", 60)
+    (folder / "small.yaml").write_text(RUN_FILE)
+    done = trivium(folder, "train", "small.yaml", "budget.steps=12")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "runs/small/model\n"
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_says(workplace):
+    run = workplace / "runs" / "small"
+    expected = {"run.yaml", "provenance.json", "metrics.jsonl", "ledger.jsonl", "samples.jsonl", "report.html", "model"}
+    assert expected <= {path.name for path in run.iterdir()}
+    steps = [record["step"] for record in RunFolder(run).metrics if "eval/loss" in record]
+    assert steps[0] == 0 and steps[-1] == 12
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["versions"]["torch"] and provenance["data"][0]["fingerprint"] and provenance["num_steps"] == 12
+    assert "<html" in (run / "report.html").read_text()
+
+
+def test_stock_transformers_loads_the_result_and_generates(workplace):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = workplace / "runs" / "small" / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    output = model.generate(
+        **tokenizer("Once upon", return_tensors="pt", return_token_type_ids=False), max_new_tokens=5
+    )
+    assert 9 < output.shape[1] <= 14
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_finished_run_says_so_and_exits_0(workplace):
+    again = trivium(workplace, "train", "small.yaml", "budget.steps=12")
+    assert again.returncode == 0 and "is finished" in again.stderr and again.stdout == "runs/small/model\n"
+
+
+def test_another_setting_is_refused_with_its_name(workplace):
+    other = trivium(workplace, "train", "small.yaml", "budget.steps=13")
+    assert other.returncode == 2 and "budget.steps" in other.stderr and "12" in other.stderr and "13" in other.stderr
+
+
+def test_verify_proves_the_run_and_finds_what_was_changed(workplace, tmp_path):
+    proof = trivium(workplace, "verify", "runs/small", "--json")
+    assert proof.returncode == 0, proof.stderr
+    assert json.loads(proof.stdout)["num_steps"] == 12 and json.loads(proof.stdout)["is_finished"]
+    ledger = workplace / "runs" / "small" / "ledger.jsonl"
+    whole = ledger.read_text()
+    lines = whole.splitlines(keepends=True)
+    try:
+        for changed in (
+            [*lines[:5], *lines[6:]],  # a step skipped
+            [*lines[:5], lines[4], *lines[5:]],  # a step repeated
+            [*lines[:3], lines[4].replace('"step": 5', '"step": 4'), *lines[4:]],  # other tokens
+            lines[:-1],  # the end missing
+        ):
+            ledger.write_text("".join(changed))
+            assert trivium(workplace, "verify", "runs/small").returncode == 1
+    finally:
+        ledger.write_text(whole)
+
+
+def test_chat_completes_a_prompt_from_the_command_line(workplace):
+    spoken = trivium(workplace, "chat", "runs/small", "-p", "Once upon", "--max-new-tokens", "6", "--seed", "1")
+    assert spoken.returncode == 0, spoken.stderr
+    assert spoken.stdout.startswith("Once upon") and len(spoken.stdout) > len("Once upon\n")
+    nothing = trivium(workplace, "chat", "no-such-folder", "-p", "x")
+    assert nothing.returncode == 2 and "holds no model" in nothing.stderr
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_exits_75(workplace, stop):
+    name = f"stopped-{stop.name}"
+    command = [sys.executable, "-m", "trivium.cli", "train", "small.yaml", "budget.steps=4000", f"name={name}"]
+    process = subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = RunFolder(workplace / "runs" / name)
+    while process.poll() is None and len(list(folder.ledger)) < 3:
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, errors = process.communicate()
+    assert process.returncode == 75, errors
+    assert stop.name in errors and "the same command goes on" in errors
+    assert list(folder.checkpoints.glob("step-*")) and (folder.path / "report.html").is_file()
+    proof = trivium(workplace, "verify", f"runs/{name}")
+    assert proof.returncode == 0 and "unfinished" in proof.stdout
+
+
+def test_the_other_methods_say_that_they_are_not_there_yet(workplace, tmp_path):
+    write_corpus(tmp_path / "stories.jsonl", 5)
+    (tmp_path / "tune.yaml").write_text("method: lora\nmodel: Qwen/Qwen3-0.6B\ndata: stories.jsonl\n")
+    refused = trivium(tmp_path, "train", "tune.yaml")
+    assert refused.returncode == 2 and "cannot train yet" in refused.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_continue_goes_on_from_a_finished_model(workplace):
+    before = [
+        record["eval/loss"] for record in RunFolder(workplace / "runs" / "small").metrics if "eval/loss" in record
+    ]
+    (workplace / "more.yaml").write_text(
+        "method: continue\nmodel: runs/small/model\ndata: {sources: [stories.jsonl], seq_len: 64, held_out: 0.05}\n"
+        "batch: {tokens: 256}\neval: {max_tokens: 512}\nbudget: {steps: 4}\n"
+    )
+    done = trivium(workplace, "train", "more.yaml")
+    assert done.returncode == 0, done.stderr
+    losses = [record["eval/loss"] for record in RunFolder(workplace / "runs" / "more").metrics if "eval/loss" in record]
+    assert losses[0] == pytest.approx(before[-1], rel=0.02)
