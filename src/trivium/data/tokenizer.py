@@ -45,6 +45,9 @@ CHATML_TEMPLATE = """\
 # The library needs about 90 bytes of memory a character while it encodes, so long texts go through it in parts.
 MAX_PART_CHARS = 1 << 19
 
+# The library remembers 10,000 words unless told otherwise. This many cost some 25 MiB and save a third of the time.
+CACHED_WORDS = 1 << 17
+
 TokenizerKind = Literal["bpe", "byte", "char"]
 
 
@@ -227,6 +230,8 @@ class DocumentEncoder:
         content = json.loads(encoding.tokenizer_json)
         self._tokenizer = Tokenizer.from_str(encoding.tokenizer_json)
         self._tokenizer.encode_special_tokens = True
+        if isinstance(self._tokenizer.model, models.BPE):
+            self._tokenizer.model._resize_cache(CACHED_WORDS)
         self._end_id = encoding.end_id
         self.dtype = token_dtype(encoding.vocab_size)
         tokens = sorted(encoding.control_tokens, key=len, reverse=True)
