@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -75,9 +76,23 @@ def make_document(generator: random.Random, words: list[str], cumulative: list[f
     return "\n\n".join(paragraphs)
 
 
-def measure(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[float, float]:
-    """Run a command; give its wall seconds and the peak of its and its children's resident memory in MiB."""
-    begin = time.perf_counter()
+class Cost(NamedTuple):
+    """What a command took, its child processes included."""
+
+    seconds: float
+    """From its start to its end."""
+    cpu_seconds: float
+    """Of all cores; what other work on the machine changes least."""
+    peak_mib: float
+    """Resident memory."""
+
+
+def measure(command: list[str], folder: Path, environment: dict[str, str]) -> Cost:
+    """Run a command to its end.
+
+    Raises: CalledProcessError with the end of its output when it fails.
+    """
+    begin, cpu_begin = time.perf_counter(), cpu_seconds_of_children()
     with (folder / "output.txt").open("w") as output:
         process = psutil.Popen(command, cwd=folder, env=os.environ | environment, stdout=output, stderr=output)
         peak_bytes = 0
@@ -87,7 +102,13 @@ def measure(command: list[str], folder: Path, environment: dict[str, str]) -> tu
     seconds = time.perf_counter() - begin
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, (folder / "output.txt").read_text()[-3000:])
-    return seconds, peak_bytes / 2**20
+    return Cost(seconds, cpu_seconds_of_children() - cpu_begin, peak_bytes / 2**20)
+
+
+def cpu_seconds_of_children() -> float:
+    """User and system time of every process below this one that has ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def resident_bytes(process: psutil.Process) -> int:
@@ -101,27 +122,24 @@ def resident_bytes(process: psutil.Process) -> int:
     return total
 
 
-def run_trivium(corpus: Path, folder: Path, tokenizer: Path, workers: int) -> tuple[float, float, Path]:
-    """Build a store in an empty cache; give seconds, peak MiB and the file of tokens."""
+def run_trivium(corpus: Path, folder: Path, tokenizer: Path, workers: int) -> tuple[Cost, Path]:
+    """Build a store in an empty cache; give its cost and the file of tokens."""
     folder.mkdir()
     options = ["--tokenizer", str(tokenizer), "--workers", str(workers), "--held-out", "0", "--cache-dir", str(folder)]
     program = "from trivium.cli.main import main; main()"
-    seconds, peak_mib = measure([sys.executable, "-c", program, "data", "build", str(corpus), *options], folder, {})
+    cost = measure([sys.executable, "-c", program, "data", "build", str(corpus), *options], folder, {})
     (tokens,) = folder.glob("store-*/tokens.bin")
-    return seconds, peak_mib, tokens
+    return cost, tokens
 
 
-def run_megatron(
-    corpus: Path, folder: Path, tokenizer: Path, workers: int, checkout: Path
-) -> tuple[float, float, Path]:
+def run_megatron(corpus: Path, folder: Path, tokenizer: Path, workers: int, checkout: Path) -> tuple[Cost, Path]:
     """The same with Megatron's tool."""
     folder.mkdir()
     options = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--append-eod"]
     options += ["--workers", str(workers), "--input", str(corpus), "--output-prefix", str(folder / "store")]
     search = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, str(checkout / "tools" / "preprocess_data.py"), *options]
-    seconds, peak_mib = measure(command, folder, {"PYTHONPATH": search})
-    return seconds, peak_mib, folder / "store_text_document.bin"
+    return measure(command, folder, {"PYTHONPATH": search}), folder / "store_text_document.bin"
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -132,30 +150,30 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     options = (arguments.tokenizer.resolve(), arguments.workers)
     runs = []
     for number in range(arguments.runs):
-        ours, our_mib, our_tokens = run_trivium(corpus, folder / f"trivium{number}", *options)
-        theirs, their_mib, their_tokens = run_megatron(
-            corpus, folder / f"megatron{number}", *options, arguments.megatron.resolve()
-        )
+        ours, our_tokens = run_trivium(corpus, folder / f"trivium{number}", *options)
+        checkout = arguments.megatron.resolve()
+        theirs, their_tokens = run_megatron(corpus, folder / f"megatron{number}", *options, checkout)
         same = filecmp.cmp(our_tokens, their_tokens, shallow=False)
-        runs.append({"trivium_seconds": ours, "megatron_seconds": theirs, "trivium_peak_mib": our_mib,
-                     "megatron_peak_mib": their_mib, "ratio": theirs / ours, "same_tokens": same})  # fmt: skip
+        runs.append({"trivium": ours._asdict(), "megatron": theirs._asdict(), "same_tokens": same})
         print(runs[-1], file=sys.stderr, flush=True)
-    seconds, peak_mib, _ = run_trivium(large, folder / "trivium-large", *options)
-    small_peak_mib = max(run["trivium_peak_mib"] for run in runs)
+    large_cost, _ = run_trivium(large, folder / "trivium-large", *options)
     return {
         "corpus_mib": arguments.mib,
         "workers": arguments.workers,
-        "runs": runs,
-        "speed_ratio": statistics.median(run["ratio"] for run in runs),
-        "speed_ratio_spread": [min(run["ratio"] for run in runs), max(run["ratio"] for run in runs)],
-        "trivium_mib_per_second": arguments.mib / statistics.median(run["trivium_seconds"] for run in runs),
-        "megatron_mib_per_second": arguments.mib / statistics.median(run["megatron_seconds"] for run in runs),
         "same_tokens": all(run["same_tokens"] for run in runs),
-        "trivium_peak_mib": small_peak_mib,
-        "megatron_peak_mib": max(run["megatron_peak_mib"] for run in runs),
-        "large": {"corpus_mib": GROWTH * arguments.mib, "seconds": seconds, "trivium_peak_mib": peak_mib,
-                  "memory_ratio_to_small": peak_mib / small_peak_mib},
-    }  # fmt: skip
+        "speed_ratio": median(runs, "megatron", "seconds") / median(runs, "trivium", "seconds"),
+        "cpu_ratio": median(runs, "megatron", "cpu_seconds") / median(runs, "trivium", "cpu_seconds"),
+        "memory_ratio": median(runs, "trivium", "peak_mib") / median(runs, "megatron", "peak_mib"),
+        "large_corpus_mib": GROWTH * arguments.mib,
+        "large_memory_ratio": large_cost.peak_mib / median(runs, "trivium", "peak_mib"),
+        "runs": runs,
+        "large": large_cost._asdict(),
+    }
+
+
+def median(runs: list[dict[str, Any]], tool: str, figure: str) -> float:
+    """Of one figure of one tool over the runs."""
+    return statistics.median(run[tool][figure] for run in runs)
 
 
 def main() -> None:
