@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.memory_store import random_store
 from trivium.data.order import Order
-from trivium.data.pack import NO_LABEL, Rows, pack, sequential_batches, step_digest
+from trivium.data.pack import NO_LABEL, SUPERVISED_MULTIPLE, Rows, pack, sequential_batches, step_digest
 
 document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
@@ -25,7 +25,7 @@ def test_every_token_but_each_first_is_a_label_once_an_epoch(lengths):
     labels = []
     for step in range(-(-rows.num_rows // rows.rows_per_step)):
         for batch in rows.step(step):
-            labels += batch.labels[batch.supervised].tolist()
+            labels += batch.supervised_labels[: batch.num_supervised].tolist()
     expected = [int(token) for document in store.documents for token in document[1:]]
     assert sorted(labels) == sorted(expected)
 
@@ -46,7 +46,11 @@ def test_a_batch_says_the_truth_about_its_documents(lengths, step):
             assert batch.labels[begin:end].tolist() == following + [NO_LABEL] * (end - begin - len(following))
         assert batch.num_tokens <= 32
         assert (batch.labels[batch.num_tokens :] == NO_LABEL).all()
-        assert torch.equal(batch.supervised, torch.nonzero(batch.labels != NO_LABEL)[:, 0])
+        places = torch.nonzero(batch.labels != NO_LABEL)[:, 0]
+        assert torch.equal(batch.supervised[: batch.num_supervised], places)
+        assert torch.equal(batch.supervised_labels[: batch.num_supervised], batch.labels[places])
+        assert (batch.supervised_labels[batch.num_supervised :] == NO_LABEL).all()
+        assert len(batch.supervised) % SUPERVISED_MULTIPLE == 0
 
 
 @given(document_lengths, st.integers(0, 6))

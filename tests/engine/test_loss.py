@@ -71,6 +71,21 @@ def test_bf16_keeps_the_loss_and_the_heads_gradient_in_fp32():
     assert relative(weight_VD.grad, grad_weight) < 1e-2
 
 
+def test_padding_adds_nothing():
+    hidden_MD, weight_VD, labels = inputs(40, 8, 30)
+    padded = torch.cat([labels, torch.full((9,), -100)])
+    more = torch.cat([hidden_MD.detach(), 50 * torch.randn(9, 8)]).requires_grad_()
+    loss = cross_entropy_sum(more, weight_VD, padded, 16)
+    loss.backward()
+    found = weight_VD.grad.clone()
+    weight_VD.grad = None
+    expected = cross_entropy_sum(hidden_MD, weight_VD, labels, 16)
+    expected.backward()
+    assert relative(loss, expected) < 1e-6 and relative(found, weight_VD.grad) < 1e-6
+    assert relative(more.grad[:40], hidden_MD.grad) < 1e-6
+    assert (more.grad[40:] == 0).all()
+
+
 def test_a_frozen_head_gets_no_gradient():
     hidden_MD, weight_VD, labels = inputs(10, 8, 30)
     weight_VD.requires_grad_(False)

@@ -16,6 +16,7 @@ import torch
 from trivium.data.order import Order
 
 NO_LABEL = -100
+SUPERVISED_MULTIPLE = 128
 
 
 class TokenStore(Protocol):
@@ -41,7 +42,10 @@ class Batch:
         positions: int64 [N], 0 at the start of every piece of a document.
         cu_seqlens: int32 [D + 1], where each piece begins and the last one ends, then N again up to a power of two.
         bounds: the same numbers without the padding, for attention without a varlen kernel.
-        supervised: int64 [M], the places that have a label.
+        supervised: int64 [M], the places that have a label, then place 0 up to a multiple of SUPERVISED_MULTIPLE:
+            matrix products whose size is new every time are slow.
+        supervised_labels: int64 [M], their labels; NO_LABEL marks the padding.
+        num_supervised: how many carry loss.
         spans: int64 [pieces, 4], (source, document, start, stop) of what was read; padding has none.
     """
 
@@ -51,17 +55,14 @@ class Batch:
     cu_seqlens: torch.Tensor
     bounds: tuple[int, ...]
     supervised: torch.Tensor
+    supervised_labels: torch.Tensor
+    num_supervised: int
     spans: np.ndarray
 
     @property
     def num_tokens(self) -> int:
         """Tokens read from documents; padding is not counted."""
         return int((self.spans[:, 3] - self.spans[:, 2]).sum())
-
-    @property
-    def num_supervised(self) -> int:
-        """Tokens that carry loss."""
-        return len(self.supervised)
 
     @property
     def max_document_tokens(self) -> int:
@@ -87,13 +88,21 @@ def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Ba
         bounds.append(num_tokens)
     padded = np.full(1 + (1 << (len(bounds) - 2).bit_length()), num_tokens, dtype=np.int32)
     padded[: len(bounds)] = bounds
+    places = np.flatnonzero(labels != NO_LABEL)
+    num_padded = -(-len(places) // SUPERVISED_MULTIPLE) * SUPERVISED_MULTIPLE
+    supervised = np.zeros(num_padded, dtype=np.int64)
+    supervised[: len(places)] = places
+    supervised_labels = np.full(num_padded, NO_LABEL, dtype=np.int64)
+    supervised_labels[: len(places)] = labels[places]
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(padded),
         bounds=tuple(bounds),
-        supervised=torch.from_numpy(np.flatnonzero(labels != NO_LABEL)),
+        supervised=torch.from_numpy(supervised),
+        supervised_labels=torch.from_numpy(supervised_labels),
+        num_supervised=len(places),
         spans=spans,
     )
 

@@ -113,9 +113,8 @@ class Engine:
         move = {"device": self.device, "non_blocking": True}
         documents = Documents(batch.cu_seqlens.to(**move), batch.bounds, batch.max_document_tokens)
         hidden_TD = self.model(batch.tokens.to(**move), batch.positions.to(**move), documents)
-        supervised = batch.supervised.to(**move)
-        labels = batch.labels.to(**move)[supervised]
-        return cross_entropy_sum(hidden_TD[supervised], self.model.head_weight, labels)
+        supervised_MD = hidden_TD[batch.supervised.to(**move)]
+        return cross_entropy_sum(supervised_MD, self.model.head_weight, batch.supervised_labels.to(**move))
 
     def _fill_moments(self) -> None:
         """Give every parameter its moments, as AdamW's own first step would, so that a load has where to go."""

@@ -27,7 +27,7 @@ def cross_entropy_sum(
     Args:
         hidden_MD: [rows, hidden], fp32 or bf16; the products are computed in its dtype.
         weight_VD: [vocabulary, hidden], the fp32 output head; cast to the dtype of `hidden_MD` once.
-        labels_M: int64 [rows], each inside the vocabulary.
+        labels_M: int64 [rows]; a negative one marks padding, which adds nothing to the loss or to any gradient.
         chunk_rows: rows whose logits exist at a time; None takes `default_chunk_rows`.
 
     Returns: fp32 scalar in nats. Softmax and sums are fp32; the gradient of the head is accumulated in fp32.
@@ -54,18 +54,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         buffer_CV = hidden_MD.new_empty(min(chunk_rows, len(labels_M)), len(weight))
         loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
         for start in range(0, len(labels_M), chunk_rows):
-            hidden, labels = hidden_MD[start : start + chunk_rows], labels_M[start : start + chunk_rows]
+            hidden, labels = hidden_MD[start : start + chunk_rows], labels_M[start : start + chunk_rows, None]
+            counts, labels = (labels >= 0).float(), labels.clamp(min=0)
             logits = torch.mm(hidden, weight.T, out=buffer_CV[: len(labels)])
-            label_logits = logits.gather(1, labels[:, None]).float()
+            label_logits = logits.gather(1, labels).float()
             maxima, sums = _exponentiate(logits)
-            loss += (sums.log() + maxima - label_logits).sum()
+            loss += ((sums.log() + maxima - label_logits) * counts).sum()
+            scales = counts / sums
             if grad_hidden is not None:
-                rows = torch.mm(logits, weight).float().div_(sums).sub_(weight[labels])
-                grad_hidden[start : start + chunk_rows] = rows
+                rows = torch.mm(logits, weight).float().mul_(scales)
+                grad_hidden[start : start + chunk_rows] = rows.sub_(weight[labels[:, 0]] * counts)
             if grad_weight is not None:
-                scaled = (hidden.float() / sums).to(hidden.dtype)
-                _add_product(grad_weight, logits, scaled)
-                grad_weight.index_add_(0, labels, hidden.float(), alpha=-1.0)
+                _add_product(grad_weight, logits, (hidden.float() * scales).to(hidden.dtype))
+                grad_weight.index_add_(0, labels[:, 0], hidden.float() * counts, alpha=-1.0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 

@@ -89,7 +89,8 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) ->
     """Causal attention inside each document, (T, N, H); the cost grows with the documents, not with the row.
 
     On a GPU in 16 bits one kernel takes the whole row with its borders. Elsewhere each document goes to the fused
-    kernel by itself, as views: no mask is ever made.
+    kernel by itself, as views: no mask is ever made. On a CPU that kernel runs in fp32, since in bf16 it compiles and
+    keeps code for every length of document, which costs more time than it saves, and memory without end.
     """
     on_gpu = q_TNH.is_cuda and q_TNH.dtype != torch.float32
     if on_gpu and torch.cuda.get_device_capability(q_TNH.device) >= (8, 0):
@@ -97,13 +98,14 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) ->
         out = varlen_attn(q_TNH, k_TKH, v_TKH, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
         assert isinstance(out, Tensor)
         return out
+    dtype = torch.float32 if q_TNH.device.type == "cpu" else q_TNH.dtype
     lengths = [stop - start for start, stop in pairwise(documents.bounds)]
     outs = []
-    for document in zip(q_TNH.split(lengths), k_TKH.split(lengths), v_TKH.split(lengths), strict=True):
+    for document in zip(*(x.to(dtype).split(lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in document)
         out_1NtH = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         outs.append(out_1NtH.squeeze(0).transpose(0, 1))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(q_TNH.dtype)
 
 
 class Attention(nn.Module):
