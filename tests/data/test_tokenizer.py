@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from trivium.data import tokenizer as module
@@ -23,6 +24,7 @@ from trivium.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
+from trivium.data.words import UNSETTLED
 from trivium.errors import ConfigError
 
 REAL = Path(os.environ.get("TRIVIUM_TOKENIZERS", Path(__file__).resolve().parents[3] / "shared" / "tokenizers"))
@@ -161,3 +163,37 @@ def test_own_pattern_and_parts_are_those_of_qwen(real, monkeypatch):
     whole = encoder.encode([text])[0]
     monkeypatch.setattr(module, "MAX_PART_CHARS", 30)
     assert np.array_equal(encoder.encode([text])[0], whole)
+
+
+def settled_characters() -> str:
+    """All characters that are encoded word by word from memory."""
+    return "".join(chr(code) for code in range(0xD800) if not UNSETTLED.search(chr(code))) + "\uff01\uff21\uff41"
+
+
+@needs_real
+def test_every_settled_character_is_cut_as_the_library_cuts_it(real):
+    tokenizer = real["qwen3"]
+    encoder = DocumentEncoder(document_encoding(tokenizer))
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    characters = settled_characters()
+    assert len(characters) > 30_000 and unicodedata.is_normalized("NFC", characters)
+    around = "a{0}b {0} 1{0}2 .{0}! \n{0}\n  {0}{0}'{0}s\t{0}  "
+    for first in range(0, len(characters), 2000):
+        text = "".join(around.format(character) for character in characters[first : first + 2000])
+        expected = backend.encode(text, add_special_tokens=False).ids
+        assert encoder._words.encode(text, encoder.dtype).tolist() == expected
+
+
+def test_words_from_memory_are_those_of_the_library(trained, monkeypatch):
+    loaded = load_tokenizer(trained)
+    encoder = DocumentEncoder(document_encoding(loaded))
+    monkeypatch.setattr("trivium.data.words.MAX_WORDS", 20)
+    monkeypatch.setattr("trivium.data.words.MAX_WORD_CHARS", 4)
+    alphabet = st.sampled_from([*list("aAbs't1 9.,!\n\r\t_-"), "é", "ſ", "́", "日", "\xa0", "\u2028", "\x1c"])
+
+    @settings(max_examples=300)
+    @given(st.text(alphabet=alphabet, max_size=60))
+    def same(text):
+        assert encoder.encode([text])[0][:-1].tolist() == loaded(text, split_special_tokens=True).input_ids
+
+    same()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from trivium.data.words import WordEncoder
 from trivium.errors import ConfigError
 from trivium.files import atomic_write
 
@@ -42,11 +43,8 @@ CHATML_TEMPLATE = """\
 {%- endif %}
 """
 
-# The library needs about 90 bytes of memory a character while it encodes, so long texts go through it in parts.
-MAX_PART_CHARS = 1 << 19
-
-# The library remembers 10,000 words unless told otherwise. This many cost some 25 MiB and save a third of the time.
-CACHED_WORDS = 1 << 17
+# The library needs about 90 bytes of memory a character, and one rare character sends a whole part to it.
+MAX_PART_CHARS = 1 << 14
 
 TokenizerKind = Literal["bpe", "byte", "char"]
 
@@ -230,14 +228,12 @@ class DocumentEncoder:
         content = json.loads(encoding.tokenizer_json)
         self._tokenizer = Tokenizer.from_str(encoding.tokenizer_json)
         self._tokenizer.encode_special_tokens = True
-        if isinstance(self._tokenizer.model, models.BPE):
-            self._tokenizer.model._resize_cache(CACHED_WORDS)
         self._end_id = encoding.end_id
         self.dtype = token_dtype(encoding.vocab_size)
         tokens = sorted(encoding.control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-        all_plain = all(token["special"] for token in content["added_tokens"])
-        self._cuts_at_lines = all_plain and _splits_after_newlines(content["pre_tokenizer"])
+        pattern = _word_pattern(content)
+        self._words = WordEncoder(self._tokenizer, pattern) if pattern else None
 
     def has_control_token(self, text: str) -> bool:
         """Whether a control token is written out in the text."""
@@ -245,19 +241,20 @@ class DocumentEncoder:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """One array of ids a text, uint16 or int32 by the size of the vocabulary, the end token last."""
-        owned_parts = [(index, part) for index, text in enumerate(texts) for part in self._parts(text)]
-        ids: list[list[np.ndarray]] = [[] for _ in texts]
-        for group in _groups(owned_parts):
-            encoded = self._tokenizer.encode_batch_fast([part for _, part in group], add_special_tokens=False)
-            for (owner, _), part in zip(group, encoded, strict=True):
-                ids[owner].append(np.array(part.ids, dtype=self.dtype))
         end = np.array([self._end_id], dtype=self.dtype)
-        return [np.concatenate([*document, end]) for document in ids]
+        return [np.concatenate([*map(self._encode_part, self._parts(text)), end]) for text in texts]
+
+    def _encode_part(self, part: str) -> np.ndarray:
+        ids = self._words.encode(part, self.dtype) if self._words else None
+        if ids is None:
+            (encoded,) = self._tokenizer.encode_batch_fast([part], add_special_tokens=False)
+            ids = np.array(encoded.ids, dtype=self.dtype)
+        return ids
 
     def _parts(self, text: str) -> Iterator[str]:
         """Cut a long text before a line that begins with a letter or digit, where no token ever reaches across."""
         start = 0
-        while self._cuts_at_lines and len(text) - start > MAX_PART_CHARS:
+        while self._words and len(text) - start > MAX_PART_CHARS:
             cut = text.rfind("\n", start, start + MAX_PART_CHARS) + 1
             while cut > start and not text[cut].isalnum():
                 cut = text.rfind("\n", start, cut - 1) + 1
@@ -271,26 +268,20 @@ class DocumentEncoder:
         yield text[start:]
 
 
-def _groups(parts: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Neighbours of at most `MAX_PART_CHARS` characters together; a longer part stands alone."""
-    group: list[tuple[int, str]] = []
-    num_chars = 0
-    for owner, part in parts:
-        if group and num_chars + len(part) > MAX_PART_CHARS:
-            yield group
-            group, num_chars = [], 0
-        group.append((owner, part))
-        num_chars += len(part)
-    if group:
-        yield group
-
-
-def _splits_after_newlines(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether a pre-tokenizer is one of ours or Qwen's, all of which end a word between a newline and a letter."""
-    known = (QWEN_SPLIT, CHARACTER_SPLIT)
-    steps = (pre_tokenizer or {}).get("pretokenizers", [])
-    patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
-    return len(patterns) == 1 and patterns[0] in known
+def _word_pattern(content: dict[str, Any]) -> str | None:
+    """Qwen's pattern or our own for characters, if BPE on its words is all that a tokenizer.json does; else None."""
+    steps = (content["pre_tokenizer"] or {}).get("pretokenizers", [])
+    plain = (
+        content["model"]["type"] == "BPE"
+        and not content["model"].get("dropout")
+        and (content["normalizer"] is None or content["normalizer"]["type"] == "NFC")
+        and [step["type"] for step in steps] == ["Split", "ByteLevel"]
+        and not steps[1]["use_regex"]
+        and not steps[1]["add_prefix_space"]
+        and all(token["special"] for token in content["added_tokens"])
+    )
+    pattern = steps[0]["pattern"].get("Regex") if plain else None
+    return pattern if pattern in (QWEN_SPLIT, CHARACTER_SPLIT) else None
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

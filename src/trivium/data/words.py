@@ -1,0 +1,50 @@
+"""Encoding word by word from memory: three times as fast as the tokenizers library, and the same ids.
+
+Qwen's pattern cuts text into words, and BPE never looks beyond one. So a word is encoded by the library once and
+remembered. The pattern runs in the `regex` library, whose Unicode tables may be of another version than those inside
+`tokenizers`; text with any character outside long settled scripts is therefore left to the caller, who asks the
+library. Imported by `tokenizer.py` only, which decides whether a tokenizer is one of Qwen's kind.
+"""
+
+import itertools
+import re
+
+import numpy as np
+import regex
+from tokenizers import Tokenizer
+
+# Letters, digits, signs and spaces that have been what they are since Unicode 5, and that NFC leaves alone in any
+# order: Latin, Greek, Cyrillic, Hebrew, Arabic, signs, kana, CJK, Hangul, fullwidth forms.
+UNSETTLED = re.compile(
+    r"[^\t\n\r -~\u00a0-\u017e\u0180-\u024f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03ce"
+    r"\u0400-\u0481\u048a-\u0513\u05d0-\u05ea\u0621-\u063a\u0641-\u064a"
+    r"\u2010-\u2027\u2030-\u205e\u20a0-\u20b5\u2190-\u22ff\u2500-\u25ff"
+    r"\u3001-\u3011\u3041-\u3096\u30a1-\u30fe\u4e00-\u9fa5\uac00-\ud7a3\uff01-\uff5e]"
+)
+MAX_WORDS = 1 << 17
+MAX_WORD_CHARS = 64
+
+
+class WordEncoder:
+    """Remembers the ids of up to 131,072 words, some 40 MiB, and begins anew when there are more."""
+
+    def __init__(self, tokenizer: Tokenizer, pattern: str) -> None:
+        self._tokenizer = tokenizer
+        self._pattern = regex.compile(pattern)
+        self._ids: dict[str, list[int]] = {}
+
+    def encode(self, text: str, dtype: np.dtype) -> np.ndarray | None:
+        """The ids of a text, or None when it holds a character that is for the library to judge."""
+        if UNSETTLED.search(text):
+            return None
+        words = self._pattern.findall(text)
+        if len(self._ids) > MAX_WORDS:
+            self._ids.clear()
+        new_words = [word for word in set(words) if word not in self._ids]
+        encoded = self._tokenizer.encode_batch_fast(new_words, add_special_tokens=False)
+        self._ids.update((word, one.ids) for word, one in zip(new_words, encoded, strict=True))
+        ids = np.fromiter(itertools.chain.from_iterable(map(self._ids.__getitem__, words)), dtype)
+        for word in new_words:
+            if len(word) > MAX_WORD_CHARS:
+                del self._ids[word]  # a long one hardly comes again, and could be of any size
+        return ids
