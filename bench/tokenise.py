@@ -38,10 +38,10 @@ SYLLABLES = [
     "wi", "xo", "ya", "ze", "str", "and", "ing", "est", "ed", "ly", "er", "tion", "ment",
 ]  # fmt: skip
 SCRIPTS = (
-    "абвгдежзиклмнопрстуфхцчшщыэюя",
-    "日本語中文字漢国人大学生年月時分",
-    "αβγδεζηθικλμνξοπρστυφχψω",
-    "가나다라마바사아자차카타파하",
+    "\u0430\u0431\u0432\u0433\u0434\u0435\u0436\u0437\u0438\u043a\u043b\u043c\u043d\u043e\u043f\u0440\u0441\u0442\u0443\u0444\u0445\u0446\u0447\u0448\u0449\u044b\u044d\u044e\u044f",
+    "\u65e5\u672c\u8a9e\u4e2d\u6587\u5b57\u6f22\u56fd\u4eba\u5927\u5b66\u751f\u5e74\u6708\u6642\u5206",
+    "\u03b1\u03b2\u03b3\u03b4\u03b5\u03b6\u03b7\u03b8\u03b9\u03ba\u03bb\u03bc\u03bd\u03be\u03bf\u03c0\u03c1\u03c3\u03c4\u03c5\u03c6\u03c7\u03c8\u03c9",
+    "\uac00\ub098\ub2e4\ub77c\ub9c8\ubc14\uc0ac\uc544\uc790\ucc28\uce74\ud0c0\ud30c\ud558",
 )
 CODE = "def {0}({1}, {2}):\n    if {1} > {3}:\n        return {0}({1} - 1, {2} + {3})\n    return {2}  # {1}\n\n"
 
