@@ -5,7 +5,6 @@ provenance. Used by the command line and the benches.
 """
 
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -99,7 +98,7 @@ def prepare(run: Run, note: Callable[[str], None]) -> Job:
     tokenizer_folder = find_tokenizer(run, model_folder, note)
     tokenizer = load_tokenizer(str(tokenizer_folder))
     shape = settle_shape(run, known_shape, len(tokenizer), tokenizer_folder)
-    built = build_data(run, tokenizer_folder, note)
+    built = build_data(run, tokenizer)
     stores = [store.open() for store in built]
     weights = [source.weight for source in run.data.sources]
     order = Order(
@@ -150,7 +149,7 @@ def find_shape(run: Run) -> tuple[QwenShape | None, Path | None]:
 def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], None]) -> Path:
     """The tokenizer's folder: the one named, the model's own, or one trained on the data."""
     if run.tokenizer is not None and run.tokenizer.path is not None:
-        return hf.find_folder(run.tokenizer.path)
+        return hf.find_folder(run.tokenizer.path, tokenizer_only=True)
     if run.tokenizer is None and run.model.name is not None:
         folder = model_folder or Path(run.model.name)
         if (folder / "tokenizer.json").is_file():
@@ -194,17 +193,17 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_f
     return replace(shape, vocab_size=vocab_size)
 
 
-def build_data(run: Run, tokenizer_folder: Path, note: Callable[[str], None]) -> list[BuiltStore]:
+def build_data(run: Run, tokenizer: Any) -> list[BuiltStore]:
     """A token store for every source, built now or found."""
     data = run.data
     return build_sources(
         data.sources,
-        load_tokenizer(str(tokenizer_folder)),
+        tokenizer,
         held_out=data.held_out,
         max_reject_share=data.max_reject_share,
         max_document_mib=data.max_document_mib,
         cache_dir=cache_folder(run),
-        workers=data.workers or os.cpu_count() or 1,
+        workers=data.workers,
     )
 
 
