@@ -6,9 +6,9 @@ Data goes to stdout, everything else to stderr. Nothing imports this file.
 
 import difflib
 import importlib
+import os
 import shlex
 import shutil
-import os
 import sys
 import textwrap
 import traceback
