@@ -40,7 +40,7 @@ def figures() -> str:
     slowest = f"refusing a wrong run file, the slowest of {startup['num_error_cases']}"
     rows.append((slowest, "", f"{startup['slowest_error_seconds']:.1f} s"))
     lines = [
-        f"## Measured\n\nOn {pretrain['cpu_cores']} CPU cores, each pair side by side in one run (`bench/`), medians.\n",
+        f"## Measured\n\nOn {pretrain['cpu_cores']} CPU cores, each pair side by side in one run of `bench/`.\n",
         "| what | against | result |",
         "|---|---|---|",
         *(f"| {what} | {against} | {result} |" for what, against, result in rows),
