@@ -1,6 +1,7 @@
 """The command line as a user has it: train, stop, go on, verify, chat, in real processes with real files."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,35 @@ def test_the_other_methods_say_that_they_are_not_there_yet(workplace, tmp_path):
     refused = trivium(tmp_path, "train", "tune.yaml")
     assert refused.returncode == 2 and "cannot train yet" in refused.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_computes_nan_is_stopped_and_the_documents_named(workplace):
+    from safetensors.torch import load_file, save_file
+
+    broken = workplace / "broken"
+    shutil.copytree(workplace / "runs" / "small" / "model", broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    for held_out, what in ((0.0, "the loss is nan"), (0.05, "the held-out loss is nan")):
+        (workplace / "nan.yaml").write_text(
+            f"method: continue\nmodel: broken\ndata: {{sources: [stories.jsonl], seq_len: 64, held_out: {held_out}}}\n"
+            "batch: {tokens: 256}\nbudget: {steps: 4}\n"
+        )
+        stopped = trivium(workplace, "train", "nan.yaml")
+        assert stopped.returncode == 1, stopped.stderr
+        assert what in stopped.stderr and "Once upon a time" in stopped.stderr
+        failure = json.loads((workplace / "runs" / "nan" / "failure.json").read_text())
+        assert failure["step"] == 1 and len(failure["documents"]) >= 1
+        assert not list((workplace / "runs" / "nan" / "checkpoints").iterdir())
+        assert "not finite" in (workplace / "runs" / "nan" / "report.html").read_text()
+
+
+def test_data_that_is_not_there_leaves_no_run_folder(workplace):
+    (workplace / "gone.yaml").write_text("method: scratch\nmodel: 1M\ndata: gone.jsonl\n")
+    refused = trivium(workplace, "train", "gone.yaml")
+    assert refused.returncode == 2 and "gone.jsonl" in refused.stderr
+    assert not (workplace / "runs" / "gone").exists()
 
 
 def test_continue_goes_on_from_a_finished_model(workplace):

@@ -85,11 +85,17 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Mean loss in nats over the supervised tokens of all batches, and how many they are."""
+        """Mean loss in nats over the supervised tokens of all batches, and how many they are.
+
+        Raises: NonFinite naming the first batch whose loss is NaN or infinite.
+        """
         total, num_supervised = 0.0, 0
         for batch in batches:
             if batch.num_supervised:
-                total += float(self._loss_sum(batch))
+                loss_sum = float(self._loss_sum(batch))
+                if not math.isfinite(loss_sum):
+                    raise NonFinite(f"the held-out loss is {loss_sum}", [batch])
+                total += loss_sum
                 num_supervised += batch.num_supervised
         return total / max(1, num_supervised), num_supervised
 

@@ -25,7 +25,7 @@ from trivium.engine.setup import Job
 from trivium.errors import ConfigError, Stopped, TriviumError
 from trivium.model import hf
 
-SHOWN_DOCUMENTS = 5
+SHOWN_DOCUMENTS, SHOWN_TOKENS = 5, 24
 MAX_DEFAULT_CHECKPOINT_STEPS = 500
 
 
@@ -193,16 +193,12 @@ def take_step(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -
 
 def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite) -> str:
     """Write failure.json and return the paragraph that names the documents the bad numbers came from."""
-    spans = [span for batch in error.batches for span in batch.spans.tolist()]
-    documents = [
-        {
-            "source": source,
-            "document": document,
-            "tokens": [start, stop],
-            "text": job.tokenizer.decode(job.stores[source].tokens(document, start, min(stop, start + 24))),
-        }
-        for source, document, start, stop in spans
-    ]
+    documents = []
+    for batch in error.batches:
+        for begin, end, span in zip(batch.bounds, batch.bounds[1:], batch.spans.tolist(), strict=False):
+            source, document, start, stop = span
+            text = job.tokenizer.decode(batch.tokens[begin : min(end, begin + SHOWN_TOKENS)].tolist())
+            documents.append({"source": source, "document": document, "tokens": [start, stop], "text": text})
     shown = "; ".join(
         f"document {d['document']} of source {d['source']}: {d['text']!r}" for d in documents[:SHOWN_DOCUMENTS]
     )
@@ -242,7 +238,10 @@ def evaluate(job: Job, engine: Engine, folder: RunFolder, progress: Progress, ob
     """A line of metrics with the loss on the held-out documents, where there are any."""
     if not job.held_out:
         return
-    loss, num_tokens = engine.evaluate(job.held_out)
+    try:
+        loss, num_tokens = engine.evaluate(job.held_out)
+    except NonFinite as error:
+        raise TriviumError(record_failure(job, folder, progress.step + 1, error)) from error
     record = {"step": progress.step, "time": now(), "eval/loss": loss, "eval/num_tokens": num_tokens}
     folder.metrics.append(record)
     observer.record(record)

@@ -117,6 +117,11 @@ class RunFolder:
         atomic_write(self.path / name, json.dumps(record, indent=1) + "\n")
 
     @property
+    def has_progress(self) -> bool:
+        """Whether there is something to lose: a checkpoint, whole or damaged, or a result."""
+        return self.is_finished or any(not entry.name.startswith(".") for entry in self.checkpoints.glob("*step-*"))
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run came to its end and its result was written."""
         return self.read("finished.json") is not None

@@ -5,14 +5,15 @@ through here.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trivium.engine import loop
-from trivium.engine.device import probe
+from trivium.engine.device import Machine, probe
 from trivium.engine.loop import Observer
 from trivium.engine.runfolder import RunFolder, now
-from trivium.engine.setup import build_engine, prepare, provenance, require_supported
+from trivium.engine.setup import Job, build_engine, prepare, provenance
 from trivium.errors import ConfigError, Stopped
 from trivium.files import atomic_write
 from trivium.runfile import ResolvedRun, differences, dump_run, load_run
@@ -24,23 +25,25 @@ def start(resolved: ResolvedRun, observer: Observer) -> RunFolder:
     Returns: the run's folder, its result in `model/`.
 
     Raises:
-        ConfigError: the folder belongs to a different run, named field by field; nothing was changed.
+        ConfigError: the run cannot be as it is set, or its folder belongs to a different run; no folder was changed.
+        BadData: the data cannot be used; no folder was changed.
         Stopped: a signal came and everything was saved.
         TriviumError: the run could not go on; `failure.json` and the records say why.
     """
     run = resolved.run
-    require_supported(run)
     folder = RunFolder(Path(run.runs_dir) / run.name)
     refuse_another_run(folder, resolved)
+    if folder.is_finished:
+        observer.note(f"{folder.path} is finished: its result is in {folder.model}. Nothing was trained.")
+        return folder
+    job = prepare(run, observer.note)
+    machine = probe(run.device, run.precision)
     folder.open()
     try:
-        if folder.is_finished:
-            observer.note(f"{folder.path} is finished: its result is in {folder.model}. Nothing was trained.")
-            return folder
-        if not folder.run_yaml.exists():
+        if not folder.has_progress:
             atomic_write(folder.run_yaml, dump_run(run, resolved.origins))
         (folder.path / "failure.json").unlink(missing_ok=True)
-        train(resolved, folder, observer)
+        train(job, machine, folder, observer)
     except Stopped:
         raise
     except Exception as error:
@@ -53,11 +56,11 @@ def start(resolved: ResolvedRun, observer: Observer) -> RunFolder:
 
 
 def refuse_another_run(folder: RunFolder, resolved: ResolvedRun) -> None:
-    """A folder goes on only with the run it began with.
+    """A folder that holds a checkpoint or a result goes on only with the run it began with.
 
     Raises: ConfigError naming every field that differs.
     """
-    if not folder.run_yaml.exists():
+    if not folder.has_progress:
         return
     changed = differences(load_run(folder.run_yaml, []).run, resolved.run)
     if changed:
@@ -67,15 +70,13 @@ def refuse_another_run(folder: RunFolder, resolved: ResolvedRun) -> None:
         )
 
 
-def train(resolved: ResolvedRun, folder: RunFolder, observer: Observer) -> None:
-    """Prepare the data, build the engine, record what it is made of, and run the loop."""
-    run = resolved.run
-    job = prepare(run, observer.note)
-    machine = probe(run.device, run.precision)
+def train(job: Job, machine: Machine, folder: RunFolder, observer: Observer) -> None:
+    """Build the engine, record what the run is made of, and run the loop."""
+    run = job.run
     torch.manual_seed(run.seed)
     engine = build_engine(job, machine)
-    record = folder.read("provenance.json") or {**provenance(job, machine), "starts": []}
-    record["starts"].append(now())
+    previous = (folder.read("provenance.json") or {}) if folder.has_progress else {}
+    record: dict[str, Any] = {**provenance(job, machine), **previous, "starts": [*previous.get("starts", []), now()]}
     folder.write("provenance.json", record)
     shares = ", ".join(f"{share:.1%}" for share in job.rows.order.token_shares(epoch=0))
     observer.note(
