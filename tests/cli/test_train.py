@@ -174,3 +174,42 @@ def test_continue_goes_on_from_a_finished_model(workplace):
     assert done.returncode == 0, done.stderr
     losses = [record["eval/loss"] for record in RunFolder(workplace / "runs" / "more").metrics if "eval/loss" in record]
     assert losses[0] == pytest.approx(before[-1], rel=0.02)
+
+
+def test_a_megatron_store_trains_as_it_is_and_mixes_with_text_by_weight(workplace):
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = workplace / "ready"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        builder.add_item(torch.randint(0, 256, (30,), generator=generator))
+        builder.add_item(torch.tensor([257, 256]))  # a second sequence of the same document
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    (workplace / "mixed.yaml").write_text(
+        "method: scratch\nmodel: {shape: {hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
+        "num_attention_heads: 2}}\ntokenizer: runs/small/model\nbatch: {tokens: 256}\nbudget: {steps: 4}\n"
+        "data:\n  seq_len: 64\n  held_out: 0.05\n  sources:\n"
+        "    - {store: ready, weight: 3}\n    - {path: stories.jsonl, weight: 1}\n"
+    )
+    done = trivium(workplace, "train", "mixed.yaml")
+    assert done.returncode == 0, done.stderr
+    data = json.loads((workplace / "runs" / "mixed" / "provenance.json").read_text())["data"]
+    assert data[0]["num_tokens"] == 40 * 32 and data[0]["token_share"] == pytest.approx(0.75, abs=0.05)
+    assert "sources 7" in done.stderr
+    assert trivium(workplace, "verify", "runs/mixed").returncode == 0
+
+
+def test_the_quickstart_takes_a_text_of_ones_own(workplace):
+    text = "\n\n".join(f"The {n}th line of a poem about the number {n}, and about {n * n}." for n in range(300))
+    (workplace / "poem.txt").write_text(text)
+    settings = ("-s", "budget.tokens=4096", "-s", "tokenizer.train.vocab_size=300", "-s", "sample.max_new_tokens=8")
+    done = trivium(workplace, "quickstart", "poem.txt", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "Held-out loss" in done.stdout and "best possible" not in done.stdout
+    assert (workplace / "runs" / "quickstart-poem" / "report.html").is_file()
+    missing = trivium(workplace, "quickstart", "nothing.txt")
+    assert missing.returncode == 2 and "no file nothing.txt" in missing.stderr
