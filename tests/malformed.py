@@ -19,6 +19,12 @@ def case(name: str, content: str | bytes, *fragments: str, overrides: tuple[str,
     return Case(name, content, fragments, overrides)
 
 
+def shaped(name: str, hidden_size: int, heads: int, more: str, *fragments: str) -> Case:
+    """A run file with a model's numbers."""
+    numbers = f"hidden_size: {hidden_size}, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: {heads}"
+    return Case(name, f"method: scratch\nmodel:\n  shape: {{{numbers}, {more}}}\ndata: a\n", fragments)
+
+
 def added(name: str, lines: str, *fragments: str) -> Case:
     """A good file with lines added; the first of them is line 4."""
     return Case(name, GOOD + lines + "\n", fragments)
@@ -290,6 +296,17 @@ COMBINATIONS = [
     added("no budget", "budget: {}", ":4: budget: found none of them"),
     added(
         "batch not in rows", "batch:\n  tokens: 1000", ":5: batch.tokens 1000 is not a multiple of data.seq_len 1024"
+    ),
+    shaped("heads without equal shares", 48, 6, "num_key_value_heads: 4", "4 does not divide num_attention_heads 6"),
+    shaped("an odd head", 64, 4, "head_dim: 15", "head_dim 15 is odd"),
+    shaped(
+        "no whole head", 50, 4, "family: qwen3", "hidden_size 50 / num_attention_heads 4 is no even width of a head"
+    ),
+    added("an empty prompt", "sample: {prompts: ['']}", ":4: sample.prompts.0"),
+    case(
+        "a table smaller than the tokenizer",
+        "method: scratch\nmodel: {params: 1M, vocab_size: 256}\ntokenizer: {train: {vocab_size: 300}}\ndata: a\n",
+        "model.vocab_size 256 is less than tokenizer.train.vocab_size 300",
     ),
     added("micro batch not in rows", "batch:\n  micro_tokens: 1000", ":5: batch.micro_tokens 1000 must be a multiple"),
     added(

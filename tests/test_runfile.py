@@ -205,7 +205,8 @@ def one_of_keys(**choices: st.SearchStrategy) -> st.SearchStrategy:
 def runs(draw: st.DrawFn) -> Run:
     """Any valid run, drawn from the whole of what the configuration accepts."""
     shape = st.fixed_dictionaries(
-        dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), POSITIVE),
+        dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), POSITIVE)
+        | {"head_dim": POSITIVE.map(lambda half: 2 * half)},
         optional={"tie_word_embeddings": st.booleans(), "rms_norm_eps": st.floats(1e-300, 1e300)},
     )
     weighted = draw(st.booleans())
@@ -218,7 +219,9 @@ def runs(draw: st.DrawFn) -> Run:
     seq_len, rows = draw(st.integers(8, 9000)), draw(st.integers(1, 50))
     weights = draw(st.sampled_from(["pretrained", "nf4", "random"]))
     model = {"name": TEXT} if weights != "random" else {"name": TEXT, "params": POSITIVE, "shape": shape}
-    train = st.fixed_dictionaries({"kind": st.sampled_from(["bpe", "byte", "char"]), "vocab_size": POSITIVE})
+    train = st.fixed_dictionaries(
+        {"kind": st.sampled_from(["bpe", "byte", "char"]), "vocab_size": st.integers(1, 10**5)}
+    )
     return Run.model_validate(
         {
             "method": draw(st.sampled_from(list(METHOD_DEFAULTS))),
@@ -226,7 +229,7 @@ def runs(draw: st.DrawFn) -> Run:
             "weights": weights,
             "trainable": draw(st.sampled_from(["adapter", "everything"])),
             "loss_tokens": draw(st.sampled_from(["assistant", "all"])),
-            "model": draw(one_of_keys(**model)) | {"vocab_size": draw(optional(POSITIVE))},
+            "model": draw(one_of_keys(**model)) | {"vocab_size": draw(optional(st.integers(10**5, 10**15)))},
             "data": {
                 "sources": draw(st.lists(source, min_size=1, max_size=3)),
                 "seq_len": seq_len,
@@ -241,7 +244,7 @@ def runs(draw: st.DrawFn) -> Run:
             },
             "budget": draw(one_of_keys(steps=POSITIVE, tokens=POSITIVE, epochs=st.floats(1e-3, 1e9))),
             "batch": {"tokens": seq_len * rows, "micro_tokens": draw(optional(st.just(seq_len)))},
-            "sample": {"prompts": draw(st.lists(TEXT, max_size=3)), "temperature": draw(st.floats(0, 10))},
+            "sample": {"prompts": draw(st.lists(TEXT.filter(bool), max_size=3)), "temperature": draw(st.floats(0, 10))},
             "device": draw(TEXT),
             "seed": draw(st.integers(0, 2**32 - 1)),
             "runs_dir": draw(TEXT),

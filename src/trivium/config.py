@@ -106,6 +106,19 @@ class Shape(Part):
     rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     """Added under the root of RMSNorm."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if heads % key_value_heads:
+            raise ValueError(f"num_key_value_heads {key_value_heads} does not divide num_attention_heads {heads}")
+        if self.head_dim is None and self.hidden_size % (2 * heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} / num_attention_heads {heads} is no even width of a head; set head_dim"
+            )
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of channels")
+        return self
+
 
 class Model(Part):
     """Which network is trained."""
@@ -268,7 +281,7 @@ class Budget(Part):
     steps: Count | None = None
     """Optimizer steps."""
     tokens: Count | None = None
-    """Training tokens, rounded up to whole steps."""
+    """Training tokens, rounded up to whole steps; every row counts as full."""
     epochs: Annotated[float, Field(gt=0.0)] | None = None
     """Passes over the data."""
 
@@ -299,7 +312,7 @@ class Eval(Part):
 class Sample(Part):
     """Text the model writes along the way."""
 
-    prompts: list[str] = []
+    prompts: list[Annotated[str, Field(min_length=1)]] = []
     """Beginnings to complete; none, no samples."""
     every_steps: Count | None = None
     """Steps between samples. Default: a tenth of the run."""
@@ -381,6 +394,12 @@ class Run(Part):
             raise ValueError(
                 f"batch.micro_tokens {batch.micro_tokens} must be a multiple of data.seq_len {seq_len} "
                 f"and divide batch.tokens {batch.tokens}"
+            )
+        rows, trained = self.model.vocab_size, self.tokenizer.train if self.tokenizer else None
+        if rows is not None and trained is not None and rows < trained.vocab_size:
+            raise ValueError(
+                f"model.vocab_size {rows} is less than tokenizer.train.vocab_size {trained.vocab_size}; "
+                "a token without a row cannot be read"
             )
         if self.weights != "random" and self.model.name is None:
             raise ValueError(f"weights: {self.weights} needs model.name, a folder or Hub id that holds weights")

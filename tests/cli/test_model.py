@@ -7,7 +7,7 @@ import sys
 import pytest
 from click.testing import CliRunner, Result
 
-from trivium.cli.model import model, parse_count
+from trivium.cli.model import model, parse_size
 from trivium.errors import ConfigError
 from trivium.model import catalog
 
@@ -50,13 +50,13 @@ def test_size_as_json() -> None:
     ("text", "count"), [("25M", 25_000_000), ("1.5b", 1_500_000_000), ("7k", 7000), ("8_192", 8192), ("8,192", 8192)]
 )
 def test_counts_are_read(text: str, count: int) -> None:
-    assert parse_count(text, "--params") == count
+    assert parse_size(text, "--params") == count
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5M", "25X", "M", "1e6", "nan", "inf", "0.4", "1.2.3M"])
 def test_nonsense_counts_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--params"):
-        parse_count(text, "--params")
+        parse_size(text, "--params")
 
 
 def test_errors_reach_the_main_entry() -> None:

@@ -67,7 +67,7 @@ def test_stock_transformers_loads_the_result_and_generates(workplace):
     )
     assert 9 < output.shape[1] <= 14
     assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
 
 
 def test_a_finished_run_says_so_and_exits_0(workplace):
@@ -98,6 +98,32 @@ def test_verify_proves_the_run_and_finds_what_was_changed(workplace, tmp_path):
             assert trivium(workplace, "verify", "runs/small").returncode == 1
     finally:
         ledger.write_text(whole)
+
+
+def test_verify_finds_another_result(workplace):
+    weights = workplace / "runs" / "small" / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    try:
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        refused = trivium(workplace, "verify", "runs/small")
+        assert refused.returncode == 1 and "not what the run ended with" in refused.stderr
+    finally:
+        weights.write_bytes(whole)
+
+
+def test_chat_runs_no_code_of_the_folder_and_reads_no_pickle(workplace):
+    import torch
+
+    strange = workplace / "strange"
+    shutil.copytree(workplace / "runs" / "small" / "model", strange)
+    config = json.loads((strange / "config.json").read_text())
+    (strange / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    refused = trivium(workplace, "chat", "strange", "-p", "Once")
+    assert refused.returncode == 2 and "auto_map" in refused.stderr
+    (strange / "config.json").write_text(json.dumps(config))
+    (strange / "model.safetensors").unlink()
+    torch.save({}, strange / "pytorch_model.bin")
+    assert trivium(workplace, "chat", "strange", "-p", "Once").returncode == 1
 
 
 def test_chat_completes_a_prompt_from_the_command_line(workplace):

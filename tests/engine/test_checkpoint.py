@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from trivium.engine import checkpoint
-from trivium.errors import TriviumError
+from trivium.errors import ConfigError, TriviumError
 from trivium.files import require_free_space
 
 
@@ -98,6 +98,13 @@ def test_the_one_before_is_used_and_it_says_so(tmp_path, damage):
     assert state is not None and state["step"] == 20 and not problems
 
 
+@pytest.mark.parametrize("manifest", ["{}", "[]", '{"format": 1, "sha256": {}}', '{"format": 2, "sha256": {}}'])
+def test_a_manifest_that_vouches_for_nothing_is_damage(tmp_path, manifest):
+    (write(tmp_path, 1) / "manifest.json").write_text(manifest)
+    with pytest.raises(checkpoint.Damaged, match="manifest"):
+        checkpoint.verify(tmp_path / "step-00000001")
+
+
 def test_when_none_verifies_nothing_is_started_anew(tmp_path):
     for step in (1, 2):
         (write(tmp_path, step) / "model.safetensors").unlink()
@@ -125,10 +132,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     place = write(tmp_path, 1)
     other = tensors(0.0)
     other["model"]["w"] = torch.zeros(3, 3)
-    with pytest.raises(checkpoint.Damaged, match=r"w is \[30, 7\], the model's \[3, 3\]"):
+    with pytest.raises(ConfigError, match=r"holds w of shape \[30, 7\], the run's model \[3, 3\]"):
         checkpoint.read_into(place, other)
     other["model"]["extra"] = torch.zeros(1)
-    with pytest.raises(checkpoint.Damaged, match="has no extra"):
+    with pytest.raises(ConfigError, match="has no extra"):
         checkpoint.read_into(place, other)
 
 

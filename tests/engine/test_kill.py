@@ -99,8 +99,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_75(corpus, uninterrupted, tmp
     assert 5 <= stopped_at < 24
     assert [record["step"] for record in folder.ledger] == list(range(1, stopped_at + 1))
     finish(values)
-    found = outcome(tmp_path)
-    assert found["hashes"] == expected["hashes"] and found["ledger"] == expected["ledger"]
+    assert outcome(tmp_path) == expected
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing"])
@@ -177,7 +176,8 @@ def test_changed_data_is_refused_on_resume(corpus, tmp_path):
         time.sleep(0.001)
     process.kill()
     process.join()
-    lines = own.read_text().splitlines(keepends=True)
-    own.write_text("".join(lines[:-10]))
+    text = own.read_text()
+    own.write_text(text.replace("fox", "ape"))  # as many tokens as before
     with pytest.raises(ConfigError, match="has changed since step"):
         train(values)
+    assert not (tmp_path / "small" / "failure.json").exists()

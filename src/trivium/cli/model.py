@@ -4,17 +4,16 @@ Prints only; builds no model and never imports torch. The main entry imports the
 """
 
 import json
-import re
 from dataclasses import asdict
 
 import click
 
+from trivium.config import parse_count
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.shape import Family, QwenShape
 
 QWEN_VOCAB_SIZE = 151_936
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 COLUMNS = ("name", "family", "params", "layers", "hidden", "heads/kv", "head dim", "ffn", "vocab", "tied")
 
 
@@ -47,7 +46,7 @@ def list_sizes(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def size(params: str, vocab: str, family: Family, as_json: bool) -> None:
     """Find a well-shaped model for a number of parameters, and show what its vocabulary costs."""
-    num_params, vocab_size = parse_count(params, "--params"), parse_count(vocab, "--vocab")
+    num_params, vocab_size = parse_size(params, "--params"), parse_size(vocab, "--vocab")
     shape = catalog.size_for_budget(num_params, vocab_size, family)
     qwen = _with_qwen_vocabulary(num_params, family)
     if as_json:
@@ -68,14 +67,13 @@ def size(params: str, vocab: str, family: Family, as_json: bool) -> None:
             click.echo(f"{label:<16}{value}")
 
 
-def parse_count(text: str, option: str) -> int:
-    """A count with an optional K, M or B: `25M` is 25,000,000.
+def parse_size(text: str, option: str) -> int:
+    """A count as run files write it: `25M` is 25,000,000.
 
     Raises: ConfigError for anything else, and for zero.
     """
-    match = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([KMB]?)", text.strip().upper())
-    count = round(float(re.sub("[_,]", "", match[1])) * UNITS[match[2]]) if match else 0
-    if count <= 0:
+    count = parse_count(text.replace(",", "").replace("_", ""))
+    if not isinstance(count, int) or count <= 0:
         raise ConfigError(f"{option} is {text!r}; give a count above zero such as 900K, 25M, 1.5B or 8192.")
     return count
 

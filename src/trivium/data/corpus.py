@@ -1,7 +1,7 @@
 """Corpora: what a source consists of, what identifies it, and its blocks.
 
 A store is named by the hash of its inputs, so a corpus knows the hash of each of its files, or the revision of its
-Hub data set. Reading and cutting is `blocks.py`'s business. Imported by `build.py`, `train.py` and `inspect.py`.
+Hub data set. Reading and cutting is `blocks.py`'s business. Imported by `build.py` and `inspect.py`.
 """
 
 import json

@@ -58,13 +58,12 @@ class Order:
     def _documents(self, source: int, epoch: int) -> np.ndarray:
         """The documents a source gives to an epoch: the next ones of its endless, pass by pass reshuffled line."""
         count, total = self.documents_per_epoch[source], len(self.lengths[source])
-        places = np.arange(epoch * count, (epoch + 1) * count)
-        chosen = np.empty(count, dtype=np.int64)
-        for turn in range(places[0] // total, places[-1] // total + 1):
+        first, last = epoch * count, (epoch + 1) * count
+        chosen = []
+        for turn in range(first // total, (last - 1) // total + 1):
             permutation = np.random.default_rng([self.seed, 1, source, turn]).permutation(total)
-            inside = places // total == turn
-            chosen[inside] = permutation[places[inside] % total]
-        return chosen
+            chosen.append(permutation[max(0, first - turn * total) : last - turn * total])
+        return np.concatenate(chosen)
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sources, documents, and the end of each document on the epoch's token line."""

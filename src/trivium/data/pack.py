@@ -158,14 +158,15 @@ class Rows:
 def sequential_batches(store: TokenStore, batch_tokens: int, seq_len: int, max_tokens: int) -> list[Batch]:
     """A store's documents from the first on, in pieces of at most seq_len, up to max_tokens: always the same batches.
 
-    Used for evaluation: a document is cut only where it is longer than seq_len, never at the border of a batch.
+    Used for evaluation: a document is cut only where it is longer than seq_len, or alone longer than max_tokens.
     """
     batches: list[Batch] = []
     pieces: list[tuple[int, int, int, int]] = []
     filled = read = 0
-    for document, length in enumerate(np.asarray(store.lengths).tolist()):
-        if read and read + length > max_tokens:
+    for document, whole in enumerate(np.asarray(store.lengths).tolist()):
+        if read and read + whole > max_tokens:
             break
+        length = min(whole, max_tokens)
         read += length
         for start in range(0, length, seq_len):
             stop = min(start + seq_len, length)

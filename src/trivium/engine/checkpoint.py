@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from trivium.errors import TriviumError
+from trivium.errors import ConfigError, TriviumError
 from trivium.files import (
     TensorSource,
     atomic_write,
@@ -30,6 +30,7 @@ from trivium.files import (
 FORMAT = 1
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
+CONTENT = {"model.safetensors", "training.safetensors", "state.json"}
 COPY_ELEMENTS = 1 << 22
 
 
@@ -99,6 +100,8 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         expected = dict(manifest["sha256"])
+        if not expected.keys() >= CONTENT:
+            raise Damaged(f"{folder.name}: manifest.json names no {sorted(CONTENT - expected.keys())[0]}")
         if manifest["format"] != FORMAT:
             raise Damaged(f"{folder.name}: format {manifest['format']} is not the {FORMAT} this version reads")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -116,18 +119,27 @@ def verify(folder: Path) -> dict[str, Any]:
 def read_into(folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     """Fill the given tensors from a verified checkpoint, one at a time.
 
-    Raises: Damaged when a tensor is missing or has another shape: the checkpoint is of another model.
+    Raises: ConfigError when a tensor is missing or has another shape: the checkpoint is whole, and of another model.
     """
     for file, group in tensors.items():
         with safe_open(folder / f"{file}.safetensors", framework="pt") as reader:
             missing = set(group) - set(reader.keys())
             if missing:
-                raise Damaged(f"{folder.name}: {file}.safetensors has no {sorted(missing)[0]}")
+                raise another_model(folder, f"has no {sorted(missing)[0]}")
             for name, tensor in group.items():
                 value = reader.get_tensor(name)
                 if value.shape != tensor.shape:
-                    raise Damaged(f"{folder.name}: {name} is {list(value.shape)}, the model's {list(tensor.shape)}")
+                    shapes = f"{list(value.shape)}, the run's model {list(tensor.shape)}"
+                    raise another_model(folder, f"holds {name} of shape {shapes}")
                 tensor.copy_(value)
+
+
+def another_model(folder: Path, found: str) -> ConfigError:
+    """The error for a checkpoint that is whole and does not fit the run's model."""
+    return ConfigError(
+        f"{folder} {found}. The run's model is not the one it began with: has its data or its tokenizer changed? "
+        "Put them back, or start under another name."
+    )
 
 
 def read_tensor(folder: Path, file: str, name: str) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Reads top to bottom: `train` resumes, steps and finishes; everything periodic is one call below it. The same
 command goes on after a kill at any instant and ends with the same weights, bit for bit. The step itself is
-`engine`. Used by the command line.
+`engine`. Used by `start`.
 """
 
 import signal
@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
-import torch
-
 from trivium.data.pack import step_digest
 from trivium.engine import checkpoint
 from trivium.engine.device import Machine
@@ -20,9 +18,10 @@ from trivium.engine.engine import Engine, NonFinite
 from trivium.engine.metrics import Interval
 from trivium.engine.optim import learning_rate
 from trivium.engine.runfolder import RunFolder, now
-from trivium.engine.sample import complete
+from trivium.engine.sample import complete, end_ids
 from trivium.engine.setup import Job
 from trivium.errors import ConfigError, Stopped, TriviumError
+from trivium.files import sha256_file
 from trivium.model import hf
 
 SHOWN_DOCUMENTS, SHOWN_TOKENS = 5, 24
@@ -54,8 +53,7 @@ class Progress:
     """What a checkpoint remembers of the loop, beside weights and moments.
 
     Attributes:
-        order: fingerprint of the order of rows; a resumed run must find the same.
-        compute_dtype: type of the matrix products; a resumed run keeps it, whatever a probe says then.
+        inputs: fingerprint of data, tokenizer and order, see `Job.inputs`; a resumed run must find the same.
         step: optimizer steps taken.
         num_tokens: training tokens read.
         ledger: digest of all that was read, see `data.pack.step_digest`.
@@ -63,8 +61,7 @@ class Progress:
         interval: sums since the last line of metrics.
     """
 
-    order: str
-    compute_dtype: str
+    inputs: str
     step: int = 0
     num_tokens: int = 0
     ledger: str = ""
@@ -110,7 +107,7 @@ def train(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observe
         Stopped: a signal came; the step was finished and everything saved.
         TriviumError: the loss or a gradient is not finite; nothing was updated.
     """
-    progress = resume(job, engine, machine, folder, observer)
+    progress = resume(job, engine, folder, observer)
     run, num_steps = job.run, job.num_steps
     eval_steps = run.eval.every_steps or max(1, num_steps // 10)
     sample_steps = run.sample.every_steps or max(1, num_steps // 10)
@@ -123,27 +120,26 @@ def train(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observe
             is_last = progress.step == num_steps
             if is_last or progress.step == 1 or progress.step % run.log.every_steps == 0:
                 log(job, machine, folder, progress, figures, observer)
-            if stop.signal and not is_last:
-                save(engine, folder, progress, run.checkpoint.keep)
-                raise Stopped(
-                    f"Stopped by {signal.Signals(stop.signal).name} after step {progress.step:,} of {num_steps:,}. "
-                    "Everything is saved; the same command goes on from here."
-                )
             if is_last or progress.step % eval_steps == 0:
                 evaluate(job, engine, folder, progress, observer)
             if is_last or progress.step % sample_steps == 0:
                 sample(job, engine, folder, progress, observer)
-            if is_last or progress.step % save_steps == 0:
+            if is_last or stop.signal or progress.step % save_steps == 0:
                 save(engine, folder, progress, run.checkpoint.keep)
+            if stop.signal and not is_last:
+                raise Stopped(
+                    f"Stopped by {signal.Signals(stop.signal).name} after step {progress.step:,} of {num_steps:,}. "
+                    "Everything is saved; the same command goes on from here."
+                )
     finish(job, engine, folder, progress)
 
 
-def resume(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observer: Observer) -> Progress:
+def resume(job: Job, engine: Engine, folder: RunFolder, observer: Observer) -> Progress:
     """The progress to go on from: the newest checkpoint's, or the beginning's. Cuts the records back to it.
 
     Raises: ConfigError when the data is no longer what the checkpoint was trained on.
     """
-    fresh = Progress(job.rows.order.fingerprint(), str(machine.compute_dtype).removeprefix("torch."))
+    fresh = Progress(job.inputs)
     state, problems = checkpoint.load_newest(folder.checkpoints, engine.load)
     for problem in problems:
         observer.note(f"set aside a damaged checkpoint: {problem}")
@@ -155,12 +151,11 @@ def resume(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observ
     fields: dict[str, Any] = {key: state[key] for key in asdict(fresh)}
     fields["interval"] = Interval(**fields["interval"])
     progress = Progress(**fields)
-    if progress.order != fresh.order:
+    if progress.inputs != fresh.inputs:
         raise ConfigError(
-            f"The data of {folder.path} has changed since step {progress.step:,}: its documents are not those the run "
-            "began with, so its order of samples would break. Put the data back, or start under another name."
+            f"The data or the tokenizer of {folder.path} has changed since step {progress.step:,}: the run would go on "
+            "with other samples than it began with. Put them back, or start under another name."
         )
-    engine.model.compute_dtype = getattr(torch, progress.compute_dtype)
     folder.cut_after(progress.step)
     observer.note(
         f"resumed after step {progress.step:,} from {checkpoint.step_folder(folder.checkpoints, progress.step)}"
@@ -180,7 +175,7 @@ def take_step(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -
         loss = engine.forward_backward(batches)
         norm = engine.optimizer_step(rate, batches)
     except NonFinite as error:
-        raise TriviumError(record_failure(job, folder, progress.step + 1, error)) from error
+        raise TriviumError(record_failure(job, folder, progress.step, error)) from error
     seconds = time.perf_counter() - start
     progress.step += 1
     progress.num_tokens += sum(batch.num_tokens for batch in batches)
@@ -192,7 +187,10 @@ def take_step(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -
 
 
 def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite) -> str:
-    """Write failure.json and return the paragraph that names the documents the bad numbers came from."""
+    """Write failure.json and return the paragraph that names the documents the bad numbers came from.
+
+    `step` is the last one whose update was made.
+    """
     documents = []
     for batch in error.batches:
         for begin, end, span in zip(batch.bounds, batch.bounds[1:], batch.spans.tolist(), strict=False):
@@ -203,9 +201,10 @@ def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite) -> 
         f"document {d['document']} of source {d['source']}: {d['text']!r}" for d in documents[:SHOWN_DOCUMENTS]
     )
     message = (
-        f"Stopped before the update of step {step:,}: {error}. The weights are those of the step before. It came from "
+        f"Stopped after the update of step {step:,}: {error}. Nothing was updated since. It came from "
         f"{len(documents)} pieces of documents, all listed in {folder.path / 'failure.json'}, the first being {shown}. "
-        "Look at those documents; if they are sound, lower optimizer.learning_rate or set precision: fp32."
+        "Look at those documents; if they are sound, begin anew under another name with a lower "
+        "optimizer.learning_rate, or with precision: fp32."
     )
     folder.write("failure.json", {"kind": "not finite", "step": step, "message": message, "documents": documents})
     return message
@@ -241,7 +240,7 @@ def evaluate(job: Job, engine: Engine, folder: RunFolder, progress: Progress, ob
     try:
         loss, num_tokens = engine.evaluate(job.held_out)
     except NonFinite as error:
-        raise TriviumError(record_failure(job, folder, progress.step + 1, error)) from error
+        raise TriviumError(record_failure(job, folder, progress.step, error)) from error
     record = {"step": progress.step, "time": now(), "eval/loss": loss, "eval/num_tokens": num_tokens}
     folder.metrics.append(record)
     observer.record(record)
@@ -269,7 +268,13 @@ def save(engine: Engine, folder: RunFolder, progress: Progress, keep: int) -> No
 
 def finish(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -> None:
     """Write the result as a Hugging Face folder, and last of all that the run is finished."""
-    hf.save_folder(engine.model, folder.model, tokenizer_folder=job.tokenizer_folder, dtype=engine.model.compute_dtype)
+    hf.save_folder(
+        engine.model,
+        folder.model,
+        tokenizer_folder=job.tokenizer_folder,
+        dtype=engine.model.compute_dtype,
+        generation={"eos_token_id": end_ids(job.tokenizer), "pad_token_id": job.tokenizer.pad_token_id},
+    )
     folder.write(
         "finished.json",
         {
@@ -278,5 +283,6 @@ def finish(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -> N
             "num_tokens": progress.num_tokens,
             "train_seconds": progress.train_seconds,
             "ledger": progress.ledger,
+            "model_sha256": {path.name: sha256_file(path) for path in folder.model.glob("*.safetensors")},
         },
     )

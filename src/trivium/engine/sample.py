@@ -1,12 +1,13 @@
 """Text from the weights in training, through transformers' own generation on the very same tensors.
 
-Consumes no random numbers of the run: samples have a generator of their own. Used by the loop and `use`.
+Consumes no random numbers of the run: samples have a generator of their own. Used by the loop.
 """
 
 from typing import Any
 
 import torch
 
+from trivium.data.tokenizer import document_encoding
 from trivium.model.qwen import Qwen
 
 
@@ -23,6 +24,14 @@ def as_transformers(model: Qwen) -> Any:
     # The rotary frequencies are no parameters: on the meta device they were never computed.
     twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(next(model.parameters()).device)
     return twin.eval()
+
+
+def end_ids(tokenizer: Any) -> list[int]:
+    """The tokens at which a text is over: the one that ends a document, then the tokenizer's own end, if it is another.
+
+    A chat tokenizer's end is the end of a turn, which documents never show.
+    """
+    return list(dict.fromkeys([document_encoding(tokenizer).end_id, tokenizer.eos_token_id]))
 
 
 def complete(model: Qwen, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
@@ -45,7 +54,7 @@ def complete(model: Qwen, tokenizer: Any, prompt: str, max_new_tokens: int, temp
             **inputs,
             **choice,
             max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end_ids(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
         )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,9 +1,11 @@
 """From a `Run` to everything its loop needs: tokenizer, token stores, order of rows, shape, engine.
 
 Decides nothing a run file could not say; where the file is silent, what was chosen is in the run folder's
-provenance. Used by the command line and the benches.
+provenance. Used by `start`, `verify` and the quickstart.
 """
 
+import hashlib
+import json
 import math
 import platform
 import subprocess
@@ -40,24 +42,26 @@ class Job:
 
     Attributes:
         shape: the network.
-        model_folder: where pretrained weights lie; None when they start at random.
+        weights_folder: where pretrained weights lie; None when they start at random.
         tokenizer: the transformers tokenizer.
         tokenizer_folder: where it lies.
         stores: the training tokens of each source.
         rows: the micro-batches of every step.
         held_out: the evaluation's batches, always the same; empty when nothing is held out.
         num_steps: optimizer steps of the whole run.
+        inputs: hex digest of all that is read: tokenizer, documents, order.
     """
 
     run: Run
     shape: QwenShape
-    model_folder: Path | None
+    weights_folder: Path | None
     tokenizer: Any
     tokenizer_folder: Path
     stores: list[Store]
     rows: Rows
     held_out: list[Batch]
     num_steps: int
+    inputs: str
 
 
 def require_supported(run: Run) -> None:
@@ -111,18 +115,26 @@ def prepare(run: Run, note: Callable[[str], None]) -> Job:
     return Job(
         run=run,
         shape=shape,
-        model_folder=model_folder,
+        weights_folder=None if run.weights == "random" else model_folder,
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         stores=stores,
         rows=Rows(stores, order, run.rows_per_step, run.rows_per_micro_batch, num_rows),
         held_out=held_out_batches(run, built),
         num_steps=count_steps(run, num_rows),
+        inputs=digest_inputs(tokenizer_folder, built, order),
     )
 
 
+def digest_inputs(tokenizer_folder: Path, built: Sequence[BuiltStore], order: Order) -> str:
+    """Hex digest of the tokenizer, every store's bytes (of a ready store, its fingerprint) and the order of rows."""
+    stores = [store.manifest.get("sha256") or store.open().fingerprint for store in built]
+    parts = [sha256_file(tokenizer_folder / "tokenizer.json"), stores, order.fingerprint()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def find_shape(run: Run) -> tuple[QwenShape | None, Path | None]:
-    """The network a run names, and the folder of its weights when it starts from them.
+    """The network a run names, and its Hugging Face folder where it has one; without weights when they start at random.
 
     Returns: (None, None) for a parameter budget, whose shape waits for the vocabulary.
     """
@@ -142,18 +154,16 @@ def find_shape(run: Run) -> tuple[QwenShape | None, Path | None]:
         return None, None
     if run.weights == "random" and model.name.lower() in {name.lower() for name in catalog.names()}:
         return catalog.get(model.name), None
-    folder = hf.find_folder(model.name)
-    return hf.read_shape(folder), None if run.weights == "random" else folder
+    folder = hf.find_folder(model.name, with_weights=run.weights != "random")
+    return hf.read_shape(folder), folder
 
 
 def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], None]) -> Path:
     """The tokenizer's folder: the one named, the model's own, or one trained on the data."""
     if run.tokenizer is not None and run.tokenizer.path is not None:
-        return hf.find_folder(run.tokenizer.path, tokenizer_only=True)
-    if run.tokenizer is None and run.model.name is not None:
-        folder = model_folder or Path(run.model.name)
-        if (folder / "tokenizer.json").is_file():
-            return folder
+        return hf.find_folder(run.tokenizer.path, with_weights=False)
+    if run.tokenizer is None and model_folder is not None and (model_folder / "tokenizer.json").is_file():
+        return model_folder
     training = (run.tokenizer.train if run.tokenizer else None) or TrainTokenizer()
     note(f"training a {training.kind} tokenizer of {training.vocab_size:,} entries on the data")
     return train_tokenizer_from_sources(
@@ -230,10 +240,10 @@ def count_steps(run: Run, num_rows: int | None) -> int:
 def build_engine(job: Job, machine: Machine) -> Engine:
     """The model with its first weights on its device, and its optimizer."""
     model = Qwen(job.shape)
-    if job.model_folder is None:
+    if job.weights_folder is None:
         init_weights(model, job.run.seed)
     else:
-        hf.load_weights(model, job.model_folder)
+        hf.load_weights(model, job.weights_folder)
     model.compute_dtype = machine.compute_dtype
     return Engine(model.to(machine.device), job.run.optimizer)
 
@@ -262,7 +272,7 @@ def provenance(job: Job, machine: Machine) -> dict[str, Any]:
                 job.run.data.sources, job.stores, job.rows.order.token_shares(epoch=0), strict=True
             )
         ],
-        "order": job.rows.order.fingerprint(),
+        "inputs": job.inputs,
         "num_steps": job.num_steps,
         "git_commit": git_commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

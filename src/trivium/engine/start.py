@@ -4,19 +4,22 @@ The one way a run begins, goes on, or is found finished; the command line and th
 through here.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from trivium.engine import loop
-from trivium.engine.device import Machine, probe
+from trivium.engine.device import Machine, describe, probe
 from trivium.engine.loop import Observer
 from trivium.engine.runfolder import RunFolder, now
 from trivium.engine.setup import Job, build_engine, prepare, provenance
 from trivium.errors import ConfigError, Stopped
 from trivium.files import atomic_write
 from trivium.runfile import ResolvedRun, differences, dump_run, load_run
+
+DTYPE_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def start(resolved: ResolvedRun, observer: Observer) -> RunFolder:
@@ -32,57 +35,76 @@ def start(resolved: ResolvedRun, observer: Observer) -> RunFolder:
     """
     run = resolved.run
     folder = RunFolder(Path(run.runs_dir) / run.name)
-    refuse_another_run(folder, resolved)
-    if folder.is_finished:
-        observer.note(f"{folder.path} is finished: its result is in {folder.model}. Nothing was trained.")
+    if is_finished(folder, resolved, observer):
         return folder
-    job = prepare(run, observer.note)
     machine = probe(run.device, run.precision)
+    job = prepare(run, observer.note)
     folder.open()
     try:
-        if not folder.has_progress:
-            atomic_write(folder.run_yaml, dump_run(run, resolved.origins))
-        (folder.path / "failure.json").unlink(missing_ok=True)
-        train(job, machine, folder, observer)
-    except Stopped:
+        # Another process may have had the folder while this one prepared.
+        if not is_finished(folder, resolved, observer):
+            train(resolved, job, machine, folder, observer)
+    except (Stopped, ConfigError):
         raise
     except Exception as error:
-        if folder.read("failure.json") is None:
-            folder.write("failure.json", {"kind": type(error).__name__, "time": now(), "message": str(error)})
+        with suppress(OSError):  # a full disk must not hide what went wrong
+            if folder.read("failure.json") is None:
+                folder.write("failure.json", {"kind": type(error).__name__, "time": now(), "message": str(error)})
         raise
     finally:
         folder.close()
     return folder
 
 
-def refuse_another_run(folder: RunFolder, resolved: ResolvedRun) -> None:
-    """A folder that holds a checkpoint or a result goes on only with the run it began with.
+def is_finished(folder: RunFolder, resolved: ResolvedRun, observer: Observer) -> bool:
+    """Whether this very run has ended; a folder that holds anything of another run is refused.
 
     Raises: ConfigError naming every field that differs.
     """
     if not folder.has_progress:
-        return
+        return False
     changed = differences(load_run(folder.run_yaml, []).run, resolved.run)
     if changed:
         raise ConfigError(
             f"{folder.path} was begun with other settings: {'; '.join(changed)}. Resuming would mix two runs, so "
             "nothing was changed. Put the settings back to go on with it, or give this run another name."
         )
+    if folder.is_finished:
+        observer.note(f"{folder.path} is finished: its result is in {folder.model}. Nothing was trained.")
+    return folder.is_finished
 
 
-def train(job: Job, machine: Machine, folder: RunFolder, observer: Observer) -> None:
-    """Build the engine, record what the run is made of, and run the loop."""
-    run = job.run
-    torch.manual_seed(run.seed)
-    engine = build_engine(job, machine)
+def train(resolved: ResolvedRun, job: Job, machine: Machine, folder: RunFolder, observer: Observer) -> None:
+    """Record what the run is made of, build the engine, and run the loop."""
     previous = (folder.read("provenance.json") or {}) if folder.has_progress else {}
-    record: dict[str, Any] = {**provenance(job, machine), **previous, "starts": [*previous.get("starts", []), now()]}
-    folder.write("provenance.json", record)
-    shares = ", ".join(f"{share:.1%}" for share in job.rows.order.token_shares(epoch=0))
-    observer.note(
-        f"{job.shape.num_params:,} parameters, {sum(store.num_tokens for store in job.stores):,} training tokens"
-        + (f" (sources {shares})" if len(job.stores) > 1 else "")
-        + f", {job.num_steps:,} steps of {run.batch.tokens:,} tokens, {record['hardware']['device']}, "
-        + record["hardware"]["compute_dtype"]
-    )
+    if previous:
+        # The type a run began with is kept, whatever a probe says in a busier moment.
+        machine = probe(job.run.device, DTYPE_PRECISIONS[previous["hardware"]["compute_dtype"]])
+    else:
+        atomic_write(folder.run_yaml, dump_run(job.run, resolved.origins))
+    record = provenance(job, machine)
+    this_start = {"time": now(), "versions": record["versions"], "hardware": record["hardware"]}
+    folder.write("provenance.json", {**record, **previous, "starts": [*previous.get("starts", []), this_start]})
+    (folder.path / "failure.json").unlink(missing_ok=True)
+    torch.manual_seed(job.run.seed)
+    engine = build_engine(job, machine)
+    for line in describe_job(job, machine):
+        observer.note(line)
     loop.train(job, engine, machine, folder, observer)
+
+
+def describe_job(job: Job, machine: Machine) -> Iterator[str]:
+    """What is about to happen, in a line, and what the user may have overlooked."""
+    num_tokens = sum(store.num_tokens for store in job.stores)
+    shares = ", ".join(f"{share:.1%}" for share in job.rows.order.token_shares(epoch=0))
+    yield (
+        f"{job.shape.num_params:,} parameters, {num_tokens:,} training tokens"
+        + (f" (sources {shares})" if len(job.stores) > 1 else "")
+        + f", {job.num_steps:,} steps of {job.run.batch.tokens:,} tokens, {describe(machine.device)}, "
+        + str(machine.compute_dtype).removeprefix("torch.")
+    )
+    if not job.held_out:
+        yield (
+            "nothing is held out, so there is no evaluation: data.held_out is 0, every source is a ready store, or "
+            "there is one document only (a text file is one; data.sources.0.documents: paragraph makes it many)"
+        )

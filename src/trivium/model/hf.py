@@ -35,16 +35,17 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-MODEL_FILES = ("config.json", "generation_config.json", INDEX, "model*.safetensors")
+MODEL_FILES = ("config.json", "generation_config.json")
+WEIGHT_FILES = (INDEX, "model*.safetensors")
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 PIECE_BYTES = 1 << 26
 MAX_SHARD_BYTES = 5 * 2**30
 
 
-def find_folder(name: str, revision: str | None = None, tokenizer_only: bool = False) -> Path:
+def find_folder(name: str, with_weights: bool = True) -> Path:
     """The local folder of a model: `name` itself when it is one, else the Hub repository `owner/name`, downloaded once.
 
-    `tokenizer_only` leaves the weights on the Hub.
+    Without `with_weights` they stay on the Hub.
 
     Raises: ConfigError when it is neither, or the Hub cannot be reached or refuses.
     """
@@ -57,9 +58,9 @@ def find_folder(name: str, revision: str | None = None, tokenizer_only: bool = F
         )
     from huggingface_hub import snapshot_download
 
-    wanted = list(TOKENIZER_FILES if tokenizer_only else MODEL_FILES + TOKENIZER_FILES)
+    wanted = list(MODEL_FILES + WEIGHT_FILES + TOKENIZER_FILES if with_weights else MODEL_FILES + TOKENIZER_FILES)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the client lets errors of its HTTP library through, and which library that is varies
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(

@@ -100,12 +100,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
     yield "Held-out loss", _number(record.curve("eval/loss").last, "{:.4f} <small>nats a token</small>")
     if record.floor is not None:
         what = escape(str(record.floor.get("what", "the least loss possible")))
-        yield (
-            "Floor",
-            _number(
-                record.floor["nats_per_token"], f"{{:.4f}} <small>{what.replace('{', '{{').replace('}', '}}')}</small>"
-            ),
-        )
+        yield "Floor", f"{_number(record.floor['nats_per_token'], '{:.4f}')} <small>{what}</small>"
         yield "Distance", escape(floor_note(record).removeprefix("held-out loss is "))
     yield "Training time", _duration(record.curve("train/seconds").last)
     yield (

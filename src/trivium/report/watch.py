@@ -4,10 +4,12 @@ Used by `trivium train` and the quickstart.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.start import start
+from trivium.errors import ConfigError
 from trivium.report.html import write_report
 from trivium.report.panel import watch
 from trivium.runfile import ResolvedRun
@@ -28,9 +30,12 @@ def train_with_report(
     with watch() as observer:
         try:
             folder = start(resolved, observer)
+        except ConfigError:
+            raise  # nothing was changed, so neither is the report
         except BaseException:
-            if (path / "metrics.jsonl").is_file():
-                write_report(path)
+            with suppress(OSError):  # a full disk must not hide what went wrong
+                if (path / "metrics.jsonl").is_file():
+                    write_report(path)
             raise
     before_report(folder)
     write_report(path)

@@ -1,6 +1,7 @@
 """Talk to a finished model: a base model completes text, streamed through transformers' own generation.
 
-Loads the folder as any stranger would, with stock transformers. Used by `trivium chat`.
+Loads the folder as any stranger would, with stock transformers: safetensors only, no code from the folder. Used by
+`trivium chat`.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from trivium.errors import ConfigError
+from trivium.model import hf
 
 
 class Completer:
@@ -32,8 +34,10 @@ class Completer:
                 f"{path} holds no model: neither {path / 'model'} nor the folder itself has a config.json. Name the "
                 "folder of a finished run, or of a Hugging Face model."
             )
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        hf.read_shape(folder)  # refuses what is no Qwen model, and what asks to run code of its own
+        safely = {"trust_remote_code": False, "local_files_only": True}
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **safely)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safely)
         self.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
         if seed is not None:
             torch.manual_seed(seed)
@@ -64,10 +68,21 @@ class Completer:
             "stopping_criteria": StoppingCriteriaList([left]),
             "pad_token_id": self.tokenizer.pad_token_id,
         }
-        thread = Thread(target=self.model.generate, kwargs=arguments, daemon=True)
+        failures: list[Exception] = []
+
+        def generate() -> None:
+            try:
+                self.model.generate(**arguments)
+            except Exception as error:
+                failures.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
         thread.start()
         try:
             yield from streamer
         finally:
             left.is_set = True
             thread.join()
+        if failures:
+            raise failures[0]

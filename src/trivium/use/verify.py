@@ -1,7 +1,8 @@
 """Prove from the records of a run that it read every sample it should, once, in order, and what it ended with.
 
 The order is computed anew from run.yaml and the token stores, every step's digest from the tokens they hold; nothing
-is taken from the run but what is compared. Checkpoints are checked byte by byte. Used by `trivium verify`.
+is taken from the run but what is compared. Checkpoints and the result are checked byte by byte. Used by `trivium
+verify`.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from trivium.engine import checkpoint
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.setup import prepare
 from trivium.errors import TriviumError
+from trivium.files import sha256_file
 from trivium.runfile import load_run
 
 
@@ -64,12 +66,15 @@ def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], 
     finished = folder.read("finished.json")
     if finished is not None and (finished["step"], finished["ledger"]) != (len(records), digest):
         raise TriviumError(f"{path} says it finished after step {finished['step']}, its ledger ends at {len(records)}.")
+    for name, expected in (finished or {}).get("model_sha256", {}).items():
+        if sha256_file(folder.model / name) != expected:
+            raise TriviumError(f"{folder.model / name} is not what the run ended with: its SHA-256 differs.")
     if finished is not None and len(records) != job.num_steps:
         raise TriviumError(f"{path} says it finished, after {len(records)} of {job.num_steps} steps.")
     verified = []
     for step in checkpoint.steps(folder.checkpoints):
         state = checkpoint.verify(checkpoint.step_folder(folder.checkpoints, step))
-        if step <= len(records) and state["ledger"] != records[step - 1]["digest"]:
+        if step > len(records) or state["ledger"] != records[step - 1]["digest"]:
             raise TriviumError(f"The checkpoint of step {step:,} belongs to another history than the ledger of {path}.")
         verified.append(checkpoint.step_folder(folder.checkpoints, step).name)
     return Proof(len(records), num_tokens, finished is not None, verified)
