@@ -90,7 +90,7 @@ def test_explain_an_unknown_key():
 
 BEFORE_EXAMPLE = {
     "model.shape": [
-        "model={shape: {hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1}}"
+        "model={shape: {hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 2}}"
     ],
     "model.name": ["model={}"],
     "model.params": ["model={}"],

@@ -123,7 +123,8 @@ def test_chat_runs_no_code_of_the_folder_and_reads_no_pickle(workplace):
     (strange / "config.json").write_text(json.dumps(config))
     (strange / "model.safetensors").unlink()
     torch.save({}, strange / "pytorch_model.bin")
-    assert trivium(workplace, "chat", "strange", "-p", "Once").returncode == 1
+    refused = trivium(workplace, "chat", "strange", "-p", "Once")
+    assert refused.returncode == 2 and "safetensors" in refused.stderr
 
 
 def test_chat_completes_a_prompt_from_the_command_line(workplace):
@@ -176,7 +177,7 @@ def test_a_model_that_computes_nan_is_stopped_and_the_documents_named(workplace)
         assert stopped.returncode == 1, stopped.stderr
         assert what in stopped.stderr and "Once upon a time" in stopped.stderr
         failure = json.loads((workplace / "runs" / "nan" / "failure.json").read_text())
-        assert failure["step"] == 1 and len(failure["documents"]) >= 1
+        assert failure["step"] == 0 and len(failure["documents"]) >= 1
         assert not list((workplace / "runs" / "nan" / "checkpoints").iterdir())
         assert "not finite" in (workplace / "runs" / "nan" / "report.html").read_text()
 

@@ -201,7 +201,7 @@ def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite) -> 
         f"document {d['document']} of source {d['source']}: {d['text']!r}" for d in documents[:SHOWN_DOCUMENTS]
     )
     message = (
-        f"Stopped after the update of step {step:,}: {error}. Nothing was updated since. It came from "
+        f"Stopped before another update, step {step:,} being the last: {error}. It came from "
         f"{len(documents)} pieces of documents, all listed in {folder.path / 'failure.json'}, the first being {shown}. "
         "Look at those documents; if they are sound, begin anew under another name with a lower "
         "optimizer.learning_rate, or with precision: fp32."

@@ -36,8 +36,14 @@ class Completer:
             )
         hf.read_shape(folder)  # refuses what is no Qwen model, and what asks to run code of its own
         safely = {"trust_remote_code": False, "local_files_only": True}
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **safely)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safely)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **safely)
+            self.model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safely)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]} Expected a Hugging Face folder with its "
+                "tokenizer and weights in safetensors. Fetch the missing files, or name the folder of a finished run."
+            ) from error
         self.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
         if seed is not None:
             torch.manual_seed(seed)
