@@ -41,8 +41,8 @@ class Completer:
             self.model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safely)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]} Expected a Hugging Face folder with its "
-                "tokenizer and weights in safetensors. Fetch the missing files, or name the folder of a finished run."
+                f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]} Expected a Hugging Face folder "
+                "with its tokenizer and weights in safetensors. Fetch what is missing, or name a finished run."
             ) from error
         self.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
         if seed is not None:
