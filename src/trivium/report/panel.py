@@ -96,13 +96,14 @@ class LivePanel:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.live = Live(console=console, refresh_per_second=4, transient=False, get_renderable=self._render)
         self.losses: list[float] = []
         self.latest: dict[str, Any] = {}
         self.text = ""
         self.begun = False
         self.first_step = self.current_step = self.num_steps = 0
         self.start = time.monotonic()
+        # Last, since it draws at once.
+        self.live = Live(console=console, refresh_per_second=4, transient=False, get_renderable=self._render)
 
     def __enter__(self) -> "LivePanel":
         return self
@@ -154,7 +155,9 @@ class LivePanel:
         ]
         figures.add_row(*(Text(name, style="dim") for name, _ in cells))
         figures.add_row(*(Text(value, style="bold") for _, value in cells))
-        parts: list[Any] = [ProgressBar(total=max(1, self.num_steps), completed=self.current_step), figures]
+        bar = Table.grid(expand=True)  # a bar alone does not end its line
+        bar.add_row(ProgressBar(total=max(1, self.num_steps), completed=self.current_step))
+        parts: list[Any] = [bar, figures]
         if len(self.losses) > 1:
             parts += [Text(line, style="cyan") for line in curve(self.losses)]
         if self.text:
