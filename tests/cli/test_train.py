@@ -226,8 +226,26 @@ def test_a_megatron_store_trains_as_it_is_and_mixes_with_text_by_weight(workplac
     assert done.returncode == 0, done.stderr
     data = json.loads((workplace / "runs" / "mixed" / "provenance.json").read_text())["data"]
     assert data[0]["num_tokens"] == 40 * 32 and data[0]["token_share"] == pytest.approx(0.75, abs=0.05)
-    assert "sources 7" in done.stderr
+    assert "sources 7" in done.stderr and "do not end with" not in done.stderr
     assert trivium(workplace, "verify", "runs/mixed").returncode == 0
+
+
+def test_a_ready_store_without_ends_of_documents_is_told(workplace):
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(workplace / "endless.bin"), dtype=np.uint16)
+    for start in range(30):
+        builder.add_document(torch.arange(start, start + 20), [20])
+    builder.finalize(str(workplace / "endless.idx"))
+    (workplace / "endless.yaml").write_text(
+        "method: continue\nmodel: runs/small/model\nbatch: {tokens: 256}\nbudget: {steps: 1}\n"
+        "data: {sources: [{store: endless}], seq_len: 64}\n"
+    )
+    done = trivium(workplace, "train", "endless.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "endless do not end with <|endoftext|>" in done.stderr and "nothing is held out" in done.stderr
 
 
 def test_the_quickstart_takes_a_text_of_ones_own(workplace):

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import torch
 
+from trivium.data.store import Store
 from trivium.engine import loop
 from trivium.engine.device import Machine, describe, probe
 from trivium.engine.loop import Observer
 from trivium.engine.runfolder import RunFolder, now
+from trivium.engine.sample import end_ids
 from trivium.engine.setup import Job, build_engine, prepare, provenance
 from trivium.errors import ConfigError, Stopped
 from trivium.files import atomic_write
 from trivium.runfile import ResolvedRun, differences, dump_run, load_run
 
+LOOKED_AT_DOCUMENTS = 100
 DTYPE_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -103,8 +106,20 @@ def describe_job(job: Job, machine: Machine) -> Iterator[str]:
         + f", {job.num_steps:,} steps of {job.run.batch.tokens:,} tokens, {describe(machine.device)}, "
         + str(machine.compute_dtype).removeprefix("torch.")
     )
+    for source, store in zip(job.run.data.sources, job.stores, strict=True):
+        if source.store is not None and not ends_documents(store, end_ids(job.tokenizer)):
+            yield (
+                f"the documents of {source.store} do not end with {job.tokenizer.decode(end_ids(job.tokenizer)[:1])}, "
+                "so nothing teaches the model to stop; build the store again with an end of document (--append-eod)"
+            )
     if not job.held_out:
         yield (
             "nothing is held out, so there is no evaluation: data.held_out is 0, every source is a ready store, or "
             "there is one document only (a text file is one; data.sources.0.documents: paragraph makes it many)"
         )
+
+
+def ends_documents(store: Store, ends: list[int]) -> bool:
+    """Whether the first documents of a store all end with one of the tokens that end a text."""
+    lengths = store.lengths[:LOOKED_AT_DOCUMENTS].tolist()
+    return all(int(store.tokens(n, length - 1, length)[0]) in ends for n, length in enumerate(lengths) if length)
