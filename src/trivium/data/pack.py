@@ -6,8 +6,9 @@ of models or devices. Used by the engine and `verify`.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -64,10 +65,15 @@ class Batch:
         """Tokens read from documents; padding is not counted."""
         return int((self.spans[:, 3] - self.spans[:, 2]).sum())
 
+    def pieces(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Each piece of a document: its span, and the token ids that were read."""
+        for span, (begin, end) in zip(self.spans.tolist(), pairwise(self.bounds), strict=False):
+            yield span, self.tokens[begin:end].tolist()
+
     @property
     def max_document_tokens(self) -> int:
         """Length of the longest piece."""
-        return max(stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False))
+        return max(stop - start for start, stop in pairwise(self.bounds))
 
 
 def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Batch:

@@ -193,9 +193,8 @@ def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite) -> 
     """
     documents = []
     for batch in error.batches:
-        for begin, end, span in zip(batch.bounds, batch.bounds[1:], batch.spans.tolist(), strict=False):
-            source, document, start, stop = span
-            text = job.tokenizer.decode(batch.tokens[begin : min(end, begin + SHOWN_TOKENS)].tolist())
+        for (source, document, start, stop), ids in batch.pieces():
+            text = job.tokenizer.decode(ids[:SHOWN_TOKENS])
             documents.append({"source": source, "document": document, "tokens": [start, stop], "text": text})
     shown = "; ".join(
         f"document {d['document']} of source {d['source']}: {d['text']!r}" for d in documents[:SHOWN_DOCUMENTS]

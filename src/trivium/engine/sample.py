@@ -1,6 +1,7 @@
 """Text from the weights in training, through transformers' own generation on the very same tensors.
 
-Consumes no random numbers of the run: samples have a generator of their own. Used by the loop.
+Consumes no random numbers of the run: samples have a generator of their own. Used by the loop and by
+`use.chat`.
 """
 
 from typing import Any
@@ -34,6 +35,11 @@ def end_ids(tokenizer: Any) -> list[int]:
     return list(dict.fromkeys([document_encoding(tokenizer).end_id, tokenizer.eos_token_id]))
 
 
+def choice_of_tokens(temperature: float) -> dict[str, Any]:
+    """How transformers' generation chooses: from the whole distribution, or at temperature 0 the likeliest."""
+    return {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+
+
 def complete(model: Qwen, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
     """What the model writes after a prompt, without the prompt; ends at the end-of-text token.
 
@@ -47,12 +53,11 @@ def complete(model: Qwen, tokenizer: Any, prompt: str, max_new_tokens: int, temp
     """
     twin = as_transformers(model)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
-    choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         output = twin.generate(
             **inputs,
-            **choice,
+            **choice_of_tokens(temperature),
             max_new_tokens=max_new_tokens,
             eos_token_id=end_ids(tokenizer),
             pad_token_id=tokenizer.pad_token_id,

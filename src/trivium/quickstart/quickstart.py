@@ -54,9 +54,8 @@ def write_floor(resolved: ResolvedRun, folder: RunFolder) -> None:
     job = prepare(resolved.run, note=lambda _: None)
     texts, num_tokens = [], []
     for batch in job.held_out:
-        for begin, end, span in zip(batch.bounds, batch.bounds[1:], batch.spans.tolist(), strict=False):
-            ids = batch.tokens[begin:end].tolist()
-            if span[2] > 0:
+        for (_, _, start, _), ids in batch.pieces():
+            if start > 0:
                 return
             texts.append(job.tokenizer.decode(ids, skip_special_tokens=True))
             num_tokens.append(len(ids))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from trivium.engine.sample import choice_of_tokens
 from trivium.errors import ConfigError
 from trivium.model import hf
 
@@ -65,12 +66,9 @@ class Completer:
         left = Left()
         inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        choice = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-        )
         arguments = {
             **inputs,
-            **choice,
+            **choice_of_tokens(temperature),
             "max_new_tokens": max_new_tokens,
             "streamer": streamer,
             "stopping_criteria": StoppingCriteriaList([left]),
