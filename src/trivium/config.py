@@ -9,7 +9,7 @@ a file. Everybody may import this file; it never imports torch.
 import math
 import re
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -18,31 +18,41 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "weights": "pretrained",
         "trainable": "adapter",
         "loss_tokens": "assistant",
-        "optimizer": {"learning_rate": 2e-4, "weight_decay": 0.0},
+        "optimizer": {"learning_rate": 2e-4, "weight_decay": 0.0, "beta2": 0.999},
+        "batch": {"tokens": 16_384},
+        "budget": {"epochs": 3.0},
     },
     "qlora": {
         "weights": "nf4",
         "trainable": "adapter",
         "loss_tokens": "assistant",
-        "optimizer": {"learning_rate": 2e-4, "weight_decay": 0.0},
+        "optimizer": {"learning_rate": 2e-4, "weight_decay": 0.0, "beta2": 0.999},
+        "batch": {"tokens": 16_384},
+        "budget": {"epochs": 3.0},
     },
     "full": {
         "weights": "pretrained",
         "trainable": "everything",
         "loss_tokens": "assistant",
-        "optimizer": {"learning_rate": 1e-5, "weight_decay": 0.1},
+        "optimizer": {"learning_rate": 1e-5, "weight_decay": 0.1, "beta2": 0.999},
+        "batch": {"tokens": 16_384},
+        "budget": {"epochs": 3.0},
     },
     "continue": {
         "weights": "pretrained",
         "trainable": "everything",
         "loss_tokens": "all",
-        "optimizer": {"learning_rate": 1e-5, "weight_decay": 0.1},
+        "optimizer": {"learning_rate": 1e-5, "weight_decay": 0.1, "beta2": 0.95},
+        "batch": {"tokens": 32_768},
+        "budget": {"epochs": 1.0},
     },
     "scratch": {
         "weights": "random",
         "trainable": "everything",
         "loss_tokens": "all",
-        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1},
+        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "beta2": 0.95},
+        "batch": {"tokens": 32_768},
+        "budget": {"epochs": 1.0},
     },
 }
 
@@ -174,7 +184,7 @@ class Tokenizer(Part):
 
 
 class Source(Part):
-    """One source of documents."""
+    """One source of documents or conversations."""
 
     path: str | None = None
     """A file (.txt .md .jsonl .json .parquet, plain or .gz/.zst) or a folder of them."""
@@ -194,6 +204,16 @@ class Source(Part):
     """Split of a Hub data set."""
     revision: str | None = None
     """Git revision of a Hub data set."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text"] = "auto"
+    """How a row says what it holds; `auto` finds out from each file's first rows."""
+    fields: dict[str, str] = {}
+    """For rows that name things in their own way: which of their fields is `messages`, `role`, `content`, `prompt`,
+    `input`, `answer`, `system`, `tools` or `history`, such as {prompt: question, answer: response}."""
+    roles: dict[str, str] = {}
+    """For messages whose roles have names of their own: which is `system`, `user`, `assistant` or `tool`, such as
+    {Mensch: user, KI: assistant}."""
+    dataset: str | None = None
+    """An entry of the LLaMA-Factory dataset_info.json that `path` names; it says file, format and fields."""
 
     @model_validator(mode="before")
     @classmethod
@@ -203,6 +223,15 @@ class Source(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         exactly_one(self, ("path", "hub", "store"))
+        known = ("messages", "role", "content", "prompt", "input", "answer", "system", "tools", "history")
+        for name in self.fields:
+            if name not in known:
+                raise ValueError(f"fields names {name!r}; it maps from {', '.join(known)}")
+        for role in self.roles.values():
+            if role not in ("system", "user", "assistant", "tool"):
+                raise ValueError(f"roles maps to {role!r}; a role is system, user, assistant or tool")
+        if self.dataset is not None and (self.fields or self.roles or self.format != "auto"):
+            raise ValueError("dataset says format, fields and roles itself; leave those out, or leave dataset out")
         return self
 
 
@@ -212,7 +241,13 @@ class Data(Part):
     sources: Annotated[list[Source], Field(min_length=1)]
     """Where the documents come from."""
     seq_len: Annotated[Count, Field(ge=8)] = 1024
-    """Tokens a row; a longer document goes on in the next row."""
+    """Tokens a row; a longer document goes on in the next row, a conversation stays in one."""
+    long_rows: Literal["drop", "split", "truncate"] = "drop"
+    """A conversation longer than seq_len: `drop` leaves out the turns that do not fit; `split` begins anew at the oldest
+    user turn from which they fit; `truncate` cuts the end off the answer. All are counted, and an answer's end token is
+    never cut."""
+    reasoning_share: Share | None = None
+    """Share of the training tokens that conversations with reasoning make up. Default: as the data has it."""
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
     """Share of the documents kept out of training and used for evaluation; chosen by content, so no copy leaks."""
     max_reject_share: Share = 0.01
@@ -239,6 +274,39 @@ class Data(Part):
         return self
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Adapter(Part):
+    """A low-rank adapter (LoRA): what is trained when the weights are not."""
+
+    rank: Annotated[Count, Field(le=4096)] = 16
+    """Rank of each update."""
+    alpha: Annotated[float, Field(gt=0.0)] | None = None
+    """The update is scaled by alpha / rank (rsLoRA: by alpha / sqrt(rank)). Default: twice the rank."""
+    targets: Annotated[list[Projection], Field(min_length=1)] = list(get_args(Projection))
+    """Which projections of every layer are adapted."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the adapter's inputs that a training step drops."""
+    init: Literal["zero", "pissa", "loftq"] = "zero"
+    """`zero` begins as the base model; `pissa` with its largest singular values; `loftq` makes up for NF4's error."""
+    rslora: bool = False
+    """Scale by the root of the rank."""
+    dora: bool = False
+    """Train the magnitude of each weight column apart from its direction."""
+    b_rate_ratio: Annotated[float, Field(ge=1.0)] = 1.0
+    """LoRA+: the second matrix learns at this multiple of the learning rate."""
+    train_tokens: list[str] | None = None
+    """Tokens whose rows in the embedding and the head are trained too. Default: those that the data needs and the model
+    never learnt."""
+
+    @property
+    def scaling(self) -> float:
+        """What the update is multiplied by."""
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        return alpha / math.sqrt(self.rank) if self.rslora else alpha / self.rank
+
+
 class Optimizer(Part):
     """AdamW; weight decay falls on matrices only."""
 
@@ -248,12 +316,15 @@ class Optimizer(Part):
     """Decoupled weight decay of matrices; norms and biases have none. Default: by method."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the mean of the gradient."""
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
-    """Decay of the mean of its square."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Decay of the mean of its square. Default: by method."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the root of the second moment."""
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """The gradient's global norm is scaled down to this."""
+    states: Literal["fp32", "8bit", "paged-8bit"] = "fp32"
+    """How AdamW's moments are kept; the 8-bit ones need bitsandbytes, paged ones lie in the host's memory when the
+    GPU's is full."""
 
 
 class Schedule(Part):
@@ -294,8 +365,8 @@ class Budget(Part):
 class BatchSize(Part):
     """Batch sizes in tokens, so that they mean the same at every sequence length."""
 
-    tokens: Count = 32_768
-    """Tokens of one optimizer step."""
+    tokens: Count
+    """Tokens of one optimizer step. Default: by method."""
     micro_tokens: Count | None = None
     """Tokens of one forward and backward. Default: as many rows as fit 8,192 tokens and divide the step."""
 
@@ -336,6 +407,8 @@ class Log(Part):
 
     every_steps: Count = 10
     """Steps between lines of metrics.jsonl."""
+    trackers: list[Literal["trackio", "wandb", "tensorboard"]] = []
+    """Where metrics go beside metrics.jsonl."""
 
 
 class Run(Part):
@@ -357,13 +430,15 @@ class Run(Part):
     """Which tokens carry loss."""
     tokenizer: Tokenizer | None = None
     """Where the tokenizer comes from. Default: the model's own, else a small BPE trained on the data."""
+    adapter: Adapter | None = None
+    """The adapter's numbers, where one is trained."""
     optimizer: Optimizer
     """AdamW's numbers."""
     schedule: Schedule = Schedule()
     """The learning rate over the run."""
-    budget: Budget = Budget(epochs=1.0)
-    """How long."""
-    batch: BatchSize = BatchSize()
+    budget: Budget
+    """How long. Default: by method."""
+    batch: BatchSize
     """How much at a time."""
     eval: Eval = Eval()
     """Loss on held-out documents."""
@@ -401,6 +476,20 @@ class Run(Part):
                 f"model.vocab_size {rows} is less than tokenizer.train.vocab_size {trained.vocab_size}; "
                 "a token without a row cannot be read"
             )
+        if (self.adapter is None) == (self.trainable == "adapter"):
+            found = "not set" if self.adapter is None else "set"
+            raise ValueError(
+                f"adapter is {found} and trainable is {self.trainable}; an adapter is set where trainable is adapter, and "
+                "nowhere else"
+            )
+        if self.trainable == "adapter" and self.weights == "random":
+            raise ValueError(
+                "trainable: adapter on weights: random trains a correction of noise; set trainable: everything"
+            )
+        if self.weights == "nf4" and self.trainable != "adapter":
+            raise ValueError("weights: nf4 cannot be trained themselves; set trainable: adapter")
+        if self.adapter is not None and self.adapter.init == "loftq" and self.weights != "nf4":
+            raise ValueError("adapter.init: loftq makes up for the error of weights: nf4; use it with method qlora")
         if self.weights != "random" and self.model.name is None:
             raise ValueError(f"weights: {self.weights} needs model.name, a folder or Hub id that holds weights")
         return self
@@ -419,10 +508,15 @@ class Run(Part):
 
 
 def with_method_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The user's values over the defaults of their method; an unknown method is left for validation to refuse."""
+    """The user's values over the defaults of their method; an unknown method is left for validation to refuse.
+
+    A budget is taken whole, since only one of its keys may be set. An adapter where one is trained needs no mention.
+    """
     defaults = METHOD_DEFAULTS.get(values.get("method", ""), {}) if isinstance(values.get("method"), str) else {}
     merged = {**defaults, **values}
     for key, default in defaults.items():
-        if isinstance(default, dict) and isinstance(values.get(key), dict):
+        if isinstance(default, dict) and isinstance(values.get(key), dict) and key != "budget":
             merged[key] = {**default, **values[key]}
+    if merged.get("trainable") == "adapter":
+        merged.setdefault("adapter", {})
     return merged

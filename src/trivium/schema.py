@@ -58,6 +58,16 @@ EXAMPLES: dict[str, Any] = {
     "data.sources.N.weight": 2,
     "data.sources.N.subset": "en",
     "data.sources.N.revision": "main",
+    "data.sources.N.fields": {"prompt": "question", "answer": "response"},
+    "data.sources.N.roles": {"human": "user", "bot": "assistant"},
+    "data.sources.N.dataset": "alpaca_en",
+    "data.reasoning_share": 0.75,
+    "adapter": {"rank": 16},
+    "adapter.alpha": 32,
+    "adapter.train_tokens": ["<|im_start|>", "<|im_end|>"],
+    "adapter.train_tokens.N": "<|im_end|>",
+    "adapter.targets.N": "q_proj",
+    "log.trackers.N": "tensorboard",
     "data.workers": 2,
     "data.cache_dir": "cache",
     "tokenizer": "Qwen/Qwen3-0.6B",
@@ -182,6 +192,7 @@ def describe(schema: dict[str, Any]) -> str:
         least = "a list of at least one" if schema.get("minItems") else "a list"
         return f"{least}, each {describe(schema['items'])}"
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+    words["object"] = "a mapping of names to names"
     return words.get(schema["type"], schema["type"]) + _bounds(schema)
 
 
@@ -210,7 +221,9 @@ def _walk(part: type[Part], prefix: str) -> Iterator[Key]:
         if is_list:
             dotted += ".N"
             doc = (inner.__doc__ if inner else None) or "One entry of the list."
-            yield Key(dotted, doc, describe(properties[name]["items"]), inner, False, PydanticUndefined, ())
+            accepted = [properties[name], *properties[name].get("anyOf", [])]
+            items = next(one["items"] for one in accepted if "items" in one)
+            yield Key(dotted, doc, describe(items), inner, False, PydanticUndefined, ())
         if inner:
             yield from _walk(inner, f"{dotted}.")
 
