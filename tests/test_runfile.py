@@ -201,6 +201,10 @@ def one_of_keys(**choices: st.SearchStrategy) -> st.SearchStrategy:
     return st.sampled_from(sorted(choices)).flatmap(lambda name: st.fixed_dictionaries({name: choices[name]}))
 
 
+def optional_roles() -> st.SearchStrategy:
+    return st.dictionaries(TEXT, st.sampled_from(["user", "assistant"]), max_size=2)
+
+
 @st.composite
 def runs(draw: st.DrawFn) -> Run:
     """Any valid run, drawn from the whole of what the configuration accepts."""
@@ -212,12 +216,16 @@ def runs(draw: st.DrawFn) -> Run:
     weighted = draw(st.booleans())
     source = one_of_keys(path=TEXT, hub=TEXT, store=TEXT).flatmap(
         lambda place: st.fixed_dictionaries(
-            {key: st.just(value) for key, value in place.items()}
+            {"fields": st.dictionaries(st.sampled_from(["prompt", "answer"]), TEXT), "roles": optional_roles()}
+            | {key: st.just(value) for key, value in place.items()}
             | {"weight": st.floats(1e-6, 1e6) if weighted else st.none(), "field": TEXT, "subset": optional(TEXT)}
         )
     )
     seq_len, rows = draw(st.integers(8, 9000)), draw(st.integers(1, 50))
     weights = draw(st.sampled_from(["pretrained", "nf4", "random"]))
+    kinds = {"pretrained": ["adapter", "everything"], "nf4": ["adapter"], "random": ["everything"]}
+    trainable = draw(st.sampled_from(kinds[weights]))
+    adapter = {"rank": draw(st.integers(1, 99)), "targets": ["q_proj"], "train_tokens": draw(optional(st.lists(TEXT)))}
     model = {"name": TEXT} if weights != "random" else {"name": TEXT, "params": POSITIVE, "shape": shape}
     train = st.fixed_dictionaries(
         {"kind": st.sampled_from(["bpe", "byte", "char"]), "vocab_size": st.integers(1, 10**5)}
@@ -227,7 +235,8 @@ def runs(draw: st.DrawFn) -> Run:
             "method": draw(st.sampled_from(list(METHOD_DEFAULTS))),
             "name": draw(st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,20}\Z")),
             "weights": weights,
-            "trainable": draw(st.sampled_from(["adapter", "everything"])),
+            "trainable": trainable,
+            "adapter": adapter if trainable == "adapter" else None,
             "loss_tokens": draw(st.sampled_from(["assistant", "all"])),
             "model": draw(one_of_keys(**model)) | {"vocab_size": draw(optional(st.integers(10**5, 10**15)))},
             "data": {

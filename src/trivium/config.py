@@ -42,17 +42,13 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "weights": "pretrained",
         "trainable": "everything",
         "loss_tokens": "all",
-        "optimizer": {"learning_rate": 1e-5, "weight_decay": 0.1, "beta2": 0.95},
-        "batch": {"tokens": 32_768},
-        "budget": {"epochs": 1.0},
+        "optimizer": {"learning_rate": 1e-5, "weight_decay": 0.1},
     },
     "scratch": {
         "weights": "random",
         "trainable": "everything",
         "loss_tokens": "all",
-        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "beta2": 0.95},
-        "batch": {"tokens": 32_768},
-        "budget": {"epochs": 1.0},
+        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1},
     },
 }
 
@@ -243,9 +239,9 @@ class Data(Part):
     seq_len: Annotated[Count, Field(ge=8)] = 1024
     """Tokens a row; a longer document goes on in the next row, a conversation stays in one."""
     long_rows: Literal["drop", "split", "truncate"] = "drop"
-    """A conversation longer than seq_len: `drop` leaves out the turns that do not fit; `split` begins anew at the oldest
-    user turn from which they fit; `truncate` cuts the end off the answer. All are counted, and an answer's end token is
-    never cut."""
+    """A conversation longer than seq_len: `drop` leaves out the turns that do not fit; `split` begins anew at the
+    oldest user turn from which they fit; `truncate` cuts the end off the answer. All are counted, and an answer's end
+    token is never cut."""
     reasoning_share: Share | None = None
     """Share of the training tokens that conversations with reasoning make up. Default: as the data has it."""
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
@@ -316,8 +312,8 @@ class Optimizer(Part):
     """Decoupled weight decay of matrices; norms and biases have none. Default: by method."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the mean of the gradient."""
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Decay of the mean of its square. Default: by method."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the mean of its square."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the root of the second moment."""
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
@@ -365,8 +361,8 @@ class Budget(Part):
 class BatchSize(Part):
     """Batch sizes in tokens, so that they mean the same at every sequence length."""
 
-    tokens: Count
-    """Tokens of one optimizer step. Default: by method."""
+    tokens: Count = 32_768
+    """Tokens of one optimizer step."""
     micro_tokens: Count | None = None
     """Tokens of one forward and backward. Default: as many rows as fit 8,192 tokens and divide the step."""
 
@@ -436,9 +432,9 @@ class Run(Part):
     """AdamW's numbers."""
     schedule: Schedule = Schedule()
     """The learning rate over the run."""
-    budget: Budget
-    """How long. Default: by method."""
-    batch: BatchSize
+    budget: Budget = Budget(epochs=1.0)
+    """How long."""
+    batch: BatchSize = BatchSize()
     """How much at a time."""
     eval: Eval = Eval()
     """Loss on held-out documents."""
@@ -479,8 +475,8 @@ class Run(Part):
         if (self.adapter is None) == (self.trainable == "adapter"):
             found = "not set" if self.adapter is None else "set"
             raise ValueError(
-                f"adapter is {found} and trainable is {self.trainable}; an adapter is set where trainable is adapter, and "
-                "nowhere else"
+                f"adapter is {found} and trainable is {self.trainable}; an adapter is set where trainable is adapter, "
+                "and nowhere else"
             )
         if self.trainable == "adapter" and self.weights == "random":
             raise ValueError(

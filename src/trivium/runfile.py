@@ -256,9 +256,15 @@ def _paragraphs(problems: list[Problem]) -> str:
     return "\n".join(lines)
 
 
+def _has_keys(value: Any, path: KeyPath) -> bool:
+    """Whether a value is a part with keys of its own; a mapping of names the user chose is one value."""
+    key = key_at(path)
+    return isinstance(value, dict) and (key is None or key.part is not None)
+
+
 def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Path and value of everything that a run holds; a list of plain values is one value."""
-    if isinstance(value, dict):
+    if _has_keys(value, path):
         for name, child in value.items():
             yield from _leaves(child, (*path, name))
     elif isinstance(value, list) and value and isinstance(value[0], dict):
@@ -298,7 +304,7 @@ def to_yaml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}: {to_yaml(item)}' for name, item in value.items())}}}"
+        return f"{{{', '.join(f'{quote(name, always=False)}: {to_yaml(item)}' for name, item in value.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(to_yaml(item) for item in value)}]"
     return quote(value, always=False) if isinstance(value, str) else repr(value)
@@ -309,7 +315,7 @@ def dump_run(run: Run, origins: dict[str, str]) -> str:
     lines: list[tuple[str, str]] = []
 
     def write(name: str, value: Any, path: KeyPath, indent: str) -> None:
-        if isinstance(value, dict):
+        if _has_keys(value, path):
             lines.append((f"{indent}{name}:", ""))
             for key, child in value.items():
                 write(key, child, (*path, key), f"{indent}  ")

@@ -108,11 +108,12 @@ class Key:
                 value = value.get(name, PydanticUndefined) if isinstance(value, dict) else PydanticUndefined
             if value is not PydanticUndefined:
                 by_method[method] = value
+        default = self.default.model_dump(exclude_none=True) if isinstance(self.default, Part) else self.default
         if by_method:
-            return by_method
-        if self.default is PydanticUndefined:
-            return {}
-        return {"": self.default.model_dump(exclude_none=True) if isinstance(self.default, Part) else self.default}
+            return by_method | dict.fromkeys(
+                () if default in (None, PydanticUndefined) else METHOD_DEFAULTS.keys() - by_method, default
+            )
+        return {} if default is PydanticUndefined else {"": default}
 
     @property
     def example(self) -> Any:
@@ -215,9 +216,8 @@ def _walk(part: type[Part], prefix: str) -> Iterator[Key]:
         dotted = f"{prefix}{name}"
         choices = tuple(properties[name].get("enum", ()))
         expected = describe(properties[name])
-        yield Key(
-            dotted, field.description or "", expected, None if is_list else inner, is_list, field.default, choices
-        )
+        doc = " ".join((field.description or "").split())
+        yield Key(dotted, doc, expected, None if is_list else inner, is_list, field.default, choices)
         if is_list:
             dotted += ".N"
             doc = (inner.__doc__ if inner else None) or "One entry of the list."

@@ -95,6 +95,10 @@ BEFORE_EXAMPLE = {
     "model.name": ["model={}"],
     "model.params": ["model={}"],
     "weights": ["model=Qwen/Qwen3-0.6B"],
+    "trainable": ["model=Qwen/Qwen3-0.6B", "method=lora"],
+    "adapter": ["model=Qwen/Qwen3-0.6B", "method=lora"],
+    "adapter.train_tokens": ["model=Qwen/Qwen3-0.6B", "method=lora"],
+    "adapter.targets": ["model=Qwen/Qwen3-0.6B", "method=lora"],
     "data.sources.N.hub": ["data.sources.0.path=null"],
     "data.sources.N.store": ["data.sources.0.path=null"],
 }
