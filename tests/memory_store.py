@@ -6,8 +6,9 @@ import numpy as np
 class MemoryStore:
     """Documents as a list of arrays, read like `trivium.data.store.Store`."""
 
-    def __init__(self, documents: list[np.ndarray]) -> None:
+    def __init__(self, documents: list[np.ndarray], masks: list[np.ndarray] | None = None) -> None:
         self.documents = documents
+        self.masks = masks
 
     @property
     def lengths(self) -> np.ndarray:
@@ -15,6 +16,9 @@ class MemoryStore:
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         return self.documents[document][start:stop]
+
+    def weights(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        return None if self.masks is None else self.masks[document][start:stop]
 
 
 def random_store(rng: np.random.Generator, lengths: list[int], vocab_size: int = 1000) -> MemoryStore:

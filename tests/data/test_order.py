@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivium.data.order import Order
+from trivium.data.order import Order, best_fit
 from trivium.errors import BadData
 
 document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
@@ -90,3 +90,33 @@ def test_the_fingerprint_sees_lengths_seed_and_row_length():
 def test_a_source_without_tokens_is_refused():
     with pytest.raises(BadData, match="no tokens"):
         Order([np.array([3, 4]), np.array([], dtype=int)], None, 8, 0)
+
+
+@given(st.lists(document_lengths, min_size=1, max_size=3), st.integers(8, 40), st.integers(0, 5), st.integers(0, 2))
+def test_whole_pieces_are_read_once_and_cut_only_where_they_must_be(sources, seq_len, seed, epoch):
+    order = Order([np.array(lengths) for lengths in sources], None, seq_len, seed, whole=True)
+    first = sum(order.num_rows(e) for e in range(epoch))
+    spans = [order.row(row) for row in range(first, first + order.num_rows(epoch))]
+    assert all(0 < (row[:, 3] - row[:, 2]).sum() <= seq_len for row in spans)
+    expected = [
+        (source, document, start, min(start + seq_len, length))
+        for source, lengths in enumerate(sources)
+        for document, length in enumerate(lengths)
+        for start in range(0, length, seq_len)
+    ]
+    assert sorted(map(tuple, np.concatenate(spans).tolist())) == expected
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=200))
+def test_best_fit_leaves_no_two_rows_that_would_fit_into_one(lengths):
+    row_of = best_fit(lengths, 50)
+    filled = np.bincount(row_of, weights=lengths)
+    assert filled.max() <= 50 and filled.min() > 0
+    smallest = np.sort(filled)[:2]
+    assert len(filled) == 1 or smallest.sum() > 50
+
+
+def test_thousands_of_short_conversations_fill_their_rows():
+    lengths = np.random.default_rng(0).integers(20, 200, size=20_000)
+    order = Order([lengths], None, 1024, seed=0, whole=True)
+    assert lengths.sum() / (1024 * order.num_rows(0)) > 0.995

@@ -1,6 +1,7 @@
 """Packing: labels stay inside documents, nothing is lost, and ranks and micro-batches change nothing."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,3 +91,25 @@ def test_the_digest_sees_one_changed_token():
     store.documents[1][11] += 1
     assert step_digest("x", [pack([store], spans, 32)]) != before
     assert step_digest("y", [pack([store], spans, 32)]) != step_digest("x", [pack([store], spans, 32)])
+
+
+@given(document_lengths, st.integers(0, 2**32 - 1))
+def test_loss_falls_on_the_labels_the_mask_names_with_its_weights(lengths, seed):
+    rng = np.random.default_rng(seed)
+    store = random_store(rng, lengths)
+    store.masks = [rng.choice(np.array([0, 100, 50], dtype=np.uint8), size=length) for length in lengths]
+    order = Order([store.lengths], None, 64, seed=3, whole=True)
+    found = []
+    for row in range(order.num_rows(0)):
+        batch = pack([store], order.row(row), 64)
+        weights = batch.supervised_weights
+        count = batch.num_supervised
+        hundredths = [100] * count if weights is None else (100 * weights[:count]).round().int().tolist()
+        assert weights is None or (weights[count:] == 0).all()
+        found += zip(batch.supervised_labels[:count].tolist(), hundredths, strict=True)
+        assert batch.total_weight == pytest.approx(sum(hundredths) / 100)
+    pairs = zip(store.documents, store.masks, strict=True)
+    expected = [
+        pair for ids, mask in pairs for pair in zip(ids[1:].tolist(), mask[1:].tolist(), strict=True) if pair[1]
+    ]
+    assert sorted(found) == sorted(expected)

@@ -32,6 +32,10 @@ class TokenStore(Protocol):
         """Token ids [start, stop) of a document."""
         ...
 
+    def weights(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        """Loss weights in hundredths, uint8, of the tokens [start, stop) as labels; None where all are 100."""
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -39,13 +43,14 @@ class Batch:
 
     Attributes:
         tokens: int64 [N].
-        labels: int64 [N], the next token of the same document, NO_LABEL where there is none.
+        labels: int64 [N], the next token of the same document, NO_LABEL where there is none or it carries no loss.
         positions: int64 [N], 0 at the start of every piece of a document.
         cu_seqlens: int32 [D + 1], where each piece begins and the last one ends, then N again up to a power of two.
         bounds: the same numbers without the padding, for attention without a varlen kernel.
         supervised: int64 [M], the places that have a label, then place 0 up to a multiple of SUPERVISED_MULTIPLE:
             matrix products whose size is new every time are slow.
         supervised_labels: int64 [M], their labels; NO_LABEL marks the padding.
+        supervised_weights: float32 [M], their loss weights, 0 in the padding; None where all are 1.
         num_supervised: how many carry loss.
         spans: int64 [pieces, 4], (source, document, start, stop) of what was read; padding has none.
     """
@@ -57,8 +62,14 @@ class Batch:
     bounds: tuple[int, ...]
     supervised: torch.Tensor
     supervised_labels: torch.Tensor
+    supervised_weights: torch.Tensor | None
     num_supervised: int
     spans: np.ndarray
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the loss weights: what the sum of the losses is divided by."""
+        return float(self.num_supervised if self.supervised_weights is None else self.supervised_weights.sum())
 
     @property
     def num_tokens(self) -> int:
@@ -80,37 +91,47 @@ def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Ba
     """Lay pieces of documents end to end on an axis of `num_tokens`; what stays free becomes unsupervised padding."""
     tokens = np.zeros(num_tokens, dtype=np.int64)
     labels = np.full(num_tokens, NO_LABEL, dtype=np.int64)
+    hundredths = np.full(num_tokens, 100, dtype=np.uint8)
     positions = np.zeros(num_tokens, dtype=np.int64)
     bounds = [0]
     for source, document, start, stop in spans.tolist():
-        here, length = bounds[-1], stop - start
-        ids = stores[source].tokens(document, start, min(stop + 1, int(stores[source].lengths[document])))
+        here, length, store = bounds[-1], stop - start, stores[source]
+        past = min(stop + 1, int(store.lengths[document]))
+        ids, weights = store.tokens(document, start, past), store.weights(document, start, past)
         tokens[here : here + length] = ids[:length]
         labels[here : here + len(ids) - 1] = ids[1:]
+        if weights is not None:
+            hundredths[here : here + len(ids) - 1] = weights[1:]
         positions[here : here + length] = np.arange(length)
         bounds.append(here + length)
     if bounds[-1] < num_tokens:
         positions[bounds[-1] :] = np.arange(num_tokens - bounds[-1])
         bounds.append(num_tokens)
-    padded = np.full(1 + (1 << (len(bounds) - 2).bit_length()), num_tokens, dtype=np.int32)
-    padded[: len(bounds)] = bounds
+    padded_bounds = np.full(1 + (1 << (len(bounds) - 2).bit_length()), num_tokens, dtype=np.int32)
+    padded_bounds[: len(bounds)] = bounds
+    labels[hundredths == 0] = NO_LABEL
     places = np.flatnonzero(labels != NO_LABEL)
-    num_padded = -(-len(places) // SUPERVISED_MULTIPLE) * SUPERVISED_MULTIPLE
-    supervised = np.zeros(num_padded, dtype=np.int64)
-    supervised[: len(places)] = places
-    supervised_labels = np.full(num_padded, NO_LABEL, dtype=np.int64)
-    supervised_labels[: len(places)] = labels[places]
+    weights = hundredths[places]
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         positions=torch.from_numpy(positions),
-        cu_seqlens=torch.from_numpy(padded),
+        cu_seqlens=torch.from_numpy(padded_bounds),
         bounds=tuple(bounds),
-        supervised=torch.from_numpy(supervised),
-        supervised_labels=torch.from_numpy(supervised_labels),
+        supervised=_padded(places, 0),
+        supervised_labels=_padded(labels[places], NO_LABEL),
+        supervised_weights=None if (weights == 100).all() else _padded(weights.astype(np.float32) / 100, 0),
         num_supervised=len(places),
         spans=spans,
     )
+
+
+def _padded(values: np.ndarray, padding: int) -> torch.Tensor:
+    """The values, and `padding` up to a multiple of SUPERVISED_MULTIPLE."""
+    size = -(-len(values) // SUPERVISED_MULTIPLE) * SUPERVISED_MULTIPLE
+    padded = np.full(size, padding, dtype=values.dtype)
+    padded[: len(values)] = values
+    return torch.from_numpy(padded)
 
 
 class Rows:
@@ -187,7 +208,7 @@ def sequential_batches(store: TokenStore, batch_tokens: int, seq_len: int, max_t
 
 
 def step_digest(previous: str, batches: Sequence[Batch]) -> str:
-    """Hex SHA-256 over the digest before it and what a step read, pieces and token ids: a link of the run's ledger.
+    """Hex SHA-256 over the digest before it and what a step read, pieces, ids and labels: a link of the run's ledger.
 
     The order of pieces is the order of rows, so it does not depend on the size of a micro-batch.
     """
@@ -196,4 +217,6 @@ def step_digest(previous: str, batches: Sequence[Batch]) -> str:
         digest.update(batch.spans.astype(np.int64).tobytes())
     for batch in batches:
         digest.update(batch.tokens[: batch.num_tokens].numpy().tobytes())
+    for batch in batches:
+        digest.update(batch.labels[: batch.num_tokens].numpy().tobytes())
     return digest.hexdigest()

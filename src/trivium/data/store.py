@@ -11,6 +11,9 @@
     int64    [D] sequence at which each document begins, S last
 Numbers are little-endian. Trivium writes one sequence a document and reads any number.
 
+Where not every token carries the same loss, a second pair `PREFIX_mask` of the same lengths holds the loss weight of
+each token as a label, uint8 in hundredths: 0 carries none, 100 is the plain one.
+
 Does not know what a token means. Everybody above `data` may import this file.
 Source: megatron/core/datasets/indexed_dataset.py of https://github.com/NVIDIA/Megatron-LM
 """
@@ -126,6 +129,20 @@ class Store:
         self._tokens = np.memmap(self._bin_path, self.dtype, "r") if self.num_tokens else np.empty(0, self.dtype)
         self.lengths = self._document_lengths()
         """Tokens of each document, int [documents]."""
+        self.mask = self._open_mask()
+        """The loss weights as a store of their own; None where every token counts alike."""
+
+    def _open_mask(self) -> "Store | None":
+        prefix = mask_prefix(self.prefix)
+        if not _file(prefix, ".idx").is_file():
+            return None
+        mask = Store(prefix)
+        if mask.dtype != np.uint8 or not np.array_equal(mask.lengths, self.lengths):
+            raise BadData(
+                f"{prefix}.idx: does not hold one byte for each token of {self._index_path}. The two do not belong "
+                "together; copy or build the store again."
+            )
+        return mask
 
     def _read_header(self) -> tuple[int, int]:
         with self._index_path.open("rb") as file:
@@ -208,6 +225,10 @@ class Store:
         first = int(self._pointers[sequence]) // self.dtype.itemsize if length else 0
         return self._tokens[first + start : first + stop]
 
+    def weights(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
+        """Loss weights, uint8 in hundredths, of tokens [start, stop) as labels; None where every token counts alike."""
+        return None if self.mask is None else self.mask.tokens(document, start, stop)
+
     def largest_token(self) -> int:
         """The largest id in the store, -1 when it is empty; reads all of it, once, in constant memory."""
         chunks = range(0, self.num_tokens, CHUNK_ITEMS)
@@ -220,12 +241,19 @@ class Store:
         Tells stores apart in an instant, whatever their size; it does not prove every token. The manifest's hashes do.
         """
         digest = hashlib.sha256(self._index.data)
+        if self.mask is not None:
+            digest.update(self.mask.fingerprint.encode())
         num_bytes = self.num_tokens * self.dtype.itemsize
         with self._bin_path.open("rb") as file:
             for probe in range(FINGERPRINT_PROBES):
                 file.seek(max(0, num_bytes - FINGERPRINT_PROBE_BYTES) * probe // (FINGERPRINT_PROBES - 1))
                 digest.update(file.read(FINGERPRINT_PROBE_BYTES))
         return digest.hexdigest()
+
+
+def mask_prefix(prefix: Path) -> Path:
+    """Where the loss weights of the store at `prefix` lie."""
+    return prefix.with_name(f"{prefix.name}_mask")
 
 
 def _file(prefix: Path, suffix: str) -> Path:
