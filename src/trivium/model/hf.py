@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -95,30 +96,44 @@ def read_shape(folder: Path) -> QwenShape:
     return QwenShape.from_hf_config(read_json(folder / "config.json"))
 
 
-@torch.no_grad()
 def load_weights(model: Qwen, folder: Path) -> None:
     """Fill the model's parameters, wherever they are and in the dtype they have, from the folder's safetensors.
 
-    Every name and shape is compared before the first value is written. A second copy of tied embeddings is accepted
-    when it is the same. Extra memory: at most one tensor.
+    Every name and shape is compared before the first value is written. Extra memory: at most one tensor.
+
+    Raises: ConfigError as `find_tensors`.
+    """
+    files = find_tensors(model, folder)
+    for name, parameter in model.named_parameters():
+        read_tensor(files[name], name, parameter)
+
+
+def find_tensors(model: Qwen, folder: Path) -> dict[str, Path]:
+    """The file that holds each of a plain model's parameters, which may still be on the meta device.
+
+    A second copy of tied embeddings is accepted when it is the same.
 
     Raises: ConfigError naming missing, unexpected or differently shaped tensors, or a file that is damaged.
     """
     files = _tensor_files(folder)
     stored = {name: _header(path, name) for name, path in files.items()}
-    parameters = dict(model.named_parameters())
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tied_copy = model.shape.tie_word_embeddings and HEAD in stored and EMBEDDINGS in stored
-    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if tied_copy:
         expected[HEAD] = expected[EMBEDDINGS]
     _compare(folder, expected, stored)
     if tied_copy:
         _require_equal(files[EMBEDDINGS], files[HEAD])
-    for name, parameter in parameters.items():
-        start = 0
-        for piece in _pieces(files[name], name):
-            parameter[start : start + len(piece)].copy_(piece)
-            start += len(piece)
+    return files
+
+
+@torch.no_grad()
+def read_tensor(path: Path, name: str, into: Tensor) -> None:
+    """Copy a stored tensor, a run of rows at a time, to where `into` is and in its dtype."""
+    start = 0
+    for piece in _pieces(path, name):
+        into[start : start + len(piece)].copy_(piece)
+        start += len(piece)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -227,24 +242,33 @@ def save_folder(
 
     Raises: ConfigError when something that is no model stands at `folder`; TriviumError when the disk is too full.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds files and is no model folder; it is left alone. Choose another place.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     size_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if generation is None:
+        generation = {} if tokenizer_folder is None else _tokenizer_ids(tokenizer_folder)
+    config = model.shape.to_hf_config() | {"dtype": str(dtype).removeprefix("torch.")} | _token_ids(generation)
+    with replacing(folder, "config.json", size_bytes) as beside:
+        atomic_write(beside / "config.json", as_json(config))
+        write_companions(beside, tokenizer_folder, generation)
+        _write_weights(model, beside, dtype, max_shard_bytes)
+
+
+@contextmanager
+def replacing(folder: Path, mark: str, size_bytes: int) -> Iterator[Path]:
+    """A place to write a folder of `size_bytes` in; once all is there, it is fsynced and takes the place of `folder`.
+
+    Raises: ConfigError when what stands at `folder` has no file `mark`; TriviumError when the disk is too full.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
+        raise ConfigError(
+            f"{folder} holds files and no {mark}, so it is something else; it is left alone. Choose another place."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
     require_free_space(folder.parent, size_bytes + (64 << 20), "the model's weights")
     beside, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "replaced"))
     for leftover in (beside, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir()
-    if generation is None:
-        generation = {} if tokenizer_folder is None else _tokenizer_ids(tokenizer_folder)
-    config = model.shape.to_hf_config() | {"dtype": str(dtype).removeprefix("torch.")} | _token_ids(generation)
-    atomic_write(beside / "config.json", _as_json(config))
-    atomic_write(beside / "generation_config.json", _as_json(generation))
-    for name in TOKENIZER_FILES:
-        if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
-            atomic_write(beside / name, (tokenizer_folder / name).read_bytes())
-    _write_weights(model, beside, dtype, max_shard_bytes)
+    yield beside
     fsync_directory(beside)
     if folder.exists():
         os.rename(folder, replaced)
@@ -253,7 +277,16 @@ def save_folder(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _as_json(content: Mapping[str, object]) -> str:
+def write_companions(folder: Path, tokenizer_folder: Path | None, generation: Mapping[str, object]) -> None:
+    """Write what lies beside weights: generation_config.json, and the tokenizer's files copied."""
+    atomic_write(folder / "generation_config.json", as_json(generation))
+    for name in TOKENIZER_FILES:
+        if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
+            atomic_write(folder / name, (tokenizer_folder / name).read_bytes())
+
+
+def as_json(content: Mapping[str, object]) -> str:
+    """How all JSON files of a model folder are written."""
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
@@ -283,7 +316,7 @@ def _write_weights(model: Qwen, folder: Path, dtype: torch.dtype, max_shard_byte
     """One safetensors file, or several with their index when they would be larger than `max_shard_bytes`."""
     shards: list[list[TensorSource]] = [[]]
     for name, parameter in model.named_parameters():
-        source = _source(name, parameter, dtype)
+        source = tensor_source(name, parameter, dtype)
         if shards[-1] and sum(other.num_bytes for other in shards[-1]) + source.num_bytes > max_shard_bytes:
             shards.append([])
         shards[-1].append(source)
@@ -294,10 +327,10 @@ def _write_weights(model: Qwen, folder: Path, dtype: torch.dtype, max_shard_byte
         weight_map |= dict.fromkeys((source.name for source in shard), name)
     if len(shards) > 1:
         total_size = sum(source.num_bytes for shard in shards for source in shard)
-        atomic_write(folder / INDEX, _as_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
+        atomic_write(folder / INDEX, as_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
 
 
-def _source(name: str, parameter: Tensor, dtype: torch.dtype) -> TensorSource:
+def tensor_source(name: str, parameter: Tensor, dtype: torch.dtype) -> TensorSource:
     """A parameter as bytes on demand, converted and brought to the host one run of rows at a time."""
 
     def read(tensor: Tensor) -> Iterator[memoryview]:
