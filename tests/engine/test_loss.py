@@ -33,7 +33,7 @@ def reference(hidden_MD, weight_VD, labels):
 @given(st.integers(1, 70), st.integers(1, 40), st.integers(2, 300), st.integers(1, 80))
 def test_chunked_equals_plain(rows, hidden, vocab, chunk_rows):
     hidden_MD, weight_VD, labels = inputs(rows, hidden, vocab)
-    loss = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows)
+    loss = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows=chunk_rows)
     (loss / rows).backward()
     expected, grad_hidden, grad_weight = reference(hidden_MD, weight_VD, labels)
     assert relative(loss, expected) < 1e-6
@@ -54,7 +54,7 @@ def test_chunked_equals_plain_with_the_real_vocabulary():
 
 def test_huge_logits_do_not_overflow():
     hidden_MD, weight_VD, labels = inputs(20, 16, 50, scale=100.0)
-    loss = cross_entropy_sum(hidden_MD, weight_VD, labels, 7)
+    loss = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows=7)
     loss.backward()
     assert relative(loss, reference(hidden_MD, weight_VD, labels)[0]) < 1e-6
     assert torch.isfinite(hidden_MD.grad).all() and torch.isfinite(weight_VD.grad).all()
@@ -62,7 +62,7 @@ def test_huge_logits_do_not_overflow():
 
 def test_bf16_keeps_the_loss_and_the_heads_gradient_in_fp32():
     hidden_MD, weight_VD, labels = inputs(600, 64, 2000, torch.bfloat16)
-    loss = cross_entropy_sum(hidden_MD, weight_VD, labels, 128)
+    loss = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows=128)
     (loss / 600).backward()
     expected, grad_hidden, grad_weight = reference(hidden_MD, weight_VD, labels)
     assert loss.dtype == torch.float32 and weight_VD.grad.dtype == torch.float32
@@ -75,11 +75,11 @@ def test_padding_adds_nothing():
     hidden_MD, weight_VD, labels = inputs(40, 8, 30)
     padded = torch.cat([labels, torch.full((9,), -100)])
     more = torch.cat([hidden_MD.detach(), 50 * torch.randn(9, 8)]).requires_grad_()
-    loss = cross_entropy_sum(more, weight_VD, padded, 16)
+    loss = cross_entropy_sum(more, weight_VD, padded, chunk_rows=16)
     loss.backward()
     found = weight_VD.grad.clone()
     weight_VD.grad = None
-    expected = cross_entropy_sum(hidden_MD, weight_VD, labels, 16)
+    expected = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows=16)
     expected.backward()
     assert relative(loss, expected) < 1e-6 and relative(found, weight_VD.grad) < 1e-6
     assert relative(more.grad[:40], hidden_MD.grad) < 1e-6

@@ -20,67 +20,92 @@ def default_chunk_rows(vocab_size: int, dtype: torch.dtype) -> int:
 
 
 def cross_entropy_sum(
-    hidden_MD: torch.Tensor, weight_VD: torch.Tensor, labels_M: torch.Tensor, chunk_rows: int | None = None
+    hidden_MD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_M: torch.Tensor,
+    weights_M: torch.Tensor | None = None,
+    head_rows: tuple[torch.Tensor, torch.Tensor] | None = None,
+    chunk_rows: int | None = None,
 ) -> torch.Tensor:
-    """Sum over rows of -ln softmax(hidden @ weight.T)[label].
+    """Sum over rows of -weight * ln softmax(hidden @ head.T)[label].
 
     Args:
         hidden_MD: [rows, hidden], fp32 or bf16; the products are computed in its dtype.
-        weight_VD: [vocabulary, hidden], the fp32 output head; cast to the dtype of `hidden_MD` once.
+        weight_VD: [vocabulary, hidden], the output head; cast to the dtype of `hidden_MD` once.
         labels_M: int64 [rows]; a negative one marks padding, which adds nothing to the loss or to any gradient.
+        weights_M: fp32 [rows], how much each row counts; None counts all the same, as 1.
+        head_rows: token ids, int64 [k], and rows, fp32 [k, hidden], that the head has in place of its own.
         chunk_rows: rows whose logits exist at a time; None takes `default_chunk_rows`.
 
     Returns: fp32 scalar in nats. Softmax and sums are fp32; the gradient of the head is accumulated in fp32.
     """
-    rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_MD.dtype)
-    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, labels_M, rows)
+    chunk_rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_MD.dtype)
+    ids_K, rows_KD = head_rows or (None, None)
+    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, rows_KD, ids_K, labels_M, weights_M, chunk_rows)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Both gradients are computed while a chunk's logits are there; backward only scales them."""
+    """All gradients are computed while a chunk's logits are there; backward only scales them."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden_MD: torch.Tensor,
         weight_VD: torch.Tensor,
+        rows_KD: torch.Tensor | None,
+        ids_K: torch.Tensor | None,
         labels_M: torch.Tensor,
+        weights_M: torch.Tensor | None,
         chunk_rows: int,
     ) -> torch.Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight, needs_rows = ctx.needs_input_grad[:3]
         weight = weight_VD.to(hidden_MD.dtype)
         grad_hidden = torch.empty_like(hidden_MD) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VD) if needs_weight else None
+        grad_rows = torch.zeros_like(rows_KD) if rows_KD is not None and needs_rows else None
         buffer_CV = hidden_MD.new_empty(min(chunk_rows, len(labels_M)), len(weight))
         loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
-        for start in range(0, len(labels_M), chunk_rows):
-            hidden, labels = hidden_MD[start : start + chunk_rows], labels_M[start : start + chunk_rows, None]
+        for chunk in (slice(start, start + chunk_rows) for start in range(0, len(labels_M), chunk_rows)):
+            hidden, labels = hidden_MD[chunk], labels_M[chunk, None]
             counts, labels = (labels >= 0).float(), labels.clamp(min=0)
+            if weights_M is not None:
+                counts *= weights_M[chunk, None]
             logits = torch.mm(hidden, weight.T, out=buffer_CV[: len(labels)])
+            if rows_KD is not None and ids_K is not None:
+                logits[:, ids_K] = hidden @ rows_KD.to(hidden.dtype).T
             label_logits = logits.gather(1, labels).float()
             maxima, sums = _exponentiate(logits)
             loss += ((sums.log() + maxima - label_logits) * counts).sum()
-            scales = counts / sums
+            scales, rows_grad = counts / sums, None
+            if rows_KD is not None and ids_K is not None:
+                is_row = labels == ids_K
+                slope_CK = logits[:, ids_K].float() * scales - is_row * counts
+                logits[:, ids_K] = 0.0  # what is left is the share of the head's own rows
+                counts = counts * ~is_row.any(1, keepdim=True)
+                rows_grad = slope_CK @ rows_KD
+                if grad_rows is not None:
+                    grad_rows.addmm_(slope_CK.T, hidden.float())
             if grad_hidden is not None:
-                rows = torch.mm(logits, weight).float().mul_(scales)
-                grad_hidden[start : start + chunk_rows] = rows.sub_(weight[labels[:, 0]] * counts)
+                into_hidden = torch.mm(logits, weight).float().mul_(scales).sub_(weight[labels[:, 0]] * counts)
+                grad_hidden[chunk] = into_hidden if rows_grad is None else into_hidden + rows_grad
             if grad_weight is not None:
                 _add_product(grad_weight, logits, (hidden.float() * scales).to(hidden.dtype))
                 grad_weight.index_add_(0, labels[:, 0], hidden.float() * counts, alpha=-1.0)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, grad_loss: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+    ) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_rows = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight.mul_(grad_loss)
-        return grad_hidden, grad_weight, None, None
+        for grad in (grad_weight, grad_rows):
+            if grad is not None:
+                grad.mul_(grad_loss)
+        return grad_hidden, grad_weight, grad_rows, None, None, None, None
 
 
 def _exponentiate(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -121,7 +121,7 @@ def find_tensors(model: Qwen, folder: Path) -> dict[str, Path]:
     tied_copy = model.shape.tie_word_embeddings and HEAD in stored and EMBEDDINGS in stored
     if tied_copy:
         expected[HEAD] = expected[EMBEDDINGS]
-    _compare(folder, expected, stored)
+    compare(folder, "config.json", expected, stored)
     if tied_copy:
         _require_equal(files[EMBEDDINGS], files[HEAD])
     return files
@@ -184,8 +184,13 @@ def _damaged(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{path} is not a whole safetensors file ({error}). Fetch it again.")
 
 
-def _compare(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a folder whose tensors are not exactly the model's."""
+def compare(
+    folder: Path, config: str, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse a folder whose tensors, names and shapes, are not exactly those its configuration makes.
+
+    Raises: ConfigError naming the first five that differ.
+    """
     problems = [f"{name} is missing" for name in expected if name not in stored]
     problems += [f"{name} is not part of the model" for name in stored if name not in expected]
     problems += [
@@ -196,7 +201,7 @@ def _compare(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapp
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ConfigError(
-            f"The weights in {folder} do not fit its config.json: {'; '.join(problems[:5])}{more}. "
+            f"The weights in {folder} do not fit its {config}: {'; '.join(problems[:5])}{more}. "
             "Expected exactly the tensors of that Qwen model; use a complete folder of one model."
         )
 

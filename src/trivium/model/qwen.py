@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from trivium.model.rows import TokenRows
 from trivium.model.shape import QwenShape
 
 INIT_STD = 0.02
@@ -188,6 +189,20 @@ class Qwen(nn.Module):
     def head_weight(self) -> Tensor:
         """The output head, (V, D): logits are hidden @ head_weight.T, which the loss computes a chunk at a time."""
         return self.model.embed_tokens.weight if self.shape.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def head_rows(self) -> tuple[Tensor, Tensor] | None:
+        """What stands in for some of the head's rows: ids, int64 (k,), and values, fp32 (k, D); None where nothing."""
+        head = self.model.embed_tokens if self.shape.tie_word_embeddings else self.lm_head
+        return (head.ids, head.rows) if isinstance(head, TokenRows) else None
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """All logits of a few tokens, (T, V), in the dtype of `hidden_TD`; the loss never has them all at once."""
+        logits_TV = F.linear(hidden_TD, self.head_weight.to(hidden_TD.dtype))
+        if self.head_rows is None:
+            return logits_TV
+        ids, rows_KD = self.head_rows
+        return logits_TV.index_copy(-1, ids, F.linear(hidden_TD, rows_KD.to(hidden_TD.dtype)))
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, documents: Documents) -> Tensor:
         """Hidden states after the final norm, (T, D), in the compute dtype.
