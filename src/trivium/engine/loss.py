@@ -39,8 +39,8 @@ def cross_entropy_sum(
 
     Returns: fp32 scalar in nats. Softmax and sums are fp32; the gradient of the head is accumulated in fp32.
     """
+    ids_K, rows_KD = head_rows or (labels_M.new_empty(0), weight_VD.new_empty(0, weight_VD.shape[1]))
     chunk_rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_MD.dtype)
-    ids_K, rows_KD = head_rows or (None, None)
     return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, rows_KD, ids_K, labels_M, weights_M, chunk_rows)
 
 
@@ -52,17 +52,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_MD: torch.Tensor,
         weight_VD: torch.Tensor,
-        rows_KD: torch.Tensor | None,
-        ids_K: torch.Tensor | None,
+        rows_KD: torch.Tensor,
+        ids_K: torch.Tensor,
         labels_M: torch.Tensor,
         weights_M: torch.Tensor | None,
         chunk_rows: int,
     ) -> torch.Tensor:
         needs_hidden, needs_weight, needs_rows = ctx.needs_input_grad[:3]
-        weight = weight_VD.to(hidden_MD.dtype)
+        weight, rows = weight_VD.to(hidden_MD.dtype), rows_KD.to(hidden_MD.dtype)
         grad_hidden = torch.empty_like(hidden_MD) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VD) if needs_weight else None
-        grad_rows = torch.zeros_like(rows_KD) if rows_KD is not None and needs_rows else None
+        grad_rows = torch.zeros_like(rows_KD) if needs_rows else None
         buffer_CV = hidden_MD.new_empty(min(chunk_rows, len(labels_M)), len(weight))
         loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
         for chunk in (slice(start, start + chunk_rows) for start in range(0, len(labels_M), chunk_rows)):
@@ -71,23 +71,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if weights_M is not None:
                 counts *= weights_M[chunk, None]
             logits = torch.mm(hidden, weight.T, out=buffer_CV[: len(labels)])
-            if rows_KD is not None and ids_K is not None:
-                logits[:, ids_K] = hidden @ rows_KD.to(hidden.dtype).T
+            logits.index_copy_(1, ids_K, hidden @ rows.T)
             label_logits = logits.gather(1, labels).float()
             maxima, sums = _exponentiate(logits)
             loss += ((sums.log() + maxima - label_logits) * counts).sum()
-            scales, rows_grad = counts / sums, None
-            if rows_KD is not None and ids_K is not None:
-                is_row = labels == ids_K
-                slope_CK = logits[:, ids_K].float() * scales - is_row * counts
-                logits[:, ids_K] = 0.0  # what is left is the share of the head's own rows
-                counts = counts * ~is_row.any(1, keepdim=True)
-                rows_grad = slope_CK @ rows_KD
-                if grad_rows is not None:
-                    grad_rows.addmm_(slope_CK.T, hidden.float())
+            scales = counts / sums
+            slopes_CK = logits[:, ids_K].float() * scales - (labels == ids_K) * counts
+            # The rows that were replaced are done with; what is left belongs to the head's own.
+            logits.index_fill_(1, ids_K, 0.0)
+            counts = counts * (labels != ids_K).all(1, keepdim=True)
             if grad_hidden is not None:
                 into_hidden = torch.mm(logits, weight).float().mul_(scales).sub_(weight[labels[:, 0]] * counts)
-                grad_hidden[chunk] = into_hidden if rows_grad is None else into_hidden + rows_grad
+                grad_hidden[chunk] = into_hidden.addmm_(slopes_CK, rows.float())
+            if grad_rows is not None:
+                grad_rows.addmm_(slopes_CK.T, hidden.float())
             if grad_weight is not None:
                 _add_product(grad_weight, logits, (hidden.float() * scales).to(hidden.dtype))
                 grad_weight.index_add_(0, labels[:, 0], hidden.float() * counts, alpha=-1.0)
