@@ -25,7 +25,9 @@ VERBS = {
     "tokenizer": "Train and inspect tokenizers.",
     "model": "List the models, and find one for a parameter budget.",
     "config": "Show, explain and check run files.",
-    "chat": "Let a trained model write.",
+    "chat": "Talk to a model, or let it write.",
+    "eval": "Measure a model on data it was not trained on.",
+    "export": "Write a result for others, merged or not, verified.",
     "verify": "Prove that a run skipped and repeated no sample.",
     "report": "Write report.html for a run, finished or not.",
 }

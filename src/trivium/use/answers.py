@@ -1,0 +1,286 @@
+"""Greedy answers to a file of prompts, and how good they are: exact match, JSON validity, stop rate.
+
+One way of asking for all models: the same prompts, the same stops, the likeliest token each time, in batches. Losses
+are `held_out`, conversations with a person are `chat`. Used by the command line, `compare` and the quickstart.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivium.errors import BadData, ConfigError
+from trivium.use.load import Loaded
+
+BATCH_ROWS = 32
+END_OF_REASONING = "</think>"
+PROMPT_ROWS = (
+    'Each line is {"prompt": "...", "answer": "..."} or {"messages": [...]}, the answer then being the last assistant '
+    "turn; without an answer nothing is compared. A .txt file holds one prompt a line."
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        turns: chat messages, the last one a user's (or a tool's).
+        answer: what should come, without reasoning; None where nobody knows.
+        tools: functions that the template offers.
+    """
+
+    turns: list[dict[str, Any]]
+    answer: str | None = None
+    tools: list[Any] | None = None
+
+    @property
+    def text(self) -> str:
+        """The contents of the turns, a line each: the prompt of a model that takes no chat."""
+        return "\n".join(str(turn.get("content") or "") for turn in self.turns)
+
+    @property
+    def wants_json(self) -> bool:
+        """Whether the answer should be a JSON object or list."""
+        return self.answer is not None and is_json(self.answer)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: the answer without its reasoning.
+        reasoning: what stood before the end of reasoning; empty where there is none.
+        stopped: whether the model ended it by itself, with a stop token.
+        num_tokens: tokens it took, the stop token included.
+    """
+
+    text: str
+    reasoning: str
+    stopped: bool
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good the answers to a set of questions are; a share is None where no question asks for it.
+
+    Attributes:
+        num_questions: answers given.
+        exact_match: share that equals the expected answer, blanks around both aside.
+        json_valid: share that is JSON, of those that should be a JSON object or list.
+        stop_rate: share that ended with a stop token.
+    """
+
+    num_questions: int
+    exact_match: float | None
+    json_valid: float | None
+    stop_rate: float
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The prompts of a .jsonl or .txt file.
+
+    Raises: ConfigError when there is no such file, BadData naming the first line that cannot be used.
+    """
+    if not path.is_file():
+        raise ConfigError(f"There is no file {path}. {PROMPT_ROWS}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise BadData(f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(
+                Question([_turn("user", line.strip())]) if path.suffix == ".txt" else question_of(json.loads(line))
+            )
+        except ValueError as error:
+            raise BadData(f"{path}:{number}: {error}. {PROMPT_ROWS}") from None
+    if not questions:
+        raise BadData(f"{path} holds no prompt. {PROMPT_ROWS}")
+    return questions
+
+
+def question_of(row: object) -> Question:
+    """One row of a file of prompts.
+
+    Raises: ValueError saying what is wrong with it.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"found a {type(row).__name__} instead of an object")
+    if "messages" in row:
+        turns = row["messages"]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+            raise ValueError("messages is no list of objects with a role")
+        answer = turns[-1].get("content") if turns and turns[-1]["role"] == "assistant" else None
+        asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+        if not asked or asked[-1]["role"] not in ("user", "tool"):
+            raise ValueError("messages does not end with a user's turn and perhaps an assistant's")
+        return Question(asked, split_reasoning(answer)[1] if isinstance(answer, str) else None, row.get("tools"))
+    prompt, answer, system = row.get("prompt"), row.get("answer"), row.get("system")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("there is no text in prompt")
+    if not isinstance(answer, str | None) or not isinstance(system, str | None):
+        raise ValueError("answer and system are text or absent")
+    return Question([*([_turn("system", system)] if system else []), _turn("user", prompt)], answer)
+
+
+def _turn(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def prompt_text(tokenizer: Any, question: Question, as_chat: bool, thinking: bool) -> str:
+    """What a model reads: the turns in its chat template with the answer's header, or their plain text.
+
+    Raises: BadData when the template cannot render the turns.
+    """
+    if not as_chat:
+        return question.text
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            question.turns,
+            tools=question.tools,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise BadData(
+            f"The chat template cannot render these turns: {error}. Found {json.dumps(question.turns)[:200]}; expected "
+            "roles and contents that the model's template knows."
+        ) from error
+
+
+@torch.inference_mode()
+def answers(
+    loaded: Loaded,
+    questions: Sequence[Question],
+    *,
+    as_chat: bool | None = None,
+    stop_ids: Sequence[int] | None = None,
+    max_new_tokens: int = 256,
+    thinking: bool = False,
+    every: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Answer]:
+    """A model's likeliest answer to each question, token by token, in the order of the questions.
+
+    Args:
+        loaded: the model.
+        questions: what is asked.
+        as_chat: through the chat template; None as the model was made for.
+        stop_ids: the tokens that end an answer; None for the model's own.
+        max_new_tokens: where to stop at the latest.
+        thinking: the template's `enable_thinking`.
+        every: is told (answers given, questions).
+
+    Raises: ConfigError when there is no chat template to ask through.
+    """
+    tokenizer = loaded.tokenizer
+    as_chat = loaded.converses if as_chat is None else as_chat
+    if as_chat and tokenizer.chat_template is None:
+        raise ConfigError(f"The tokenizer of {loaded.place.folder} has no chat template to ask through.")
+    stops = list(loaded.stop_ids if stop_ids is None else stop_ids)
+    texts = [prompt_text(tokenizer, question, as_chat, thinking) for question in questions]
+    prompts = tokenizer(texts, add_special_tokens=not as_chat).input_ids if texts else []
+    given: dict[int, Answer] = {}
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(by_length), BATCH_ROWS):
+        rows = by_length[start : start + BATCH_ROWS]
+        outputs = generate(loaded, [prompts[row] for row in rows], stops, max_new_tokens)
+        for row, ids in zip(rows, outputs, strict=True):
+            given[row] = _answer(tokenizer, ids, stops)
+        every(len(given), len(questions))
+    return [given[row] for row in range(len(prompts))]
+
+
+def generate(
+    loaded: Loaded, prompts: Sequence[list[int]], stop_ids: Sequence[int], max_new_tokens: int
+) -> Iterator[list[int]]:
+    """The greedy continuation of each prompt, in one batch: up to and including its stop token, if one came.
+
+    Shorter prompts are padded in front, with a mask, so that all continue at the same place.
+    """
+    longest = max(len(ids) for ids in prompts)
+    inputs = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(inputs)
+    for row, ids in enumerate(prompts):
+        inputs[row, longest - len(ids) :] = torch.tensor(ids)
+        mask[row, longest - len(ids) :] = 1
+    device = loaded.network.device
+    outputs = loaded.network.generate(
+        input_ids=inputs.to(device),
+        attention_mask=mask.to(device),
+        generation_config=_greedy(stop_ids, max_new_tokens),
+    )
+    for ids in outputs[:, longest:].tolist():
+        end = next((place + 1 for place, token in enumerate(ids) if token in stop_ids), len(ids))
+        yield ids[:end]
+
+
+def _greedy(stop_ids: Sequence[int], max_new_tokens: int) -> Any:
+    """The likeliest token each time; a folder's own penalties and temperatures are set aside, for all models alike."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],
+    )
+
+
+def _answer(tokenizer: Any, ids: list[int], stop_ids: Sequence[int]) -> Answer:
+    stopped = bool(ids) and ids[-1] in stop_ids
+    reasoning, text = split_reasoning(tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True))
+    return Answer(text, reasoning, stopped, len(ids))
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """(reasoning, answer) of what a model wrote; reasoning that came to no end leaves no answer."""
+    before, mark, after = text.partition(END_OF_REASONING)
+    if mark or before.lstrip().startswith("<think>"):
+        return before.split("<think>")[-1].strip("\n"), after.lstrip("\n")
+    return "", text
+
+
+def score(questions: Sequence[Question], given: Sequence[Answer]) -> Scores:
+    """How good the answers are."""
+    pairs = list(zip(questions, given, strict=True))
+    return Scores(
+        num_questions=len(pairs),
+        exact_match=_share(matches(q, a) for q, a in pairs if q.answer is not None),
+        json_valid=_share(is_json(a.text) for q, a in pairs if q.wants_json),
+        stop_rate=_share(a.stopped for _, a in pairs) or 0.0,
+    )
+
+
+def matches(question: Question, answer: Answer) -> bool:
+    """Whether the answer is the expected one, blanks around both aside."""
+    return question.answer is not None and answer.text.strip() == question.answer.strip()
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is a JSON object or list and nothing else."""
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _share(outcomes: Iterator[bool] | Any) -> float | None:
+    found = list(outcomes)
+    return sum(found) / len(found) if found else None

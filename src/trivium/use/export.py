@@ -1,0 +1,247 @@
+"""Exports: the result of a run as a folder for others, reloaded by its consumer and compared before it is called done.
+
+An adapter is merged into its base in fp32 or copied as it is, a model is copied. The folder is written beside its place
+and renamed into it only when stock transformers (and PEFT) compute from it what they should. Used by the command line.
+"""
+
+import gc
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from trivium.errors import ConfigError, TriviumError
+from trivium.files import fsync_directory, require_free_space
+from trivium.model import hf
+from trivium.report.record import read_record
+from trivium.use.answers import Question, prompt_text
+from trivium.use.held_out import passages_of_run
+from trivium.use.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Loaded, Place, find, load, load_network
+
+MAX_DIFFERENCE = 1e-4
+NUM_PROMPTS, MAX_PROMPT_TOKENS = 8, 512
+BUILT_IN_PROMPTS = (
+    "What is the capital of France, and which river flows through it?",
+    "Once upon a time, there was a little fox who could not sleep.",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n",
+    'Write {"name": ..., "age": ...} for: Ada, who is 36 years old. \u4f60\u597d, \U0001f600!',
+)
+
+Note = Callable[[str], None]
+Logits = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and how far its logits are from those they should equal.
+
+    Attributes:
+        folder: where it lies.
+        num_prompts: prompts compared, and where they came from.
+        prompts_from: `held-out documents`, `sample prompts` or `built-in prompts`.
+        dtype: of the weights that were written.
+        max_difference: largest difference of a logit between what was reloaded and what it should compute.
+        rounding: largest difference of a logit that `dtype` made to the fp32 sum of base and adapter; None where none.
+        quantised_difference: largest difference of a logit to the NF4 base with the adapter; None where it was not
+            trained on one.
+        quantised_loss, loss: mean loss on the prompts with the NF4 base, and of what was written; None likewise.
+    """
+
+    folder: str
+    num_prompts: int
+    prompts_from: str
+    dtype: str
+    max_difference: float
+    rounding: float | None = None
+    quantised_difference: float | None = None
+    quantised_loss: float | None = None
+    loss: float | None = None
+
+
+def export(name: str, out: Path, merge: bool, dtype: torch.dtype | None, note: Note) -> Export:
+    """Write a model or adapter for others, verified.
+
+    Args:
+        name: a run folder, or the folder of a model or an adapter.
+        out: the folder to make; nothing that stands there is touched.
+        merge: put an adapter into its base.
+        dtype: of the merged weights; None for the base's own.
+        note: is told in one line what is going on.
+
+    Raises: ConfigError when there is nothing to export or something stands at `out`; TriviumError when what was
+        written does not compute what it should. Nothing is left behind then.
+    """
+    place = find(name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"Something stands at {out}, and an export never overwrites. Choose another place.")
+    if merge and place.kind != "adapter":
+        raise ConfigError(f"{place.folder} is no adapter, so there is nothing to merge. Leave out --merge to copy it.")
+    if dtype is not None and not merge:
+        raise ConfigError("--dtype is for merged weights; a copy keeps what it has. Add --merge, or leave it out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        done = _merged(place, beside, dtype, note) if merge else _copied(place, beside, note)
+        _sync(beside)
+        if out.exists():
+            out.rmdir()
+        os.rename(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    fsync_directory(out.parent)
+    return Export(folder=str(out), **done)
+
+
+def _merged(place: Place, beside: Path, dtype: torch.dtype | None, note: Note) -> dict[str, Any]:
+    """Base plus adapter in fp32, rounded to `dtype`, written and compared."""
+    config = hf.read_json(place.model_folder / "config.json")
+    dtype = dtype or getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    loaded = load(place, dtype=torch.float32)
+    require_free_space(beside.parent, loaded.network.num_parameters() * dtype.itemsize + (64 << 20), "the merged model")
+    prompts, prompts_from = check_prompts(loaded, note)
+    adapted = logits_of(loaded.network, prompts)
+    network = _cast(loaded.model.merge_and_unload(safe_merge=True), dtype)
+    network.save_pretrained(beside)
+    _copy_tokenizer(place, beside)
+    # What was written must compute what is in memory: the same rounded weights, in the same fp32 arithmetic.
+    rounded = adapted if dtype == torch.float32 else logits_of(_cast(network, torch.float32), prompts)
+    del loaded, network
+    gc.collect()
+    reloaded = logits_of(load_network(beside, torch.float32), prompts)
+    done = {
+        "num_prompts": len(prompts),
+        "prompts_from": prompts_from,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_difference": _require_equal(rounded, reloaded, f"{place.folder} and its merged model"),
+        "rounding": None if dtype == torch.float32 else difference(adapted, reloaded),
+    }
+    return done | (_against_quantised(place, prompts, reloaded, note) if place.was_quantised else {})
+
+
+def _cast(network: Any, dtype: torch.dtype) -> Any:
+    """Parameters only: `network.to` would round the rotary frequencies too, which no folder holds."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return network
+
+
+def _against_quantised(place: Place, prompts: list[list[int]], merged: Logits, note: Note) -> dict[str, Any]:
+    """How far the merged model is from what was trained: the adapter on its NF4 base."""
+    note(f"{place.folder} was trained against its base in NF4, which no merged model holds; measuring the difference")
+    try:
+        trained = logits_of(load(place, dtype=torch.float32, nf4=True).network, prompts)
+    except ConfigError as error:
+        note(f"the difference to the NF4 base was not measured: {error}")
+        return {}
+    return {
+        "quantised_difference": difference(trained, merged),
+        "quantised_loss": mean_loss(trained, prompts),
+        "loss": mean_loss(merged, prompts),
+    }
+
+
+def _copied(place: Place, beside: Path, note: Note) -> dict[str, Any]:
+    """The folder as it is, but for what belongs to nobody, reloaded and compared."""
+    loaded = load(place)
+    prompts, prompts_from = check_prompts(loaded, note)
+    original = logits_of(loaded.network, prompts)
+    dtype = str(loaded.network.dtype).removeprefix("torch.")
+    del loaded
+    gc.collect()
+    names = [*hf.MODEL_FILES, *hf.TOKENIZER_FILES, *hf.WEIGHT_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+    files = sorted({file for name in names for file in place.folder.glob(name)})
+    require_free_space(beside.parent, sum(file.stat().st_size for file in files) + (64 << 20), "the copy")
+    beside.mkdir()
+    for file in files:
+        shutil.copyfile(file, beside / file.name)
+    again = Place(place.kind, beside, place.base_folder, None, False)
+    reloaded = logits_of(load(again).network, prompts)
+    return {
+        "num_prompts": len(prompts),
+        "prompts_from": prompts_from,
+        "dtype": dtype,
+        "max_difference": _require_equal(original, reloaded, f"{place.folder} and its copy"),
+    }
+
+
+def _copy_tokenizer(place: Place, beside: Path) -> None:
+    """Tokenizer, chat template and generation defaults, byte for byte: the adapter's own before its base's."""
+    owner = place.folder if (place.folder / "tokenizer.json").is_file() else place.model_folder
+    for name in hf.TOKENIZER_FILES:
+        if (owner / name).is_file():
+            shutil.copyfile(owner / name, beside / name)
+    for folder in (place.folder, place.model_folder):
+        if (folder / "generation_config.json").is_file():
+            shutil.copyfile(folder / "generation_config.json", beside / "generation_config.json")
+            return
+
+
+def check_prompts(loaded: Loaded, note: Note) -> tuple[list[list[int]], str]:
+    """Token ids to compare logits on, the realest to be had: held-out documents, sample prompts, else built-in ones."""
+    run_folder = loaded.place.run_folder
+    if run_folder is not None:
+        with suppress(TriviumError, OSError):  # a run whose data is gone can still be exported
+            passages = passages_of_run(run_folder, note)
+            chosen = passages[:: max(1, len(passages) // NUM_PROMPTS)][:NUM_PROMPTS]
+            return [passage.ids[:MAX_PROMPT_TOKENS].tolist() for passage in chosen], "held-out documents"
+    given = read_record(run_folder).config.get("sample") if run_folder is not None else None
+    prompts = (given.get("prompts") if isinstance(given, dict) else None) or []
+    source = "sample prompts" if prompts else "built-in prompts"
+    questions = [Question([{"role": "user", "content": prompt}]) for prompt in prompts or BUILT_IN_PROMPTS]
+    texts = [prompt_text(loaded.tokenizer, question, loaded.converses, thinking=False) for question in questions]
+    return [ids[:MAX_PROMPT_TOKENS] for ids in loaded.tokenizer(texts).input_ids], source
+
+
+@torch.inference_mode()
+def logits_of(network: Any, prompts: Sequence[list[int]]) -> Logits:
+    """Logits [tokens, vocabulary] of each prompt, fp32, on the host."""
+    found = []
+    for ids in prompts:
+        inputs = torch.tensor([ids], device=network.device)
+        found.append(network(input_ids=inputs, use_cache=False).logits[0].float().cpu())
+    return found
+
+
+def difference(left: Logits, right: Logits) -> float:
+    """The largest difference of a logit; NaN where one of them is."""
+    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
+
+
+def mean_loss(logits: Logits, prompts: Sequence[list[int]]) -> float:
+    """Mean loss of the prompts' own tokens, nats a token."""
+    losses = [
+        cross_entropy(each[:-1], torch.tensor(ids[1:]), reduction="sum")
+        for each, ids in zip(logits, prompts, strict=True)
+    ]
+    return float(sum(losses)) / max(1, sum(len(ids) - 1 for ids in prompts))
+
+
+def _require_equal(expected: Logits, reloaded: Logits, what: str) -> float:
+    """The largest difference, once it is known to be small enough.
+
+    Raises: TriviumError.
+    """
+    found = difference(expected, reloaded)
+    if math.isnan(found) or found > MAX_DIFFERENCE:
+        raise TriviumError(
+            f"{what} do not compute the same: their logits differ by up to {found:.3g} on {len(expected)} prompts, and "
+            f"{MAX_DIFFERENCE:g} is allowed. Nothing was kept. An adapter of tied embeddings cannot be merged; serve "
+            "it beside its base instead."
+        )
+    return found
+
+
+def _sync(folder: Path) -> None:
+    """Make every file durable before the folder gets its name."""
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    fsync_directory(folder)

@@ -1,0 +1,47 @@
+"""Public benchmarks through EleutherAI's lm-evaluation-harness, which the extra `eval` installs.
+
+Hands it the loaded model and passes its figures on; what a task is, and how it is scored, is the harness's. Used by
+`trivium eval`.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+from trivium.errors import ConfigError
+from trivium.use.load import Loaded
+
+BATCH_ROWS = 16
+
+
+def require_harness() -> None:
+    """Raises: ConfigError when the harness is not installed."""
+    if find_spec("lm_eval") is None:
+        raise ConfigError(
+            "--lm-eval runs tasks of lm-evaluation-harness, which is not installed. Install it with: "
+            "pip install 'trivium[eval]'"
+        )
+
+
+def run_tasks(loaded: Loaded, tasks: list[str]) -> dict[str, dict[str, float]]:
+    """The figures of each task, by its metric's name.
+
+    Raises: ConfigError when the harness is not installed, or does not know a task.
+    """
+    require_harness()
+    # By name: a type checker must not ask for a package that few install.
+    lm_eval, tasks_module = import_module("lm_eval"), import_module("lm_eval.tasks")
+    manager = tasks_module.TaskManager()
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise ConfigError(
+            f"lm-evaluation-harness knows no task {', '.join(unknown)}. It lists them with: lm_eval ls tasks"
+        )
+    model = import_module("lm_eval.models.huggingface").HFLM(
+        pretrained=loaded.network, tokenizer=loaded.tokenizer, batch_size=BATCH_ROWS
+    )
+    found = lm_eval.simple_evaluate(
+        model=model, tasks=list(tasks), task_manager=manager, apply_chat_template=loaded.converses, log_samples=False
+    )
+    return {
+        task: {name: value for name, value in figures.items() if isinstance(value, int | float)}
+        for task, figures in found["results"].items()
+    }

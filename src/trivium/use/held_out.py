@@ -1,0 +1,178 @@
+"""Loss on documents and conversations that were kept out of training, over the tokens that training supervises.
+
+A file becomes tokens by the very code that builds training data; the losses come from the transformers model in plain
+padded batches, so this is also a second opinion on the engine. Answers are `answers`. Used by the command line,
+`compare` and `export`.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from trivium.config import Data, Source
+from trivium.data.build import build_sources
+from trivium.data.pack import NO_LABEL, Batch, sequential_batches
+from trivium.engine.runfolder import RunFolder
+from trivium.engine.setup import prepare
+from trivium.errors import BadData, ConfigError
+from trivium.runfile import load_run
+from trivium.use.load import Loaded
+
+BATCH_TOKENS = 8192
+HEAD_ROWS = 1024
+DEFAULT_SEQ_LEN = 1024
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of tokens that is read in one go.
+
+    Attributes:
+        ids: int64 [T].
+        labels: int64 [T], the token that follows each, NO_LABEL where it carries no loss.
+        weights: float32 [T], the loss weight of each label.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model lost on a held-out set.
+
+    Attributes:
+        loss: weighted mean, nats a supervised token.
+        perplexity: exp(loss).
+        bits_per_byte: the same loss over the bytes of the supervised text, comparable between tokenizers.
+        num_tokens: supervised tokens.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    num_tokens: int
+
+
+def passages_of_run(path: Path, note: Callable[[str], None]) -> list[Passage]:
+    """What a run's own evaluations read.
+
+    Raises: ConfigError when it holds nothing out; what `prepare` raises when its data is gone.
+    """
+    folder = RunFolder.existing(path)
+    job = prepare(load_run(folder.run_yaml, []).run, note)
+    passages = _passages(job.held_out)
+    if not passages:
+        raise ConfigError(f"The run {path} holds nothing out. Name a file to measure the loss on: --held-out FILE.")
+    return passages
+
+
+def passages_of_file(path: Path, tokenizer: Any, seq_len: int) -> list[Passage]:
+    """All that can be used of a file of documents or conversations, as training would read it.
+
+    Args:
+        path: a file or folder in any format that training reads.
+        tokenizer: whose tokens, and whose chat template.
+        seq_len: a longer document is read in pieces of this length.
+
+    Raises: ConfigError or BadData when it is not there or holds nothing that could be learnt.
+    """
+    with tempfile.TemporaryDirectory(prefix="trivium-held-out-") as cache_dir:
+        (built,) = build_sources(
+            [Source(path=str(path))],
+            tokenizer,
+            held_out=0.0,
+            max_reject_share=1.0,
+            max_document_mib=Data.model_fields["max_document_mib"].default,
+            cache_dir=Path(cache_dir),
+        )
+        store = built.open()
+        passages = _passages(sequential_batches(store, seq_len, seq_len, store.num_tokens))
+    if not passages:
+        raise BadData(f"{path} holds no token whose loss could be measured. Give a file with documents or answers.")
+    return passages
+
+
+def _passages(batches: Sequence[Batch]) -> list[Passage]:
+    """The pieces of packed batches one by one, but for those without a label."""
+    passages = []
+    for batch in batches:
+        weights = torch.ones(len(batch.tokens))
+        if batch.supervised_weights is not None:
+            weights[batch.supervised[: batch.num_supervised]] = batch.supervised_weights[: batch.num_supervised]
+        for start, stop in pairwise(batch.bounds):
+            labels = batch.labels[start:stop].numpy()
+            if (labels != NO_LABEL).any():
+                passages.append(Passage(batch.tokens[start:stop].numpy(), labels, weights[start:stop].numpy()))
+    return passages
+
+
+@torch.inference_mode()
+def measure(
+    loaded: Loaded, passages: Sequence[Passage], every: Callable[[int, int], None] = lambda done, total: None
+) -> HeldOut:
+    """The loss of a model on a held-out set, each passage read by itself.
+
+    Args:
+        loaded: the model.
+        passages: with ids of its own tokenizer.
+        every: is told (passages read, passages in all).
+    """
+    network, head = loaded.network.model, loaded.network.get_output_embeddings()
+    sum_losses = sum_weights = 0.0
+    num_tokens = num_bytes = num_read = 0
+    for batch in _batches(passages):
+        ids, labels, weights = (tensor.to(network.device) for tensor in _padded(batch))
+        # Padding stands behind every token that counts, so causal attention needs no mask to overlook it.
+        hidden = network(input_ids=ids, use_cache=False).last_hidden_state
+        places = labels != NO_LABEL
+        for rows, targets, shares in zip(
+            *(values[places].split(HEAD_ROWS) for values in (hidden, labels, weights)), strict=True
+        ):
+            losses = cross_entropy(head(rows).float(), targets, reduction="none")
+            sum_losses += float((losses.double() * shares).sum())
+        sum_weights += float(weights[places].double().sum())
+        num_tokens += int(places.sum())
+        texts = loaded.tokenizer.batch_decode(
+            [one.labels[one.labels != NO_LABEL] for one in batch], skip_special_tokens=True
+        )
+        num_bytes += sum(len(text.encode(errors="replace")) for text in texts)
+        num_read += len(batch)
+        every(num_read, len(passages))
+    loss = sum_losses / sum_weights
+    bits_per_byte = loss * num_tokens / math.log(2) / max(1, num_bytes)
+    return HeldOut(loss, math.exp(min(loss, 700.0)), bits_per_byte, num_tokens)
+
+
+def _batches(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
+    """Passages of like length together, at most BATCH_TOKENS with their padding."""
+    batch: list[Passage] = []
+    for passage in sorted(passages, key=lambda passage: len(passage.ids)):
+        if batch and (len(batch) + 1) * len(passage.ids) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(passage)
+    if batch:
+        yield batch
+
+
+def _padded(batch: Sequence[Passage]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, labels and weights, each [passages, longest], padded behind."""
+    size = (len(batch), max(len(passage.ids) for passage in batch))
+    ids, labels = torch.zeros(size, dtype=torch.int64), torch.full(size, NO_LABEL)
+    weights = torch.zeros(size)
+    for row, passage in enumerate(batch):
+        length = len(passage.ids)
+        ids[row, :length] = torch.from_numpy(passage.ids)
+        labels[row, :length] = torch.from_numpy(passage.labels)
+        weights[row, :length] = torch.from_numpy(passage.weights)
+    return ids, labels, weights

@@ -1,0 +1,294 @@
+"""Finds and loads what a user names: a run folder, a model, an adapter, a Hub id.
+
+Loads as any stranger would, with stock transformers and PEFT: safetensors only, no code from the folder, and nothing
+that is missing is made up. Everything in `use` that needs a model begins here; the command line may import it too.
+"""
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from trivium.data.tokenizer import load_tokenizer
+from trivium.engine.runfolder import RunFolder
+from trivium.errors import ConfigError
+from trivium.model import hf
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SAFELY: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model lies.
+
+    Attributes:
+        kind: `base` is a model that somebody else made, `model` the whole result of a run, `adapter` belongs to a base.
+        folder: the Hugging Face or PEFT folder.
+        base_folder: the folder of an adapter's base.
+        run_folder: the run that made it, where that is known.
+        was_quantised: whether it was trained against its base in NF4.
+    """
+
+    kind: Literal["base", "model", "adapter"]
+    folder: Path
+    base_folder: Path | None
+    run_folder: Path | None
+    was_quantised: bool
+
+    @property
+    def model_folder(self) -> Path:
+        """Where config.json lies: the base's folder for an adapter."""
+        return self.base_folder or self.folder
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be used.
+
+    Attributes:
+        model: a transformers model, or a PeftModel around one, on its device and in evaluation mode.
+        tokenizer: a transformers tokenizer; an adapter's own, else its base's.
+        place: where it came from.
+        stop_ids: the tokens at which generation ends, as generation_config.json names them.
+    """
+
+    model: Any
+    tokenizer: Any
+    place: Place
+    stop_ids: list[int]
+
+    @property
+    def kind(self) -> str:
+        """`base`, `model` or `adapter`."""
+        return self.place.kind
+
+    @property
+    def network(self) -> Any:
+        """The transformers model itself; an adapter's layers are inside of it."""
+        return self.model.get_base_model() if self.kind == "adapter" else self.model
+
+    @property
+    def converses(self) -> bool:
+        """Whether it was made to: there is a chat template, and generation stops where a turn of it ends."""
+        return self.tokenizer.chat_template is not None and turn_end_id(self.tokenizer) in self.stop_ids
+
+
+def turn_end_id(tokenizer: Any) -> int | None:
+    """The control token with which the chat template ends an assistant's turn; None where it has none."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False).input_ids
+    return next((token for token in reversed(ids) if token in tokenizer.all_special_ids), None)
+
+
+def find(name: str) -> Place:
+    """Where the model that a user names lies; loads no weights.
+
+    Args:
+        name: a run folder, the folder of a model or an adapter, or a Hub id, which is fetched once.
+
+    Raises: ConfigError when there is no model, the run is not finished, or an adapter's base is gone.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ConfigError(
+            f"{name} holds no model: there is no such folder, and it is no Hub id of the form owner/name. Name the "
+            "folder of a finished run, of a Hugging Face model or of an adapter."
+        )
+    folder = path if path.is_dir() else hf.find_folder(name)
+    run_folder = next((place for place in (folder, folder.resolve().parent) if (place / "run.yaml").is_file()), None)
+    if run_folder == folder:
+        folder = _result_of(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise ConfigError(
+                f"{folder} has no {ADAPTER_WEIGHTS}. Expected an adapter in safetensors; other formats are not read, "
+                "since they can run code. Save the adapter again with safetensors."
+            )
+        return Place("adapter", folder, _base_of(folder), run_folder, _weights_of(run_folder) == "nf4")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{name} holds no model: {folder} has neither a config.json nor an {ADAPTER_CONFIG}. Name the folder of a "
+            "finished run, of a Hugging Face model or of an adapter."
+        )
+    return Place("model" if run_folder else "base", folder, None, run_folder, False)
+
+
+def _result_of(run_folder: Path) -> Path:
+    """The model or adapter that a finished run left."""
+    for name in ("adapter", "model"):
+        if (run_folder / name).is_dir() and RunFolder(run_folder).is_finished:
+            return run_folder / name
+    raise ConfigError(
+        f"The run {run_folder} is not finished, so it holds no model yet. The command that started it goes on where it "
+        f"stopped: trivium train {run_folder / 'run.yaml'}."
+    )
+
+
+def _base_of(adapter_folder: Path) -> Path:
+    """The folder of the model that an adapter belongs to."""
+    name = hf.read_json(adapter_folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"{adapter_folder / ADAPTER_CONFIG} does not say which model the adapter belongs to. Set its "
+            "base_model_name_or_path to that model's folder or Hub id."
+        )
+    try:
+        return hf.find_folder(name)
+    except ConfigError as error:
+        raise ConfigError(
+            f"The adapter {adapter_folder} belongs to the model {name}, which is not to be had: {error} If the model "
+            f"was moved, set base_model_name_or_path in {adapter_folder / ADAPTER_CONFIG} to where it is now."
+        ) from error
+
+
+def _weights_of(run_folder: Path | None) -> str | None:
+    """What the run's file says of the base's weights."""
+    if run_folder is None:
+        return None
+    try:
+        content = yaml.safe_load((run_folder / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return content.get("weights") if isinstance(content, dict) else None
+
+
+def load(
+    name: str | Place,
+    note: Callable[[str], None] = lambda text: None,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    nf4: bool = False,
+) -> Loaded:
+    """Load a model with its tokenizer, on the accelerator where there is one.
+
+    Args:
+        name: what `find` understands, or what it found.
+        note: is told in one line what the user should know of the model.
+        dtype: of the base's weights; `auto` as they are stored. An adapter's are fp32.
+        nf4: hold the linear layers of an adapter's base in NF4, as in training, instead of in full precision.
+
+    Raises: ConfigError for each way in which a folder can be wrong.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    place = find(name) if isinstance(name, str) else name
+    hf.read_shape(place.model_folder)  # refuses what is no Qwen model, and what asks to run code of its own
+    tokenizer = _load_tokenizer(place)
+    model = load_network(place.model_folder, dtype, nf4)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise ConfigError(
+            f"The tokenizer of {place.folder} has {len(tokenizer):,} tokens and the model's table "
+            f"{model.get_input_embeddings().weight.shape[0]:,} rows. The two do not belong together; take the "
+            "tokenizer that the model was trained with."
+        )
+    if place.kind == "adapter":
+        model = load_adapter(model, place)
+        if place.was_quantised and not nf4:
+            note(
+                f"{place.folder} was trained against its base in NF4; here it works on the full-precision base, whose "
+                "weights differ a little."
+            )
+    _settle_generation(model, place, tokenizer)
+    eos = model.generation_config.eos_token_id
+    return Loaded(model.eval(), tokenizer, place, eos if isinstance(eos, list) else [eos])
+
+
+def _load_tokenizer(place: Place) -> Any:
+    """The adapter's or model's own tokenizer; an adapter without one speaks its base's language."""
+    for folder in (place.folder, place.base_folder):
+        if folder is not None and (folder / "tokenizer.json").is_file():
+            return load_tokenizer(folder)
+    where = f"in {place.folder}" + (f" or in its base {place.base_folder}" if place.base_folder else "")
+    raise ConfigError(
+        f"There is no tokenizer.json {where}, so nobody knows what the model's tokens mean. Copy the tokenizer's files "
+        "there from the model it was trained with."
+    )
+
+
+def load_network(folder: Path, dtype: torch.dtype | Literal["auto"] = "auto", nf4: bool = False) -> Any:
+    """The transformers model of a folder, whole, on its device.
+
+    Raises: ConfigError when it cannot be loaded or a weight is missing, which transformers would make up.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    options: dict[str, Any] = {"quantization_config": _nf4_config(), "device_map": device} if nf4 else {}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, dtype=dtype, output_loading_info=True, **options, **SAFELY
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"{folder} cannot be loaded: {_first_line(error)} Expected a Hugging Face folder with its weights in "
+            "safetensors. Fetch what is missing, or name a finished run."
+        ) from error
+    if missing := sorted(map(str, report["missing_keys"])):
+        raise ConfigError(
+            f"{folder} cannot be loaded: {', '.join(missing[:3])} and perhaps more weights are missing from its "
+            "safetensors files. Fetch the folder again."
+        )
+    return model if nf4 else model.to(device)
+
+
+def _nf4_config() -> Any:
+    """bitsandbytes' NF4 with double quantisation, computing in fp32 so that no other rounding is measured with it."""
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ConfigError("NF4 needs bitsandbytes, which is not installed. Install it with: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+
+def load_adapter(model: Any, place: Place) -> Any:
+    """The PeftModel of an adapter around its base.
+
+    Raises: ConfigError when the adapter does not fit, or lacks weights, which PEFT would make up.
+    """
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = PeftModel.from_pretrained(model, str(place.folder), local_files_only=True)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"The adapter {place.folder} does not fit its base {place.base_folder}: {_first_line(error)} Name the "
+            f"base it was trained on in {ADAPTER_CONFIG}."
+        ) from error
+    if any("missing adapter keys" in str(warning.message) for warning in caught):
+        raise ConfigError(
+            f"The adapter {place.folder} lacks weights that its {ADAPTER_CONFIG} promises; PEFT would begin them anew. "
+            "Save or fetch the adapter again."
+        )
+    return adapted
+
+
+def _settle_generation(model: Any, place: Place, tokenizer: Any) -> None:
+    """Where generation stops is the adapter's word before its base's, and the tokenizer's where both are silent."""
+    from transformers import GenerationConfig
+
+    network = model.get_base_model() if place.kind == "adapter" else model
+    if place.kind == "adapter" and (place.folder / "generation_config.json").is_file():
+        network.generation_config = GenerationConfig.from_pretrained(place.folder)
+    if network.generation_config.eos_token_id is None:
+        network.generation_config.eos_token_id = tokenizer.eos_token_id
+    if network.generation_config.pad_token_id is None:
+        network.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return " ".join(lines[:2]) if lines else type(error).__name__

@@ -1,0 +1,159 @@
+"""Answers in padded batches are those that transformers gives one at a time; scores count what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.use.conftest import PAIRS
+from trivium.errors import BadData, ConfigError
+from trivium.use import answers as module
+from trivium.use.answers import Answer, Question, answers, is_json, question_of, read_questions, score, split_reasoning
+from trivium.use.load import load
+
+
+def ask(text: str, answer: str | None = None) -> Question:
+    return Question([{"role": "user", "content": text}], answer)
+
+
+def test_batched_answers_are_those_of_transformers_one_by_one(adapter: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "BATCH_ROWS", 3)
+    loaded = load(str(adapter))
+    questions = [ask("x" * length) for length in (5, 1, 40, 17, 2, 9, 30)]
+    seen: list[tuple[int, int]] = []
+    found = answers(loaded, questions, max_new_tokens=12, every=lambda *done: seen.append(done))
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+    for question, answer in zip(questions, found, strict=True):
+        text = loaded.tokenizer.apply_chat_template(question.turns, tokenize=False, add_generation_prompt=True)
+        ids = torch.tensor([loaded.tokenizer(text).input_ids])
+        (output,) = loaded.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
+        ).tolist()
+        new = output[ids.shape[1] :]
+        assert answer.text == loaded.tokenizer.decode(new, skip_special_tokens=True)
+        assert answer.stopped == (new[-1] in (256, 258)) and answer.num_tokens == len(new)
+
+
+def test_a_taught_model_answers_exactly_and_stops_and_a_base_does_not(taught: Path, base: Path):
+    questions = [ask(question, answer) for question, answer in PAIRS]
+    given_answers = answers(load(str(taught)), questions, max_new_tokens=30)
+    assert [answer.text for answer in given_answers] == [answer for _, answer in PAIRS]
+    scores = score(questions, given_answers)
+    assert (scores.exact_match, scores.json_valid, scores.stop_rate) == (1.0, 1.0, 1.0)
+    shortened = score(questions, answers(load(str(taught)), questions, max_new_tokens=4))
+    assert (shortened.exact_match, shortened.json_valid, shortened.stop_rate) == (0.0, 0.0, 0.0)
+    plain = answers(load(str(base)), questions, as_chat=True, max_new_tokens=8)
+    assert score(questions, plain).exact_match == 0.0
+
+
+def test_a_models_own_penalties_change_no_measurement(tmp_path: Path, taught: Path):
+    import shutil
+
+    folder = tmp_path / "penalised"
+    shutil.copytree(taught, folder)
+    own = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(
+        json.dumps(own | {"repetition_penalty": 9.0, "do_sample": True, "temperature": 5.0, "max_length": 10})
+    )
+    questions = [ask(question, answer) for question, answer in PAIRS]
+    assert score(questions, answers(load(str(folder)), questions, max_new_tokens=30)).exact_match == 1.0
+
+
+def test_without_a_template_the_text_itself_is_continued(base: Path):
+    loaded = load(str(base))
+    (answer,) = answers(loaded, [ask("Lily")], max_new_tokens=5)
+    ids = loaded.tokenizer("Lily", return_tensors="pt", return_token_type_ids=False)
+    output = loaded.model.generate(**ids, do_sample=False, max_new_tokens=5)[0, 4:]
+    assert answer.text == loaded.tokenizer.decode(output, skip_special_tokens=True)
+    loaded.tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        answers(loaded, [ask("Lily")], as_chat=True)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b", " a ", '{"a": 1}', "[", None]),
+            st.sampled_from(["a", "a\n", "b", '{"a": 1}', " [1]", ""]),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+@settings(max_examples=60)
+def test_scores_count(rows: list[tuple[str | None, str, bool]]):
+    questions = [ask("?", expected) for expected, _, _ in rows]
+    found = score(questions, [Answer(text, "", stopped, 1) for _, text, stopped in rows])
+    known = [(expected, text) for expected, text, _ in rows if expected is not None]
+    wanting = [text for expected, text in known if expected == '{"a": 1}']
+    exact = [expected.strip() == text.strip() for expected, text in known]
+    assert found.exact_match == (sum(exact) / len(exact) if exact else None)
+    valid = [text.strip()[:1] in ("{", "[") and len(text) > 1 for text in wanting]
+    assert found.json_valid == (sum(valid) / len(valid) if valid else None)
+    assert found.stop_rate == sum(stopped for _, _, stopped in rows) / len(rows)
+
+
+def test_json_is_an_object_or_a_list_and_nothing_else():
+    assert is_json('{"a": [1]}') and is_json(" []\n")
+    assert not any(map(is_json, ("42", '"a"', "{'a': 1}", '{"a": 1} ok', "", "[" * 100_000)))
+
+
+@pytest.mark.parametrize(
+    ("written", "reasoning", "answer"),
+    [
+        ("plain", "", "plain"),
+        ("<think>\nwhy\n</think>\n\nso", "why", "so"),
+        ("why\n</think>\n\nso", "why", "so"),
+        ("<think>\n\n</think>\n\nso", "", "so"),
+        ("<think>\nnever ends", "never ends", ""),
+    ],
+)
+def test_reasoning_is_not_the_answer(written: str, reasoning: str, answer: str):
+    assert split_reasoning(written) == (reasoning, answer)
+
+
+def test_rows_of_prompts():
+    row = {"system": "Be short.", "prompt": "Who?", "answer": "I."}
+    question = question_of(row)
+    assert [turn["role"] for turn in question.turns] == ["system", "user"] and question.answer == "I."
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<think>hm</think>I."}]
+    assert question_of({"messages": turns}) == Question(turns[:1], "I.")
+    assert question_of({"messages": turns[:1]}).answer is None
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list instead of an object"),
+        ('{"answer": "x"}', "no text in prompt"),
+        ('{"prompt": "x", "answer": 3}', "answer and system are text"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "does not end with"),
+        ('{"messages": "x"}', "no list of objects"),
+    ],
+)
+def test_a_broken_row_is_named_by_file_and_line(line: str, words: str, tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n\n' + line + "\n")
+    with pytest.raises(BadData, match="prompts.jsonl:3: ") as refused:
+        read_questions(path)
+    assert words in str(refused.value)
+
+
+def test_text_files_hold_a_prompt_a_line(tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("\ufeffWho?\n\n Where? \n", encoding="utf-8")
+    assert [question.text for question in read_questions(tmp_path / "prompts.txt")] == ["Who?", "Where?"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(BadData, match="holds no prompt"):
+        read_questions(tmp_path / "empty.txt")
+    with pytest.raises(ConfigError, match="There is no file"):
+        read_questions(tmp_path / "gone.jsonl")
+
+
+def test_turns_that_a_template_cannot_render_are_refused(taught: Path):
+    with pytest.raises(BadData, match="cannot render"):
+        answers(load(str(taught)), [Question([{"role": "user", "content": None}])])

@@ -1,0 +1,122 @@
+"""Exports compute what they should by the word of stock PEFT and transformers, or they are not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.use.models import make_adapter, make_base, make_run
+from trivium.errors import ConfigError, TriviumError
+from trivium.files import sha256_file
+from trivium.use.export import export
+
+IDS = torch.tensor([[76, 105, 108, 121, 32, 100, 258, 256]])
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_merged_model_is_peft_s_own_merge(tie: bool, tmp_path: Path):
+    base = make_base(tmp_path / "base", tie=tie)
+    rows = [256, 258] if tie else {"embed_tokens": [256, 258], "lm_head": [256, 258]}
+    adapter = make_adapter(tmp_path / "adapter", base, trainable_token_indices=rows)
+    done = export(str(adapter), tmp_path / "out" / "merged", merge=True, dtype=None, note=silent)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    with torch.no_grad():
+        assert (merged(IDS).logits - adapted(IDS).logits).abs().max() < 1e-4
+        untouched = AutoModelForCausalLM.from_pretrained(base)(IDS).logits
+        assert (merged(IDS).logits - untouched).abs().max() > 0.01
+    oracle = adapted.merge_and_unload().state_dict()
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(tensor, oracle[name]), name
+    assert done.max_difference <= 1e-4 and done.rounding is None and done.prompts_from == "built-in prompts"
+    assert merged.generation_config.eos_token_id == [258, 256]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(adapter).chat_template
+    assert merged.config.tie_word_embeddings is tie
+    assert str(tmp_path) not in (tmp_path / "out" / "merged" / "config.json").read_text()
+
+
+def test_bfloat16_is_the_rounded_sum_and_its_rounding_is_told(tmp_path: Path, adapter: Path):
+    fp32 = export(str(adapter), tmp_path / "fp32", merge=True, dtype=None, note=silent)
+    done = export(str(adapter), tmp_path / "bf16", merge=True, dtype=torch.bfloat16, note=silent)
+    whole, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "bf16"))
+    for name, tensor in rounded.items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, whole[name].bfloat16()), name
+    assert done.max_difference <= 1e-4 and done.rounding is not None and done.rounding > 1e-3
+    assert (fp32.dtype, done.dtype) == ("float32", "bfloat16")
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_bfloat16_base_is_summed_in_fp32_and_stays_bfloat16(tmp_path: Path, base: Path):
+    lean = make_base(tmp_path / "lean")
+    AutoModelForCausalLM.from_pretrained(lean).bfloat16().save_pretrained(lean)
+    adapter = make_adapter(tmp_path / "adapter", lean)
+    done = export(str(adapter), tmp_path / "merged", merge=True, dtype=None, note=silent)
+    assert done.dtype == "bfloat16"
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(lean, dtype=torch.float32), str(adapter))
+    oracle = stock.merge_and_unload().state_dict()
+    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
+        assert torch.equal(tensor, oracle[name].bfloat16()), name
+
+
+def test_a_merge_that_computes_something_else_leaves_nothing(tmp_path: Path):
+    base = make_base(tmp_path / "base", tie=True)
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(TriviumError, match="do not compute the same"):
+        export(str(adapter), tmp_path / "out" / "merged", merge=True, dtype=None, note=silent)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_quantised_runs_merge_tells_the_difference_to_what_was_trained(tmp_path: Path, base: Path):
+    run = make_run(tmp_path / "qlora", "weights: nf4\nsample: {prompts: [Lily, The owl]}\n")
+    make_adapter(run / "adapter", base)
+    said: list[str] = []
+    done = export(str(run), tmp_path / "merged", merge=True, dtype=None, note=said.append)
+    assert any("NF4" in line for line in said)
+    assert (done.prompts_from, done.num_prompts) == ("sample prompts", 2)
+    assert done.quantised_difference is not None and done.quantised_difference > 1e-4 > done.max_difference
+    assert done.quantised_loss is not None and done.loss is not None
+    assert 0 < abs(done.quantised_loss - done.loss) < 0.5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    turns = [[{"role": "user", "content": prompt}] for prompt in ("Lily", "The owl")]
+    losses = []
+    for each in turns:
+        ids = tokenizer(
+            tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True), return_tensors="pt"
+        ).input_ids
+        losses.append((float(merged(input_ids=ids, labels=ids).loss), ids.shape[1] - 1))
+    assert done.loss == pytest.approx(sum(a * n for a, n in losses) / sum(n for _, n in losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_copy_is_the_same_bytes_and_nothing_else(kind: str, tmp_path: Path, base: Path, adapter: Path):
+    source = adapter if kind == "adapter" else base
+    done = export(str(source), tmp_path / "copy", merge=False, dtype=None, note=silent)
+    assert done.max_difference == 0.0
+    for file in (tmp_path / "copy").iterdir():
+        assert sha256_file(file) == sha256_file(source / file.name)
+    assert {file.suffix for file in (tmp_path / "copy").iterdir()} == {".json", ".jinja", ".safetensors"}
+
+
+def test_what_stands_there_is_never_touched(tmp_path: Path, adapter: Path, base: Path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "config.json").write_text("{}")
+    for out in (taken, taken / "config.json"):
+        with pytest.raises(ConfigError, match="never overwrites"):
+            export(str(adapter), out, merge=True, dtype=None, note=silent)
+    assert [(file.name, file.read_text()) for file in taken.iterdir()] == [("config.json", "{}")]
+    with pytest.raises(ConfigError, match="nothing to merge"):
+        export(str(base), tmp_path / "out", merge=True, dtype=None, note=silent)
+    with pytest.raises(ConfigError, match="Add --merge"):
+        export(str(adapter), tmp_path / "out", merge=False, dtype=torch.bfloat16, note=silent)
+    assert not (tmp_path / "out").exists()
