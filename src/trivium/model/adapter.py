@@ -20,6 +20,7 @@ from trivium.config import Adapter, Projection
 from trivium.errors import ConfigError
 from trivium.files import atomic_write, write_safetensors
 from trivium.model import hf
+from trivium.model.quantize import NF4Linear
 from trivium.model.qwen import Linear, Qwen
 from trivium.model.rows import TokenRows
 
@@ -39,45 +40,44 @@ PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 def inject(
     model: Qwen, config: Adapter, seed: int, token_ids: Sequence[int] = (), weights_folder: Path | None = None
 ) -> Any:
-    """Put an adapter into a plain or NF4 model and freeze all but it; inject before `freeze`, in full precision.
+    """Put an adapter into a plain or NF4 model, and freeze all but it. What is trained is fp32, whatever the base is.
 
     Args:
-        token_ids: tokens whose rows in the embedding, and in the head where it is another tensor, are trained too.
+        token_ids: tokens whose rows in the embedding, and in the head where that is another tensor, are trained too.
         weights_folder: the unquantised model, which `init: loftq` compares with.
 
     Returns: PEFT's LoraConfig. With `pissa` the base weights become what the adapter leaves of them.
 
-    Raises: ConfigError when the rank is too high for `pissa` or `loftq`.
+    Raises: ConfigError when `pissa` or `loftq` cannot begin: a rank above the matrices' own, or the other kind of base.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    _check_rank(model, config)
-    alpha = 2.0 * config.rank if config.alpha is None else config.alpha
-    # Sixteen power iterations find the singular vectors as well as a full decomposition, in seconds instead of hours.
-    start: Any = "pissa_niter_16" if config.init == "pissa" else True
+    _check_start(model, config)
     peft_config = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
-        lora_alpha=_whole(alpha),
+        lora_alpha=_whole(2.0 * config.rank if config.alpha is None else config.alpha),
         target_modules=list(config.targets),
         lora_dropout=config.dropout,
         use_rslora=config.rslora,
         use_dora=config.dora,
-        init_lora_weights=start,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng():  # what PEFT draws is replaced
         inject_adapter_in_model(peft_config, model, NAME)
-        if config.init == "loftq":
-            assert weights_folder is not None
-            _start_from_quantisation_error(model, weights_folder)
+    files = {}
+    if config.init == "loftq":
+        assert weights_folder is not None
+        files = hf.find_tensors(_empty_like(model), weights_folder)
     for path, layer in _adapted(model):
         _compute_in_the_dtype_of_the_input(layer)
         if config.init == "zero":
-            _uniform(layer.lora_A[NAME].weight, f"{seed}/{path}.lora_A")
+            _start_uniform(layer, _key(seed, path))
+        elif config.init == "pissa":
+            _start_principal(layer, _key(seed, path))
         else:
-            for projection in (layer.lora_A[NAME], layer.lora_B[NAME]):
-                projection.register_buffer("start", projection.weight.detach().clone(), persistent=False)
+            _start_quantisation_error(layer, _key(seed, path), files[f"{path}.weight"], f"{path}.weight")
+        if config.dora:
+            _start_magnitude(layer)
     if token_ids:
         peft_config.trainable_token_indices = _train_rows(model, token_ids)
     for name, parameter in model.named_parameters():
@@ -85,20 +85,31 @@ def inject(
     return peft_config
 
 
-def _check_rank(model: Qwen, config: Adapter) -> None:
-    layer: Any = model.model.layers[0]
-    modules = [module for path, module in layer.named_modules() if path.endswith(tuple(config.targets))]
-    least = min(min(module.in_features, module.out_features) for module in modules)
+def _check_start(model: Qwen, config: Adapter) -> None:
+    """Refuse a start from singular vectors that are not there."""
+    block: Any = model.model.layers[0]
+    layers = [module for path, module in block.named_modules() if path.endswith(tuple(config.targets))]
+    least = min(min(layer.in_features, layer.out_features) for layer in layers)
     if config.init != "zero" and config.rank > least:
         raise ConfigError(
             f"adapter.rank is {config.rank}, and adapter.init {config.init} takes that many singular vectors of "
             f"matrices that have {least}. Set a rank of at most {least}, or init: zero."
+        )
+    if config.init == "pissa" and any(isinstance(layer, NF4Linear) for layer in layers):
+        raise ConfigError(
+            "adapter.init pissa takes its part out of the base weights, and weights in nf4 stay as they are packed. "
+            "Set adapter.init to loftq or zero, or use method lora."
         )
 
 
 def _whole(number: float) -> Any:
     """32 rather than 32.0: what reads adapter_config.json elsewhere may insist on a whole number."""
     return int(number) if number.is_integer() else number
+
+
+def _key(seed: int, path: str) -> int:
+    """A layer's own seed: neither device nor order of construction changes its first values."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{path}".encode()).digest()[:8], "little")
 
 
 def _adapted(model: Qwen) -> Iterator[tuple[str, Any]]:
@@ -116,45 +127,76 @@ def _compute_in_the_dtype_of_the_input(layer: Any) -> None:
         with torch.device("meta"):
             projections[NAME] = Linear(weight.shape[1], weight.shape[0], bias=False)
         projections[NAME].weight = nn.Parameter(weight.detach().float())
-    if NAME in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector[NAME]
-        magnitude.weight = nn.Parameter(magnitude.weight.detach().float())
-        # PEFT multiplies A and B with a unit matrix, which for a wide projection takes a gigabyte.
-        magnitude.get_lora_weight = _product
-
-
-def _product(lora_A: Linear, lora_B: Linear, adapter_name: str | None = None) -> Tensor:
-    return lora_B.weight.detach() @ lora_A.weight.detach()
 
 
 @torch.no_grad()
-def _uniform(weight: Tensor, key: str) -> None:
-    """PEFT's distribution for A, from a CPU generator of its own: neither device nor order changes the values."""
-    digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    values = torch.empty(weight.shape)
-    weight.copy_(nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator))
+def _start_uniform(layer: Any, key: int) -> None:
+    """A as PEFT draws it, from a CPU generator; B zero: the adapter begins as the base model."""
+    weight = layer.lora_A[NAME].weight
+    generator = torch.Generator().manual_seed(key)
+    weight.copy_(nn.init.kaiming_uniform_(torch.empty(weight.shape), a=math.sqrt(5), generator=generator))
 
 
 @torch.no_grad()
-def _start_from_quantisation_error(model: Qwen, weights_folder: Path) -> None:
-    """Let the adapter begin as the best low-rank part of what NF4 has lost. Source: LoftQ, arXiv:2310.08659, one step.
+def _start_principal(layer: Any, key: int) -> None:
+    """The largest singular values move from the base into the adapter. Source: PiSSA, arXiv:2404.02948.
 
-    PEFT's own needs a GPU, and leaves the adapter's scaling out.
+    PEFT's own would round both to a 16-bit base's dtype, and their sum would no longer be the base.
     """
-    files = hf.find_tensors(_empty_like(model), weights_folder)
-    for path, layer in _adapted(model):
-        name = f"{path}.weight"
-        lost = torch.empty(layer.out_features, layer.in_features, device=layer.base_layer.weight.device)
-        hf.read_tensor(files[name], name, lost)
-        lost -= layer.base_layer.weight
-        left, values, right = torch.svd_lowrank(lost, layer.r[NAME], niter=16)
-        root = (values / layer.scaling[NAME]).sqrt()
-        layer.lora_A[NAME].weight.data = root[:, None] * right.T
-        layer.lora_B[NAME].weight.data = left * root
-        if NAME in layer.lora_magnitude_vector:
-            begun = layer.base_layer.weight.float() + (left * values) @ right.T
-            layer.lora_magnitude_vector[NAME].weight.data = begun.norm(dim=1)
+    weight = layer.base_layer.weight
+    taken = _start_low_rank(layer, weight.float(), key)
+    weight.copy_(weight.float() - taken)
+
+
+@torch.no_grad()
+def _start_quantisation_error(layer: Any, key: int, file: Path, name: str) -> None:
+    """The adapter begins as most of what NF4 has lost. Source: LoftQ, arXiv:2310.08659, with one step.
+
+    PEFT's own needs a GPU, and leaves out that the adapter's product is scaled.
+    """
+    weight = layer.base_layer.weight
+    lost = torch.empty(weight.shape, device=weight.device)
+    hf.read_tensor(file, name, lost)
+    _start_low_rank(layer, lost - weight.float(), key)
+
+
+def _start_low_rank(layer: Any, matrix: Tensor, key: int) -> Tensor:
+    """Begin with the best low-rank part of an fp32 matrix, remembered for `save`; returns that part.
+
+    Sixteen power iterations find it nearly as well as a full decomposition, in seconds instead of hours.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(key)
+        left, values, right = torch.svd_lowrank(matrix, layer.r[NAME], niter=16)
+    root = (values / layer.scaling[NAME]).sqrt()
+    for projection, start in ((layer.lora_A[NAME], root[:, None] * right.T), (layer.lora_B[NAME], left * root)):
+        projection.weight.copy_(start)
+        projection.register_buffer("start", projection.weight.clone(), persistent=False)
+    return layer.scaling[NAME] * (layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight)
+
+
+@torch.no_grad()
+def _start_magnitude(layer: Any) -> None:
+    """DoRA begins with the magnitudes that the weight has; all of them are computed in fp32.
+
+    PEFT multiplies A and B with a unit matrix, which for a wide projection takes a gigabyte, and rounds the magnitudes
+    to the input's dtype.
+    """
+    magnitude = layer.lora_magnitude_vector[NAME]
+    magnitude.get_lora_weight, magnitude.get_weight_norm = _product, _magnitude
+    product = _product(layer.lora_A[NAME], layer.lora_B[NAME])
+    magnitude.weight = nn.Parameter(_magnitude(layer.base_layer.weight, product, layer.scaling[NAME]))
+
+
+@torch.no_grad()
+def _product(lora_A: Linear, lora_B: Linear, adapter_name: str = NAME) -> Tensor:
+    return lora_B.weight @ lora_A.weight
+
+
+@torch.no_grad()
+def _magnitude(weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str = NAME) -> Tensor:
+    """Length of each row of the adapted weight, fp32 (out,)."""
+    return (weight.float() + scaling * lora_weight.float()).norm(dim=1)
 
 
 def _empty_like(model: Qwen) -> Qwen:
@@ -172,14 +214,6 @@ def _train_rows(model: Qwen, token_ids: Sequence[int]) -> Any:
         assert isinstance(table, nn.Embedding | nn.Linear)
         model.set_submodule(path, TokenRows(table, ids))
     return ids if model.shape.tie_word_embeddings else {path.rpartition(".")[2]: ids for path in tables}
-
-
-def freeze(model: Qwen, dtype: torch.dtype) -> None:
-    """Keep what is not trained in the compute dtype, and compute in it; what is trained stays fp32."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    model.compute_dtype = dtype
 
 
 def _stored_name(name: str) -> str | None:
@@ -238,7 +272,7 @@ def _config_content(model: Any) -> dict[str, Any]:
 
 
 def load(model: Qwen, folder: Path) -> None:
-    """Read a LoRA folder, written by PEFT or by `save`, into a model; one without an adapter gets it injected first.
+    """Put an adapter that PEFT or `save` has written into a plain or NF4 model, ready to be used or trained on.
 
     Raises: ConfigError when the folder asks for what Trivium does not compute, is damaged, or is of another model.
     """
@@ -249,9 +283,7 @@ def load(model: Qwen, folder: Path) -> None:
             f"{folder} has no {WEIGHTS}. Trivium reads safetensors only: a pickled adapter_model.bin can run code when "
             "it is opened. Save the adapter again with PEFT's save_pretrained, which writes safetensors."
         )
-    if not any(True for _ in _adapted(model)):
-        inject(model, config, seed=0, token_ids=token_ids)
-    _require_same(model, config, token_ids, folder)
+    inject(model, config, seed=0, token_ids=token_ids)
     tensors = _trained(model)
     try:
         with safe_open(path, framework="pt") as file:
@@ -310,20 +342,6 @@ def _token_ids(content: Mapping[str, Any], tied: bool) -> tuple[list[int] | None
         return None, said
     ids = tables["embed_tokens"]
     return (ids if all(other == ids for other in tables.values()) else None), said
-
-
-def _require_same(model: Any, config: Adapter, token_ids: list[int], folder: Path) -> None:
-    """Refuse values of an adapter that is not the one in the model, as far as shapes do not tell."""
-    there = model.peft_config[NAME]
-    indices = there.trainable_token_indices or []
-    ids = indices if isinstance(indices, list) else indices["embed_tokens"]
-    scaling = next(layer.scaling[NAME] for _, layer in _adapted(model))
-    if not math.isclose(scaling, config.scaling) or ids != token_ids or there.init_lora_weights is not True:
-        raise ConfigError(
-            f"{folder} holds an adapter with scaling {config.scaling:g} and trained tokens {token_ids}; the model has "
-            f"one with scaling {scaling:g}, tokens {ids} and init {there.init_lora_weights}. Load it into a model "
-            "without an adapter."
-        )
 
 
 @torch.no_grad()
