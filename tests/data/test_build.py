@@ -19,7 +19,14 @@ from trivium.config import Source
 from trivium.data import build as module
 from trivium.data.build import BuiltStore, build_sources, sample_texts, train_tokenizer_from_sources
 from trivium.data.corpus import open_corpus
-from trivium.data.publish import HASH_VALUES, count_distinct, describe_lengths, held_out_limit, round_lengths
+from trivium.data.publish import (
+    HASH_VALUES,
+    HIGH_VALUES,
+    count_distinct,
+    describe_lengths,
+    held_out_limit,
+    round_lengths,
+)
 from trivium.data.store import Store, StoreWriter
 from trivium.data.tokenizer import document_encoding, load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError, TriviumError
@@ -148,6 +155,7 @@ if __name__ == "__main__":
     job = StoreJob(
         corpus=open_corpus(Source(path=source), 1.0, Path(cache)),
         encoding=Encoding(**json.loads(Path(encoding).read_text())),
+        chat=None,
         held_out=0.05,
         max_reject_share=0.01,
         cache_dir=Path(cache),
@@ -305,7 +313,7 @@ def test_distinct_hashes_are_counted_exactly_in_buckets(tmp_path, monkeypatch):
     rows.astype(">u8").tofile(tmp_path / "hashes.bin")
     expected = {int(high) << 64 | int(low) for high, low in rows}
     assert count_distinct(tmp_path / "hashes.bin") == (len(expected), min(expected), max(expected))
-    assert held_out_limit(0.5, 0, HASH_VALUES - 1) == HASH_VALUES // 2 - 1
+    assert held_out_limit(0.5, 0, HASH_VALUES - 1) == HIGH_VALUES // 2 - 1
 
 
 def test_rounded_lengths_stay_close():

@@ -204,10 +204,28 @@ def test_sources_that_cannot_be_read_say_so(tmp_path):
         ("bent.txt.gz", gzip.compress(b"a" * 500)[:-8] + b"12345678", "cannot be read to its end"),
         ("plain.txt.zst", b"not zstd at all", "cannot be read to its end"),
         ("cut.txt.zst", zstd(os.urandom(1500))[:-200], "cannot be read to its end"),
-        ("list.json", b'[{"text": "a"}]', "one JSON list"),
+        ("cut-list.json", b'[{"text": "a"}, {"text": "b', "breaks off or is no JSON after entry 1"),
+        ("no-list.json", b'[{"text": "a"} {"text": "b"}]', "after entry 1"),
         ("a.parquet", b"PAR1 and no more", "not a readable Parquet"),
     ]:
         (tmp_path / name).write_bytes(content)
         assert expected in refusal(tmp_path / name)
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "b.parquet")
     assert "no column 'text'; it has body" in refusal(tmp_path / "b.parquet")
+
+
+@given(
+    st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=20) | st.integers() | st.floats(allow_nan=False))),
+    st.sampled_from([None, 1]),
+    st.integers(1, 60),
+    st.integers(0, 20),
+)
+def test_a_json_list_is_its_entries_wherever_reading_begins(tmp_path_factory, entries, indent, block_bytes, begin):
+    path = tmp_path_factory.mktemp("list") / "a.json"
+    path.write_text(json.dumps(entries, indent=indent), encoding="utf-8")
+    start = Position(0, min(begin, len(entries)), min(begin, len(entries)) + 1)
+    blocks = read_blocks([SourceFile(path, "a")], Reading("text", "file", MAX_ROW_BYTES), start, block_bytes)
+    pieces = [piece for block in blocks for piece in block.pieces]
+    found = [json.loads(line) for piece in pieces for line in piece.data.splitlines()]
+    assert found == entries[begin:]
+    assert [piece.first_line for piece in pieces[:1]] == ([begin + 1] if found else [])

@@ -12,7 +12,8 @@ def train(run_file: Path, overrides: tuple[str, ...]) -> None:
     """Train what RUN_FILE describes; the same command goes on after any stop.
 
     KEY=VALUE overrides a field, such as optimizer.learning_rate=1e-3. The result is a Hugging Face folder in
-    RUNS_DIR/NAME/model, and its path goes to stdout. Exit codes: 0 done, 2 configuration, 4 data, 75 stopped and saved.
+    RUNS_DIR/NAME/model, or a PEFT folder in RUNS_DIR/NAME/adapter, and its path goes to stdout. Exit codes: 0 done,
+    2 configuration, 4 data, 75 stopped and saved.
 
     \b
     Example:
@@ -25,4 +26,4 @@ def train(run_file: Path, overrides: tuple[str, ...]) -> None:
     from trivium.report.watch import train_with_report
 
     folder = train_with_report(resolved)
-    click.echo(folder.model)
+    click.echo(folder.result)

@@ -5,6 +5,7 @@ a worker can. Which files a source has, and what identifies them, is for `corpus
 """
 
 import gzip
+import io
 import json
 import os
 import re
@@ -12,10 +13,22 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from trivium.data.rows import BLANK_LINES, LINE_END, Format, Piece, Reason, end_of_blank_lines, is_too_long
+from trivium.data.formats import Layout
+from trivium.data.rows import (
+    BLANK_LINES,
+    JSON_DECODER,
+    LINE_END,
+    Format,
+    Piece,
+    Reason,
+    end_of_blank_lines,
+    is_too_long,
+    parse_piece,
+)
 from trivium.errors import BadData, ConfigError
 
 BLOCK_BYTES = 1 << 19
@@ -23,7 +36,8 @@ PIECE_OVERHEAD_BYTES = 256
 PARQUET_BATCH_ROWS = 64
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst")
-EXPECTED_FILES = "Expected .txt, .md, .jsonl, .json (one object a line) or .parquet, plain or compressed as .gz or .zst"
+EXPECTED_FILES = "Expected .txt, .md, .jsonl, .json (a list, or one object a line) or .parquet, plain or as .gz or .zst"
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -59,6 +73,8 @@ class SourceFile(NamedTuple):
 
     path: Path
     name: str
+    layout: Layout | None = None
+    """How its records say what they hold; None where one field of theirs, or the file, is the text."""
 
 
 def list_files(root: Path) -> list[SourceFile]:
@@ -135,16 +151,20 @@ def _read_file(
     with _file_errors(file.path):
         if kind == "parquet":
             yield from _read_parquet(file, reading, start, block_bytes)
+        elif kind == "json" and _is_list(file.path):
+            yield from _read_list(file, reading, start, block_bytes)
         elif kind == "text" and reading.documents == "file":
             yield from _read_whole(file, reading, start)
         else:
             form = cast(Format, "json" if kind == "json" else reading.documents)
             border = BLANK_LINES if form == "paragraph" else LINE_END
             with open_decompressed(file.path) as stream:
-                refusal = _refuse_all_rows(file, form)
+                refusal = _refuse_all_rows(file)
+                layout = file.layout if kind == "json" else None
                 _skip(stream, start.offset)
                 for first_line, data, too_long, after in _cut_rows(stream, border, reading, start, block_bytes):
-                    yield Piece(file.name, form, first_line, data, Reason.TOO_LONG if too_long else refusal), after
+                    reason = Reason.TOO_LONG if too_long else refusal
+                    yield Piece(file.name, form, first_line, data, reason, layout), after
 
 
 @contextmanager
@@ -169,16 +189,70 @@ def open_decompressed(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _refuse_all_rows(file: SourceFile, form: Format) -> Reason | None:
+def _refuse_all_rows(file: SourceFile) -> Reason | None:
     """Look at a file's first bytes for what makes all of its rows useless."""
     with open_decompressed(file.path) as stream:
-        head = stream.read(64)
-    if form == "json" and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        raise BadData(
-            f"{file.path}: begins with '[', so it is one JSON list. Expected one JSON object a line; "
-            f"`jq -c '.[]' {file.path.name} > rows.jsonl` turns the one into the other."
+        return Reason.UTF16 if stream.read(2) in UTF16_BOMS else None
+
+
+def _is_list(path: Path) -> bool:
+    with open_decompressed(path) as stream:
+        return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _read_list(
+    file: SourceFile, reading: Reading, start: Position, block_bytes: int
+) -> Iterator[tuple[Piece, Position]]:
+    """The entries of one JSON list as JSON lines; a line number is an entry's number."""
+    entries = islice(_list_entries(file.path, block_bytes), start.offset, None)
+    for data, first_entry, next_entry in json_pieces(entries, None, start.offset, block_bytes):
+        yield (
+            Piece(file.name, "json", first_entry + 1, data, None, file.layout),
+            Position(start.file, next_entry, next_entry + 1),
         )
-    return Reason.UTF16 if head.startswith(UTF16_BOMS) else None
+
+
+def _list_entries(path: Path, block_bytes: int) -> Iterator[Any]:
+    """Decode one entry after the other; never more than a block and an entry is held.
+
+    Raises: BadData where the list breaks off or holds what is no JSON, since nobody knows where the next entry begins.
+    """
+    # A byte that is no UTF-8 becomes a lone surrogate, for which its own row is refused and no other.
+    with open_decompressed(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape") as stream:
+        buffer = stream.read(block_bytes)
+        place, number = buffer.index("[") + 1, 0
+        while True:
+            begin = _past_blanks(buffer, place)
+            mark = buffer[begin : begin + 1]
+            if mark == "]":
+                return
+            if number and mark == ",":
+                begin = _past_blanks(buffer, begin + 1)
+            elif number and mark:
+                break
+            try:
+                entry, stop = JSON_DECODER.raw_decode(buffer, begin)
+            except (json.JSONDecodeError, RecursionError):
+                stop = len(buffer)
+            if stop == len(buffer):  # also a number may go on beyond the end of what was read
+                more = stream.read(max(block_bytes, len(buffer)))
+                if not more:
+                    break
+                buffer += more
+                continue
+            yield entry
+            number, place = number + 1, stop
+            if place > block_bytes:
+                buffer, place = buffer[place:], 0
+    raise BadData(
+        f"{path}: is a JSON list that breaks off or is no JSON after entry {number:,}. Restore the file, or turn it "
+        "into one object a line (jq -c '.[]'), where a broken row spoils no other."
+    )
+
+
+def _past_blanks(text: str, place: int) -> int:
+    match = JSON_SPACE.match(text, place)
+    return match.end() if match else place
 
 
 def _skip(stream: BinaryIO, num_bytes: int) -> None:
@@ -259,18 +333,20 @@ def _read_parquet(
     try:
         with parquet.ParquetFile(file.path) as table:
             names = table.schema_arrow.names
-            if reading.field not in names:
+            if file.layout is None and reading.field not in names:
                 raise BadData(
                     f"{file.path}: has no column {reading.field!r}; it has {', '.join(names)}. Name one as the field."
                 )
-            rows = _parquet_values(table, reading.field, start.offset)
-            for data, first_row, next_row in json_pieces(rows, reading.field, start.offset, block_bytes):
-                yield Piece(file.name, "json", first_row + 1, data), Position(start.file, next_row, next_row + 1)
+            field = reading.field if file.layout is None else None
+            rows = _parquet_rows(table, [reading.field] if field else names, start.offset)
+            for data, first_row, next_row in json_pieces(rows, field, start.offset, block_bytes):
+                piece = Piece(file.name, "json", first_row + 1, data, None, file.layout)
+                yield piece, Position(start.file, next_row, next_row + 1)
     except pyarrow.ArrowException as error:
         raise BadData(f"{file.path}: is not a readable Parquet file ({error}). Restore it or leave it out.") from error
 
 
-def _parquet_values(table: Any, field: str, first_row: int) -> Iterator[dict[str, object]]:
+def _parquet_rows(table: Any, columns: list[str], first_row: int) -> Iterator[dict[str, object]]:
     import pyarrow
 
     first_group, group_row = 0, 0
@@ -280,19 +356,24 @@ def _parquet_values(table: Any, field: str, first_row: int) -> Iterator[dict[str
         group_row += table.metadata.row_group(first_group).num_rows
         first_group += 1
     groups = range(first_group, table.num_row_groups)
-    for batch in table.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=[field], use_threads=False):
-        column = batch.column(0)
-        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-            column = column.cast(pyarrow.large_binary())  # bytes, so that one bad value does not hide the others
-        values = column[max(0, first_row - group_row) :].to_pylist()
+    for batch in table.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
+        values = []
+        for column in batch.columns:
+            if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                column = column.cast(pyarrow.large_binary())  # bytes, so that one bad value does not hide the others
+            values.append(column[max(0, first_row - group_row) :].to_pylist())
         group_row += batch.num_rows
-        yield from ({field: value} for value in values)
+        for row in zip(*values, strict=True):
+            yield dict(zip(batch.schema.names, row, strict=True))
 
 
 def json_pieces(
-    rows: Iterator[dict[str, Any]], field: str, first_row: int, block_bytes: int
+    rows: Iterator[Any], field: str | None, first_row: int, block_bytes: int
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Yield records as (JSON lines of about `block_bytes`, number of the first row, number after the last)."""
+    """Yield records as (JSON lines of about `block_bytes`, number of the first row, number after the last).
+
+    With a `field` they are cut down to it.
+    """
     lines: list[bytes] = []
     num_bytes, row = 0, first_row
     for row, record in enumerate(rows, start=first_row + 1):
@@ -305,17 +386,34 @@ def json_pieces(
         yield b"".join(lines), row - len(lines), row
 
 
-def _json_line(record: dict[str, Any], field: str) -> bytes:
-    """One record as a line of JSON, cut down to its text; a record without that field keeps its names."""
-    value = record.get(field)
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError:
-            return value.replace(b"\n", b" ") + b"\n"  # the worker refuses these bytes for what they are
-    kept = {field: value} if field in record else dict.fromkeys(record)
-    encoded = json.dumps(kept, ensure_ascii=False, default=lambda other: {"type": type(other).__name__}) + "\n"
+def _json_line(record: Any, field: str | None) -> bytes:
+    """One record as a line of JSON, cut down to its text where that is all; one without that field keeps its names."""
+    if field is not None:
+        record = {field: record[field]} if field in record else dict.fromkeys(record)
+    if isinstance(record, dict):
+        for name, value in record.items():
+            if isinstance(value, bytes):
+                try:
+                    record = {**record, name: value.decode("utf-8")}
+                except UnicodeDecodeError:
+                    return value.replace(b"\n", b" ") + b"\n"  # the worker refuses these bytes for what they are
+    encoded = json.dumps(record, ensure_ascii=False, default=lambda other: {"type": type(other).__name__}) + "\n"
     try:
         return encoded.encode("utf-8")
     except UnicodeEncodeError:
         return encoded.encode("utf-8", errors="surrogatepass")
+
+
+def first_records(file: SourceFile, reading: Reading, count: int) -> list[dict[str, Any]]:
+    """The first few records of a file of JSON or a table; rows that are none are passed over."""
+    found: list[dict[str, Any]] = []
+    whole = file._replace(layout=Layout("messages"))
+    for block in read_blocks([whole], reading, block_bytes=1 << 16):
+        for piece in block.pieces:
+            for row in parse_piece(piece, reading.field, reading.max_row_bytes):
+                record = getattr(row, "record", None)
+                if record is not None:
+                    found.append(record)
+                if len(found) == count:
+                    return found
+    return found

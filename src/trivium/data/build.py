@@ -13,21 +13,24 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tokenizers
 
-from trivium.config import Source
-from trivium.data.blocks import BLOCK_BYTES
+from trivium.config import Data, Source
+from trivium.data.blocks import BLOCK_BYTES, Block, Reading
+from trivium.data.chat import LongRows, describe_template
 from trivium.data.corpus import Corpus, open_corpus
-from trivium.data.encode import encode_blocks
-from trivium.data.partial import REJECTS, Partial, Tally
+from trivium.data.encode import ChatReading, Tally, encode_blocks
+from trivium.data.formats import Document, parse
+from trivium.data.partial import REJECTS, Partial
 from trivium.data.progress import BuildProgress
-from trivium.data.publish import publish
-from trivium.data.rows import Row, parse_piece
+from trivium.data.publish import REASONING_FILE, publish
+from trivium.data.rows import Row, RowError, parse_piece
 from trivium.data.store import Store
 from trivium.data.tokenizer import Encoding, TokenizerKind, document_encoding, token_dtype, train_tokenizer
 from trivium.errors import BadData, ConfigError, TriviumError
@@ -36,7 +39,7 @@ from trivium.files import FolderLock, fsync_directory, require_free_space, sha25
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1
+FORMAT = 2
 KEY_DIGITS = 20
 BLOCKS_WORTH_A_WORKER = 4
 EARLY_STOP_ROWS = 10_000
@@ -62,9 +65,31 @@ class BuiltStore:
         """The documents to train on."""
         return Store(self.path)
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether its samples must stay whole, each in one row."""
+        return bool(self.report.get("conversations")) or self.open().mask is not None
+
+    def reasoning(self) -> np.ndarray | None:
+        """Which training samples have a reasoned answer, bool [documents]; None when none has."""
+        path = self.path / REASONING_FILE
+        return np.load(path, allow_pickle=False) if path.is_file() else None
+
     def open_held_out(self) -> Store | None:
         """The documents kept out of training, None when there are none."""
         return Store(self.path / "held_out") if self.manifest.get("held_out_documents") else None
+
+
+@dataclass(frozen=True)
+class ConversationSettings:
+    """What becomes of conversations; documents do not ask."""
+
+    seq_len: int = Data.model_fields["seq_len"].default
+    """Tokens of the longest sample."""
+    long_rows: LongRows = "drop"
+    """What becomes of longer ones; see `config.Data.long_rows`."""
+    all_tokens: bool = False
+    """Every token carries loss, not the assistant's alone."""
 
 
 def build_sources(
@@ -75,6 +100,7 @@ def build_sources(
     max_reject_share: float,
     max_document_mib: float,
     cache_dir: Path,
+    conversations: ConversationSettings = ConversationSettings(),
     workers: int | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> list[BuiltStore]:
@@ -83,6 +109,7 @@ def build_sources(
     Args:
         sources: files, folders, Hub data sets or ready stores.
         tokenizer: a loaded Hugging Face tokenizer.
+        conversations: what becomes of conversations.
         held_out: share of each source's documents kept out of training; 0 for none.
         max_reject_share: largest share of a source's rows that may be unusable.
         max_document_mib: a longer row is refused.
@@ -99,9 +126,15 @@ def build_sources(
         if source.store is not None:
             built.append(_ready_store(Path(source.store).expanduser(), encoding))
         else:
+            corpus = open_corpus(source, max_document_mib, cache_dir)
+            chat = None
+            if corpus.has_conversations:
+                template = describe_template(tokenizer)
+                chat = ChatReading(tokenizer.name_or_path, template.sha256, **asdict(conversations))
             job = StoreJob(
-                corpus=open_corpus(source, max_document_mib, cache_dir),
+                corpus=corpus,
                 encoding=encoding,
+                chat=chat,
                 held_out=held_out,
                 max_reject_share=max_reject_share,
                 cache_dir=cache_dir,
@@ -118,6 +151,7 @@ class StoreJob:
 
     corpus: Corpus
     encoding: Encoding
+    chat: ChatReading | None
     held_out: float
     max_reject_share: float
     cache_dir: Path
@@ -134,17 +168,20 @@ class StoreJob:
             "end_id": self.encoding.end_id,
             "held_out": self.held_out,
         }
+        if self.chat is not None:
+            chat = asdict(self.chat)  # the tokenizer's content is in the key already, wherever it lies
+            inputs["conversations"] = {key: value for key, value in chat.items() if key != "tokenizer_folder"}
         folder = made_once(self.cache_dir / f"store-{content_key(inputs)}", lambda folder: self._build(folder, inputs))
         manifest = _verified_manifest(folder)
         report = json.loads((folder / "report.json").read_text())
-        tally = Tally(num_documents=report["kept"], rejected=Counter(report["rejected_by_reason"]))
+        tally = Tally(num_documents=report["kept"] + report["split"], rejected=Counter(report["rejected_by_reason"]))
         self._require_few_rejects(tally, folder)
         return BuiltStore(self.corpus.name, folder, manifest, report)
 
     def _build(self, folder: Path, inputs: dict[str, Any]) -> None:
         """Tokenise all that the partial store does not hold yet, then publish it as `folder`."""
         partial_folder = partial_of(folder)
-        with Partial(partial_folder, token_dtype(self.encoding.vocab_size)) as partial:
+        with Partial(partial_folder, token_dtype(self.encoding.vocab_size), self.chat is not None) as partial:
             with _disk_full_explained(partial_folder):
                 self._encode_into(partial)
             try:
@@ -169,7 +206,7 @@ class StoreJob:
         blocks = self.corpus.blocks(partial.position, self.block_bytes)
         tally, hopeless_share = partial.tally, max(EARLY_STOP_SHARE, self.max_reject_share)
         with BuildProgress(self.corpus.name, num_bytes) as progress:
-            for block in encode_blocks(blocks, self.encoding, self.corpus.reading, workers):
+            for block in encode_blocks(blocks, self.encoding, self.corpus.reading, self.chat, workers):
                 partial.append(block)
                 progress.advance(block.num_raw_bytes, tally.num_tokens, tally.num_rejected)
                 if tally.num_rows >= EARLY_STOP_ROWS and tally.reject_share > hopeless_share:
@@ -321,12 +358,9 @@ def sample_texts(corpora: Sequence[Corpus], max_bytes: int) -> Iterator[str]:
             num_raw_bytes = sum(len(piece.data) for piece in block.pieces)
             if num_taken <= share * num_read:
                 num_taken += num_raw_bytes
-                for piece in block.pieces:
-                    rows = parse_piece(piece, corpus.reading.field, corpus.reading.max_row_bytes)
-                    for row in rows:
-                        if isinstance(row, Row):
-                            num_texts += 1
-                            yield row.text
+                for text in _texts(block, corpus.reading):
+                    num_texts += 1
+                    yield text
             num_read += num_raw_bytes
             if corpus.num_bytes is None and num_taken >= allowance * share:
                 break
@@ -335,3 +369,17 @@ def sample_texts(corpora: Sequence[Corpus], max_bytes: int) -> Iterator[str]:
         raise BadData(
             f"{names}: not one row holds text, so no tokenizer can be trained. See why with: trivium data inspect"
         )
+
+
+def _texts(block: Block, reading: Reading) -> Iterator[str]:
+    """The documents of a block, and all that is said in its conversations."""
+    for piece in block.pieces:
+        for row in parse_piece(piece, reading.field, reading.max_row_bytes):
+            if not isinstance(row, Row):
+                continue
+            if piece.layout is None or row.record is None:
+                yield row.text
+                continue
+            with suppress(RowError):
+                content = parse(row.record, piece.layout)
+                yield from [content.text] if isinstance(content, Document) else (turn.content for turn in content.turns)

@@ -8,7 +8,9 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +22,13 @@ from trivium.data.blocks import (
     Position,
     Reading,
     SourceFile,
+    file_kind,
+    first_records,
     json_pieces,
     list_files,
     read_blocks,
 )
+from trivium.data.formats import Layout, detect, from_dataset_info
 from trivium.data.rows import Piece
 from trivium.errors import BadData, ConfigError, TriviumError
 from trivium.files import atomic_write, sha256_file
@@ -31,6 +36,7 @@ from trivium.files import atomic_write, sha256_file
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".parquet")
 USUAL_COMPRESSION = 4
 FRESH_NANOSECONDS = 2_000_000_000
+LOOKED_AT_RECORDS = 20
 
 
 class Corpus(Protocol):
@@ -49,6 +55,11 @@ class Corpus(Protocol):
     @property
     def num_bytes(self) -> int | None:
         """About how many bytes of plain rows there are; None when nobody knows."""
+        ...
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether some of its rows are conversations."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -71,12 +82,28 @@ def open_corpus(source: Source, max_document_mib: float, cache_dir: Path) -> Cor
     """
     reading = Reading(source.field, source.documents, int(max_document_mib * 2**20))
     hashes = FileHashes(cache_dir)
+    layout = None
+    if source.dataset is not None:
+        source, layout = from_dataset_info(source)
     if source.path is not None:
-        corpus: Corpus = FileCorpus.open(Path(source.path).expanduser(), reading, hashes)
+        corpus: Corpus = FileCorpus.open(Path(source.path).expanduser(), source, layout, reading, hashes)
     else:
-        corpus = HubCorpus.open(source, reading, hashes)
+        corpus = HubCorpus.open(source, layout, reading, hashes)
     hashes.save()
     return corpus
+
+
+def find_layout(source: Source, records: list[dict[str, Any]], where: str) -> Layout | None:
+    """How records say what they hold, as the source says or as the first ones show; None for plain text.
+
+    Raises: BadData when nobody can tell.
+    """
+    if source.format == "text" or not records:
+        return None
+    layout = Layout(source.format, dict(source.fields), dict(source.roles), source.field)
+    if source.format == "auto":
+        layout = detect(records, layout, where)
+    return None if layout.format == "text" else layout
 
 
 class FileHashes:
@@ -138,11 +165,15 @@ class FileCorpus:
     stamps: list[str]
 
     @classmethod
-    def open(cls, root: Path, reading: Reading, hashes: FileHashes) -> "FileCorpus":
-        """List and hash the files below `root`; a cache that lies among them is no source."""
+    def open(
+        cls, root: Path, source: Source, layout: Layout | None, reading: Reading, hashes: FileHashes
+    ) -> "FileCorpus":
+        """List and hash the files below `root` and find their layouts; a cache that lies among them is no source."""
         files = list_files(root)
         if root.resolve() in hashes.cache_dir.parents:
             files = [file for file in files if not file.path.resolve().is_relative_to(hashes.cache_dir)]
+        if source.format != "text":
+            files = [_with_layout(file, source, layout, reading) for file in files]
         stamps = [stamp(file.path) for file in files]
         return cls(str(root), reading, files, [hashes.sha256(file.path) for file in files], stamps)
 
@@ -154,9 +185,17 @@ class FileCorpus:
             for file in self.files
         )
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether one of the files has a layout."""
+        return any(file.layout is not None for file in self.files)
+
     def identity(self) -> dict[str, Any]:
         """Names and hashes in reading order, and how they are read."""
-        named = [[file.name, digest] for file, digest in zip(self.files, self.hashes, strict=True)]
+        named = [
+            [file.name, digest, *([] if file.layout is None else [asdict(file.layout)])]
+            for file, digest in zip(self.files, self.hashes, strict=True)
+        ]
         return {"files": named, "reading": asdict(self.reading)}
 
     def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
@@ -173,6 +212,13 @@ class FileCorpus:
                 )
 
 
+def _with_layout(file: SourceFile, source: Source, layout: Layout | None, reading: Reading) -> SourceFile:
+    if file_kind(file.path) == "text":
+        return file
+    known = layout or find_layout(source, first_records(file, reading, LOOKED_AT_RECORDS), str(file.path))
+    return file._replace(layout=known)
+
+
 @dataclass(frozen=True)
 class HubCorpus:
     """A Hub data set, streamed; `identifier` is its id, or a folder that `datasets` can load."""
@@ -183,16 +229,24 @@ class HubCorpus:
     revision: str
     """Commit of the data set, or the hash of the folder: what is read is what was hashed."""
     reading: Reading
+    layout: Layout | None = None
 
     @classmethod
-    def open(cls, source: Source, reading: Reading, hashes: FileHashes) -> "HubCorpus":
-        """Find out the revision."""
+    def open(cls, source: Source, layout: Layout | None, reading: Reading, hashes: FileHashes) -> "HubCorpus":
+        """Find out the revision, and how the first records say what they hold."""
         assert source.hub is not None
         if Path(source.hub).is_dir():
             files = sorted(path for path in Path(source.hub).rglob("*") if path.is_file())
             listing = [[path.relative_to(source.hub).as_posix(), hashes.sha256(path)] for path in files]
-            return cls(source.hub, source.subset, source.split, json.dumps(listing), reading)
-        return cls(source.hub, source.subset, source.split, _hub_commit(source.hub, source.revision), reading)
+            revision = json.dumps(listing)
+        else:
+            revision = _hub_commit(source.hub, source.revision)
+        corpus = cls(source.hub, source.subset, source.split, revision, reading)
+        if layout is None and source.format != "text":
+            with corpus._errors_explained():
+                records = list(islice(corpus._records(), LOOKED_AT_RECORDS))
+            layout = find_layout(source, records, corpus.name)
+        return replace(corpus, layout=layout)
 
     @property
     def name(self) -> str:
@@ -212,24 +266,38 @@ class HubCorpus:
             "split": self.split,
             "revision": self.revision,
             "reading": asdict(self.reading),
+            "layout": None if self.layout is None else asdict(self.layout),
         }
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether its records have a layout."""
+        return self.layout is not None
 
     def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
         """The records from `start` on; a line number is a record's number."""
+        field = self.reading.field if self.layout is None else None
+        with self._errors_explained():
+            rows = json_pieces(iter(self._records().skip(start.offset)), field, start.offset, block_bytes)
+            for data, first_row, next_row in rows:
+                piece = Piece(self.name, "json", first_row + 1, data, None, self.layout)
+                yield Block((piece,), Position(0, next_row, next_row + 1))
+
+    def _records(self) -> Any:
         import datasets
 
-        local = Path(self.identifier).is_dir()
+        return datasets.load_dataset(
+            self.identifier,
+            name=self.subset,
+            split=self.split,
+            revision=None if Path(self.identifier).is_dir() else self.revision,
+            streaming=True,
+        )
+
+    @contextmanager
+    def _errors_explained(self) -> Iterator[None]:
         try:
-            records = datasets.load_dataset(
-                self.identifier,
-                name=self.subset,
-                split=self.split,
-                revision=None if local else self.revision,
-                streaming=True,
-            )
-            rows = json_pieces(iter(records.skip(start.offset)), self.reading.field, start.offset, block_bytes)
-            for data, first_row, next_row in rows:
-                yield Block((Piece(self.name, "json", first_row + 1, data),), Position(0, next_row, next_row + 1))
+            yield
         except (GeneratorExit, TriviumError):
             raise
         except Exception as error:  # `datasets` lets through whatever its readers and the network raise

@@ -1,74 +1,64 @@
 """A store under construction: files that only grow, and a journal that says how far they can be trusted.
 
-All documents go, in order, to `documents.bin` (tokens), `lengths.bin` (int32 each) and `hashes.bin` (128 bits each),
-refused rows to `rejects.jsonl`. A kill at any instant loses what came after the last journal entry: the next build
-cuts the files back to it and goes on. What becomes of them at the end is `publish.py`'s business, the only other
-file beside `build.py` that imports this one.
+All samples go, in order, to `documents.bin` (tokens), `weights.bin` (a byte a token), `lengths.bin` (int32 each),
+`hashes.bin` (128 bits each) and `reasoning.bin` (a byte each), refused rows to `rejects.jsonl`. A kill at any instant
+loses what came after the last journal entry: the next build cuts the files back to it and goes on. What becomes of them
+at the end is `publish.py`'s business, the only other file beside `build.py` that imports this one.
 """
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from trivium.data.blocks import Position
-from trivium.data.encode import HASH_BYTES, EncodedBlock
+from trivium.data.encode import HASH_BYTES, EncodedBlock, Tally
 from trivium.files import atomic_write
 
-DOCUMENTS, LENGTHS, HASHES, REJECTS = "documents.bin", "lengths.bin", "hashes.bin", "rejects.jsonl"
+DOCUMENTS, WEIGHTS, LENGTHS, HASHES = "documents.bin", "weights.bin", "lengths.bin", "hashes.bin"
+REASONING, REJECTS = "reasoning.bin", "rejects.jsonl"
 JOURNAL = "journal.json"
 JOURNAL_EVERY_BLOCKS = 32
 GROUP_DOCUMENTS = 1 << 16
 GROUP_TOKENS = 1 << 22
 
 
-@dataclass
-class Tally:
-    """What has been read so far."""
+class Group(NamedTuple):
+    """Some of a partial store's samples, read back."""
 
-    num_documents: int = 0
-    num_tokens: int = 0
-    num_text_bytes: int = 0
-    num_control_rows: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        self.rejected = Counter(self.rejected)  # a plain dict when read back from JSON
-
-    @property
-    def num_rejected(self) -> int:
-        """Rows that became no document."""
-        return self.rejected.total()
-
-    @property
-    def num_rows(self) -> int:
-        """All rows: documents and refused ones."""
-        return self.num_documents + self.num_rejected
-
-    @property
-    def reject_share(self) -> float:
-        """Refused rows among all rows; 0 when there are none."""
-        return self.num_rejected / self.num_rows if self.num_rows else 0.0
+    tokens: np.ndarray
+    """[sum(lengths)]."""
+    weights: np.ndarray | None
+    """[sum(lengths)] uint8, hundredths; None where every token counts alike."""
+    lengths: np.ndarray
+    """[samples] int32."""
+    hashes: np.ndarray
+    """[samples, 2] big-endian uint64, the high one first."""
+    reasoning: np.ndarray
+    """[samples] uint8."""
 
 
 class Partial:
     """The growing files of one unfinished store; one process at a time, which the build's lock sees to."""
 
-    def __init__(self, folder: Path, dtype: np.dtype) -> None:
-        """Open or begin the folder, and cut its files back to what the journal vouches for."""
+    def __init__(self, folder: Path, dtype: np.dtype, has_weights: bool) -> None:
+        """Open or begin the folder, and cut its files back to what the journal vouches for.
+
+        Without `has_weights` every token counts alike, and no weights are kept.
+        """
         self.folder = folder
         self.dtype = dtype
+        self.has_weights = has_weights
         self.position = Position()
         self.tally = Tally()
         self._blocks_since_journal = 0
         folder.mkdir(parents=True, exist_ok=True)
-        sizes = dict.fromkeys((DOCUMENTS, LENGTHS, HASHES, REJECTS), 0)
+        sizes = dict.fromkeys((DOCUMENTS, WEIGHTS, LENGTHS, HASHES, REASONING, REJECTS), 0)
         if (folder / JOURNAL).exists():
             journal = json.loads((folder / JOURNAL).read_text())
             self.position = Position(*journal["position"])
@@ -84,15 +74,14 @@ class Partial:
     def append(self, block: EncodedBlock) -> None:
         """Add a block; every so often, make all so far durable."""
         self._files[DOCUMENTS].write(np.ascontiguousarray(block.tokens).data)
+        if self.has_weights:
+            self._files[WEIGHTS].write(block.weights.data)
         self._files[LENGTHS].write(block.lengths.astype("<i4").data)
         self._files[HASHES].write(block.hashes)
+        self._files[REASONING].write(block.reasoning.data)
         for row in block.rejected:
             self._files[REJECTS].write(json.dumps(row._asdict()).encode() + b"\n")
-        self.tally.num_documents += len(block.lengths)
-        self.tally.num_tokens += len(block.tokens)
-        self.tally.num_text_bytes += block.num_text_bytes
-        self.tally.num_control_rows += block.num_control_rows
-        self.tally.rejected.update(row.reason for row in block.rejected)
+        self.tally.add(block.tally)
         self.position = block.after
         self._blocks_since_journal += 1
         if self._blocks_since_journal == JOURNAL_EVERY_BLOCKS:
@@ -108,22 +97,26 @@ class Partial:
         atomic_write(self.folder / JOURNAL, json.dumps(journal))
         self._blocks_since_journal = 0
 
-    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Read back all documents in groups: tokens [sum(lengths)], lengths [documents], hashes [documents, 2].
-
-        A hash is two big-endian uint64, the high one first. At most about 4M tokens, or one longer document, at a time.
-        """
-        with (
-            (self.folder / DOCUMENTS).open("rb") as tokens,
-            (self.folder / LENGTHS).open("rb") as lengths_file,
-            (self.folder / HASHES).open("rb") as hashes_file,
-        ):
+    def groups(self) -> Iterator[Group]:
+        """Read back all samples; at most about 4M tokens, or one longer document, at a time."""
+        with ExitStack() as stack:
+            tokens, weights, lengths_file, hashes_file, reasoning_file = (
+                stack.enter_context((self.folder / name).open("rb"))
+                for name in (DOCUMENTS, WEIGHTS, LENGTHS, HASHES, REASONING)
+            )
             while chunk := lengths_file.read(4 * GROUP_DOCUMENTS):
                 lengths = np.frombuffer(chunk, "<i4")
                 hashes = np.frombuffer(hashes_file.read(HASH_BYTES * len(lengths)), ">u8").reshape(-1, 2)
+                reasoning = np.frombuffer(reasoning_file.read(len(lengths)), np.uint8)
                 for start, stop in _groups(lengths):
-                    num_bytes = int(lengths[start:stop].sum(dtype=np.int64)) * self.dtype.itemsize
-                    yield np.frombuffer(tokens.read(num_bytes), self.dtype), lengths[start:stop], hashes[start:stop]
+                    num_tokens = int(lengths[start:stop].sum(dtype=np.int64))
+                    yield Group(
+                        np.frombuffer(tokens.read(num_tokens * self.dtype.itemsize), self.dtype),
+                        np.frombuffer(weights.read(num_tokens), np.uint8) if self.has_weights else None,
+                        lengths[start:stop],
+                        hashes[start:stop],
+                        reasoning[start:stop],
+                    )
 
     def __enter__(self) -> "Partial":
         return self

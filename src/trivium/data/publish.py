@@ -9,17 +9,20 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trivium.data.encode import HASH_BYTES
-from trivium.data.partial import HASHES, REJECTS, Partial
-from trivium.data.store import StoreWriter
+from trivium.data.partial import HASHES, REJECTS, Group, Partial
+from trivium.data.store import StoreWriter, mask_prefix
 from trivium.files import atomic_write, fsync_directory, sha256_file
 
 HASH_VALUES = 1 << (8 * HASH_BYTES)
+HIGH_VALUES = 1 << (4 * HASH_BYTES)
+REASONING_FILE = "reasoning.npy"
 BUCKET_HASHES = 1 << 21
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 EXACT_LENGTH_BITS = 10
@@ -43,12 +46,18 @@ def publish(partial: Partial, final: Path, held_out: float, inputs: dict[str, An
     tally = partial.tally
     report = {
         "rows": tally.num_rows,
-        "kept": tally.num_documents,
+        "kept": tally.num_kept,
+        "split": tally.num_split_rows,
         "rejected": tally.num_rejected,
         "rejected_by_reason": dict(tally.rejected.most_common()),
         "duplicates": tally.num_documents - num_distinct,
         "control_token_rows": tally.num_control_rows,
         "text_bytes": tally.num_text_bytes,
+        "conversations": tally.num_conversations,
+        "reasoning_documents": tally.num_reasoning_documents,
+        "dropped_turns": tally.num_dropped_turns,
+        "cut_turns": tally.num_cut_turns,
+        "supervised_tokens": tally.num_supervised_tokens,
         **counts,
         "bytes_per_token": round(tally.num_text_bytes / tally.num_tokens, 4),
         "tokens_per_document": describe_lengths(lengths),
@@ -65,50 +74,72 @@ def publish(partial: Partial, final: Path, held_out: float, inputs: dict[str, An
 
 
 def held_out_limit(held_out: float, smallest: int, largest: int) -> int:
-    """The largest hash that is held out; documents go by their content's hash, not by chance.
+    """The largest first half of a hash that is held out; documents go by their content's hash, not by chance.
 
-    So all copies of a document fall on one side (a copy in training would make the held-out loss a lie), the same
-    document falls on the same side in every corpus, and no random state is needed. When there are two distinct
-    documents, neither side is left empty.
+    So all copies of a document, and all samples of a conversation, fall on one side (a copy in training would make the
+    held-out loss a lie), the same document falls on the same side in every corpus, and no random state is needed. When
+    there are two distinct documents, neither side is left empty. `smallest` and `largest` are whole hashes.
     """
     if held_out == 0.0:
         return -1
-    return min(max(int(held_out * HASH_VALUES) - 1, smallest), largest - 1)
+    return min(max(int(held_out * HIGH_VALUES) - 1, smallest // HIGH_VALUES), largest // HIGH_VALUES - 1)
 
 
 def _write_split(partial: Partial, folder: Path, limit: int) -> tuple[dict[str, int], Counter[int], dict[str, str]]:
-    """Write tokens.* and, if any, held_out.*; give their counts, how many documents have which length, and hashes."""
+    """Write tokens.* and, if any, held_out.*, with their masks; give their counts, how many samples have which length,
+    and hashes."""
     histogram: Counter[int] = Counter()
-    train = StoreWriter(folder / "tokens", partial.dtype)
-    held_out = StoreWriter(folder / "held_out", partial.dtype)
-    with train, held_out:
-        for tokens, lengths, hashes in partial.documents():
-            held = _at_most(hashes, limit)
-            held_tokens = np.repeat(held, lengths)
-            train.add(tokens[~held_tokens], lengths[~held])
-            held_out.add(tokens[held_tokens], lengths[held])
-            values, counts = np.unique(round_lengths(lengths), return_counts=True)
+    reasoning: list[np.ndarray] = []
+    with ExitStack() as stack:
+        train, held_out = (_Pair(folder / name, partial, stack) for name in ("tokens", "held_out"))
+        for group in partial.groups():
+            held = _at_most(group.hashes, limit)
+            train.add(group, ~held)
+            held_out.add(group, held)
+            reasoning.append(group.reasoning[~held])
+            values, counts = np.unique(round_lengths(group.lengths), return_counts=True)
             histogram.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    hashes = {"tokens.bin": train.sha256, "held_out.bin": held_out.sha256}
-    if not held_out.num_documents:
-        (folder / "held_out.bin").unlink()
-        (folder / "held_out.idx").unlink()
-        del hashes["held_out.bin"]
+    hashes = train.hashes()
+    if held_out.tokens.num_documents:
+        hashes |= held_out.hashes()
+    else:
+        for path in folder.glob("held_out*"):
+            path.unlink()
+    if any(part.any() for part in reasoning):
+        np.save(folder / REASONING_FILE, np.concatenate(reasoning).astype(bool), allow_pickle=False)
     counts = {
-        "documents": train.num_documents,
-        "tokens": train.num_tokens,
-        "held_out_documents": held_out.num_documents,
-        "held_out_tokens": held_out.num_tokens,
+        "documents": train.tokens.num_documents,
+        "tokens": train.tokens.num_tokens,
+        "held_out_documents": held_out.tokens.num_documents,
+        "held_out_tokens": held_out.tokens.num_tokens,
     }
     return counts, histogram, hashes
 
 
+class _Pair:
+    """A store being written, with its mask where there is one."""
+
+    def __init__(self, prefix: Path, partial: Partial, stack: ExitStack) -> None:
+        self.tokens = stack.enter_context(StoreWriter(prefix, partial.dtype))
+        self.mask: StoreWriter | None = None
+        if partial.has_weights:
+            self.mask = stack.enter_context(StoreWriter(mask_prefix(prefix), np.dtype(np.uint8)))
+
+    def add(self, group: Group, chosen: np.ndarray) -> None:
+        """Append the chosen samples, bool [samples]."""
+        chosen_tokens = np.repeat(chosen, group.lengths)
+        self.tokens.add(group.tokens[chosen_tokens], group.lengths[chosen])
+        if self.mask is not None and group.weights is not None:
+            self.mask.add(group.weights[chosen_tokens], group.lengths[chosen])
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the large files, taken on their way out."""
+        return {f"{writer.prefix.name}.bin": writer.sha256 for writer in (self.tokens, self.mask) if writer is not None}
+
+
 def _at_most(hashes: np.ndarray, limit: int) -> np.ndarray:
-    """Which hashes [documents, 2] are at most `limit`, bool [documents]."""
-    if limit < 0:
-        return np.zeros(len(hashes), dtype=bool)
-    high, low = np.uint64(limit >> 64), np.uint64(limit & (2**64 - 1))
-    return (hashes[:, 0] < high) | ((hashes[:, 0] == high) & (hashes[:, 1] <= low))
+    """Which hashes [samples, 2] have a first half of at most `limit`, bool [samples]."""
+    return np.zeros(len(hashes), dtype=bool) if limit < 0 else hashes[:, 0] <= np.uint64(limit)
 
 
 def count_distinct(path: Path) -> tuple[int, int, int]:

@@ -8,7 +8,10 @@ import json
 import re
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from trivium.data.formats import Layout
 
 UTF8_BOM = b"\xef\xbb\xbf"
 LINE_END = re.compile(rb"\n")
@@ -100,14 +103,18 @@ class Piece(NamedTuple):
     data: bytes
     refusal: Reason | None = None
     """Set when the reader already knows that no row of this piece can be used."""
+    layout: "Layout | None" = None
+    """How the file's records say what they hold; None where one field of theirs is the text."""
 
 
 class Row(NamedTuple):
-    """A document."""
+    """A document, or a record whose meaning `formats.py` knows."""
 
     line: int
     text: str
     utf8: bytes
+    record: dict[str, Any] | None = None
+    """Set where the file has a layout; `text` is empty then, and `utf8` the row as it lies in the file."""
 
 
 class Reject(NamedTuple):
@@ -136,6 +143,9 @@ def parse_piece(piece: Piece, field: str, max_row_bytes: int) -> Iterator[Row | 
             if is_too_long(raw, max_row_bytes):
                 raise RowError(Reason.TOO_LONG)
             text = _decode(raw)
+            if piece.layout is not None:
+                yield Row(line, "", raw, json_object(text))
+                continue
             text = _json_field(text, field) if piece.format == "json" else _plain_text(text, piece.format)
             yield Row(line, text, _checked_utf8(text))
         except RowError as error:
@@ -198,12 +208,22 @@ def _plain_text(text: str, form: Format) -> str:
     return text.rstrip("\r") if form == "line" else text
 
 
-# Whole numbers are read as floats because Python refuses to read one of more than 4,300 digits, and none is ever used.
-JSON_DECODER = json.JSONDecoder(parse_int=float)
+MAX_DIGITS = 4000
 
 
-def _json_field(text: str, field: str) -> str:
-    """The text in one field of one JSON object."""
+def _read_int(digits: str) -> int | float:
+    """A whole number; Python refuses to read one of more than 4,300 digits, and nobody means one."""
+    return int(digits) if len(digits) < MAX_DIGITS else float(digits)
+
+
+JSON_DECODER = json.JSONDecoder(parse_int=_read_int)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises: RowError when the text is something else.
+    """
     try:
         value = JSON_DECODER.decode(text)
     except RecursionError:
@@ -211,14 +231,20 @@ def _json_field(text: str, field: str) -> str:
     except json.JSONDecodeError as error:
         raise _json_error(error, text) from None
     if not isinstance(value, dict):
-        raise RowError(Reason.NOT_OBJECT, f"found {_json_type(value)}")
+        raise RowError(Reason.NOT_OBJECT, f"found {json_type(value)}")
+    return value
+
+
+def _json_field(text: str, field: str) -> str:
+    """The text in one field of one JSON object."""
+    value = json_object(text)
     if field not in value:
         raise RowError(Reason.NO_FIELD, f"no {field!r}; it has {', '.join(map(repr, list(value)[:8])) or 'no fields'}")
     content = value[field]
     if content is None:
         raise RowError(Reason.NULL, repr(field))
     if not isinstance(content, str):
-        raise RowError(Reason.WRONG_TYPE, f"{field!r} is {_json_type(content)}")
+        raise RowError(Reason.WRONG_TYPE, f"{field!r} is {json_type(content)}")
     return content
 
 
@@ -230,8 +256,10 @@ def _json_error(error: json.JSONDecodeError, text: str) -> RowError:
     return RowError(Reason.NOT_JSON, f"{error.msg} at column {error.colno}")
 
 
-def _json_type(value: object) -> str:
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "true or false", float: "a number"}
+def json_type(value: object) -> str:
+    """What a JSON value is, in words."""
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    names |= {int: "a number", float: "a number"}
     return names.get(type(value), "null")
 
 

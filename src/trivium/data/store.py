@@ -22,6 +22,7 @@ import hashlib
 import os
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -229,6 +230,14 @@ class Store:
         """Loss weights, uint8 in hundredths, of tokens [start, stop) as labels; None where every token counts alike."""
         return None if self.mask is None else self.mask.tokens(document, start, stop)
 
+    def found_among(self, ids: Sequence[int]) -> list[int]:
+        """Which of the ids occur in the store; reads all of it, once, in constant memory."""
+        wanted, found = np.asarray(ids), set[int]()
+        for first in range(0, self.num_tokens, CHUNK_ITEMS):
+            chunk = self._tokens[first : first + CHUNK_ITEMS]
+            found.update(np.unique(chunk[np.isin(chunk, wanted)]).tolist())
+        return sorted(found)
+
     def largest_token(self) -> int:
         """The largest id in the store, -1 when it is empty; reads all of it, once, in constant memory."""
         chunks = range(0, self.num_tokens, CHUNK_ITEMS)
@@ -249,6 +258,25 @@ class Store:
                 file.seek(max(0, num_bytes - FINGERPRINT_PROBE_BYTES) * probe // (FINGERPRINT_PROBES - 1))
                 digest.update(file.read(FINGERPRINT_PROBE_BYTES))
         return digest.hexdigest()
+
+
+class Selection:
+    """Some documents of a store, numbered anew: what a share of its own is asked for."""
+
+    def __init__(self, store: Store, documents: np.ndarray) -> None:
+        """`documents`: int, which ones, in order."""
+        self.store = store
+        self.documents = documents
+        self.lengths = np.asarray(store.lengths)[documents]
+        """Tokens of each document, int [documents]."""
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """See `Store.tokens`."""
+        return self.store.tokens(int(self.documents[document]), start, stop)
+
+    def weights(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        """See `Store.weights`."""
+        return self.store.weights(int(self.documents[document]), start, stop)
 
 
 def mask_prefix(prefix: Path) -> Path:

@@ -1,8 +1,9 @@
 """The training engine: four verbs (forward_backward, optimizer_step, save, load) over one model.
 
-It knows nothing of files of data, budgets, logs or run folders; `loop` does. The loss of a step is the sum of
-the token losses of all its micro-batches over the number of supervised tokens of the whole step, never a mean of
-means. Tests and benches drive these verbs directly.
+It knows nothing of files of data, budgets, logs or run folders; `loop` does. The loss of a step is the weighted sum of
+the token losses of all its micro-batches over the sum of the weights of the whole step (the number of supervised
+tokens, where all weights are 1), never a mean of means. What is frozen is neither updated nor saved. Tests and benches
+drive these verbs directly.
 """
 
 import math
@@ -39,14 +40,15 @@ class Engine:
     """A model with its optimizer on one device.
 
     Args:
-        model: weights in fp32, already on the device, with its compute type set.
+        model: already on the device, with its compute type set; trained weights in fp32.
         config: AdamW's numbers.
+        b_rate_ratio: LoRA+, see `config.Adapter`.
     """
 
-    def __init__(self, model: Qwen, config: Optimizer) -> None:
+    def __init__(self, model: Qwen, config: Optimizer, b_rate_ratio: float = 1.0) -> None:
         self.model = model
         self.config = config
-        self.optimizer = build_adamw(model, config)
+        self.optimizer = build_adamw(model, config, b_rate_ratio)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(model.parameters()).device
 
@@ -55,19 +57,21 @@ class Engine:
 
         Raises: NonFinite naming the first micro-batch whose loss is NaN or infinite.
         """
-        num_supervised = sum(batch.num_supervised for batch in batches)
+        if not self.model.training:
+            self.model.train()
+        total_weight = sum(batch.total_weight for batch in batches)
         sums = []
         for batch in batches:
             if batch.num_supervised:
                 loss = self._loss_sum(batch)
-                (loss / num_supervised).backward()
+                (loss / total_weight).backward()
                 sums.append((batch, loss.detach()))
         total = 0.0
         for batch, loss_sum in sums:
             if not math.isfinite(value := float(loss_sum)):
                 raise NonFinite(f"the loss is {value}", [batch])
             total += value
-        return total / max(1, num_supervised)
+        return total / (total_weight or 1.0)
 
     def optimizer_step(self, learning_rate: float, batches: Sequence[Batch] = ()) -> float:
         """Clip, update the weights, clear the gradients; return the gradient's norm before clipping.
@@ -78,26 +82,28 @@ class Engine:
         if not math.isfinite(value := float(norm)):
             raise NonFinite(f"the gradient's norm is {value}", batches)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Mean loss in nats over the supervised tokens of all batches, and how many they are.
+        """Mean loss in nats over the supervised tokens of all batches by their weights, and how many tokens they are.
 
         Raises: NonFinite naming the first batch whose loss is NaN or infinite.
         """
-        total, num_supervised = 0.0, 0
+        self.model.eval()
+        total, total_weight, num_supervised = 0.0, 0.0, 0
         for batch in batches:
             if batch.num_supervised:
                 loss_sum = float(self._loss_sum(batch))
                 if not math.isfinite(loss_sum):
                     raise NonFinite(f"the held-out loss is {loss_sum}", [batch])
                 total += loss_sum
+                total_weight += batch.total_weight
                 num_supervised += batch.num_supervised
-        return total / max(1, num_supervised), num_supervised
+        return total / (total_weight or 1.0), num_supervised
 
     def save(self, folder: Path, state: Mapping[str, object]) -> None:
         """Write weights, moments, random state and `state` as one checkpoint, crash-safe; see `checkpoint`."""
@@ -120,7 +126,14 @@ class Engine:
         documents = Documents(batch.cu_seqlens.to(**move), batch.bounds, batch.max_document_tokens)
         hidden_TD = self.model(batch.tokens.to(**move), batch.positions.to(**move), documents)
         supervised_MD = hidden_TD[batch.supervised.to(**move)]
-        return cross_entropy_sum(supervised_MD, self.model.head_weight, batch.supervised_labels.to(**move))
+        weights = batch.supervised_weights
+        return cross_entropy_sum(
+            supervised_MD,
+            self.model.head_weight,
+            batch.supervised_labels.to(**move),
+            None if weights is None else weights.to(**move),
+            self.model.head_rows,
+        )
 
     def _fill_moments(self) -> None:
         """Give every parameter its moments, as AdamW's own first step would, so that a load has where to go."""
@@ -132,7 +145,7 @@ class Engine:
                     state[moment] = torch.zeros_like(parameter)
 
     def _tensors(self, rng: bool = True) -> dict[str, dict[str, torch.Tensor]]:
-        """What a checkpoint holds, by file: the weights under their own names; moments, steps and random state."""
+        """What a checkpoint holds, by file: the trained weights under their names; moments, steps and random state."""
         self._fill_moments()
         training = {
             f"{key}.{name}": self.optimizer.state[parameter][key]
@@ -141,4 +154,4 @@ class Engine:
         }
         if rng:
             training["rng.cpu"] = torch.get_rng_state()
-        return {"model": dict(self.model.named_parameters()), "training": training}
+        return {"model": dict(self.parameters), "training": training}

@@ -8,6 +8,7 @@ command goes on after a kill at any instant and ends with the same weights, bit 
 import signal
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -18,11 +19,11 @@ from trivium.engine.engine import Engine, NonFinite
 from trivium.engine.metrics import Interval
 from trivium.engine.optim import learning_rate
 from trivium.engine.runfolder import RunFolder, now
-from trivium.engine.sample import complete, end_ids
+from trivium.engine.sample import as_question, complete
 from trivium.engine.setup import Job
 from trivium.errors import ConfigError, Stopped, TriviumError
 from trivium.files import sha256_file
-from trivium.model import hf
+from trivium.model import adapter, hf
 
 SHOWN_DOCUMENTS, SHOWN_TOKENS = 5, 24
 MAX_DEFAULT_CHECKPOINT_STEPS = 500
@@ -181,7 +182,7 @@ def take_step(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -
     progress.num_tokens += sum(batch.num_tokens for batch in batches)
     progress.ledger = step_digest(progress.ledger, batches)
     progress.train_seconds += seconds
-    progress.interval.add(job.shape, batches, loss, seconds)
+    progress.interval.add(job.shape, batches, loss, seconds, frozen=job.run.adapter is not None)
     folder.ledger.append({"step": progress.step, "num_tokens": progress.num_tokens, "digest": progress.ledger})
     return {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate}
 
@@ -246,11 +247,17 @@ def evaluate(job: Job, engine: Engine, folder: RunFolder, progress: Progress, ob
 
 
 def sample(job: Job, engine: Engine, folder: RunFolder, progress: Progress, observer: Observer) -> None:
-    """Complete the run's prompts with the present weights."""
+    """Complete the run's prompts, or answer them where answering is learnt, with the present weights."""
     settings = job.run.sample
     for prompt in settings.prompts:
         text = complete(
-            engine.model, job.tokenizer, prompt, settings.max_new_tokens, settings.temperature, job.run.seed
+            engine.model,
+            job.tokenizer,
+            as_question(prompt, job.tokenizer) if job.has_conversations else prompt,
+            job.stop_ids,
+            settings.max_new_tokens,
+            settings.temperature,
+            job.run.seed,
         )
         record = {"step": progress.step, "prompt": prompt, "text": text}
         folder.samples.append(record)
@@ -266,14 +273,13 @@ def save(engine: Engine, folder: RunFolder, progress: Progress, keep: int) -> No
 
 
 def finish(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -> None:
-    """Write the result as a Hugging Face folder, and last of all that the run is finished."""
-    hf.save_folder(
-        engine.model,
-        folder.model,
-        tokenizer_folder=job.tokenizer_folder,
-        dtype=engine.model.compute_dtype,
-        generation={"eos_token_id": end_ids(job.tokenizer), "pad_token_id": job.tokenizer.pad_token_id},
-    )
+    """Write the result as a Hugging Face or PEFT folder, and last of all that the run is finished."""
+    generation = {"eos_token_id": job.stop_ids, "pad_token_id": job.tokenizer.pad_token_id}
+    if job.run.adapter is None:
+        dtype = engine.model.compute_dtype
+        hf.save_folder(engine.model, folder.model, job.tokenizer_folder, dtype, generation)
+    else:
+        adapter.save(engine.model, folder.adapter, base_name(job), job.tokenizer_folder, generation)
     folder.write(
         "finished.json",
         {
@@ -282,6 +288,13 @@ def finish(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -> N
             "num_tokens": progress.num_tokens,
             "train_seconds": progress.train_seconds,
             "ledger": progress.ledger,
-            "model_sha256": {path.name: sha256_file(path) for path in folder.model.glob("*.safetensors")},
+            "model_sha256": {path.name: sha256_file(path) for path in folder.result.glob("*.safetensors")},
         },
     )
+
+
+def base_name(job: Job) -> str:
+    """What an adapter calls its base: the Hub id, or the absolute path of the folder."""
+    name = job.run.model.name
+    assert name is not None
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

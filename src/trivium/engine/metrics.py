@@ -11,22 +11,25 @@ from trivium.engine.device import Machine, peak_memory_gib
 from trivium.model.shape import QwenShape
 
 MFU_FORMULA = (
-    "(6 * matrix parameters * tokens + 6 * layers * heads * head_dim * sum of squared document lengths) "
-    "/ seconds / measured peak FLOP/s"
+    "(k * block parameters * tokens + k * head parameters * supervised tokens + 6 * layers * heads * head_dim * sum of "
+    "squared document lengths) / seconds / measured peak FLOP/s, with k = 6, or 4 where those weights are frozen"
 )
 
 
-def training_flops(shape: QwenShape, batch: Batch) -> float:
-    """FLOPs of a forward and backward over the documents of a batch, all weights trained, nothing recomputed.
+def training_flops(shape: QwenShape, batch: Batch, frozen: bool = False) -> float:
+    """FLOPs of a forward and backward over the documents of a batch, nothing recomputed.
 
-    Matrix products cost 6 a parameter and token (output head included, embedding look-up not); causal attention
-    costs 6 * heads * head_dim * length^2 a layer and document. Source: Chowdhery et al. 2022, arXiv:2204.02311,
-    appendix B, with the causal half of the attention matrix counted once.
+    Matrix products cost 6 a parameter and token, 4 where the weights are `frozen` and get no gradient; the output head
+    is paid for supervised tokens only, embedding look-ups are free, an adapter's own products are left out. Causal
+    attention costs 6 * heads * head_dim * length^2 a layer and document. Source: Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B, with the causal half of the attention matrix counted once.
     """
     pieces = batch.spans[:, 3] - batch.spans[:, 2]
     squares = float((pieces.astype(float) ** 2).sum())
     attention = 6.0 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * squares
-    return 6.0 * shape.num_matmul_params * batch.num_tokens + attention
+    head = shape.vocab_size * shape.hidden_size
+    products = (shape.num_matmul_params - head) * batch.num_tokens + head * batch.num_supervised
+    return (4.0 if frozen else 6.0) * products + attention
 
 
 @dataclass
@@ -39,10 +42,10 @@ class Interval:
     tokens: int = 0
     seconds: float = 0.0
 
-    def add(self, shape: QwenShape, batches: list[Batch], loss: float, seconds: float) -> None:
-        """Count one step."""
+    def add(self, shape: QwenShape, batches: list[Batch], loss: float, seconds: float, frozen: bool) -> None:
+        """Count one step; `frozen` says that the network's own weights get no gradient."""
         self.loss += loss
-        self.flops += sum(training_flops(shape, batch) for batch in batches)
+        self.flops += sum(training_flops(shape, batch, frozen) for batch in batches)
         self.steps += 1
         self.tokens += sum(batch.num_tokens for batch in batches)
         self.seconds += seconds

@@ -4,26 +4,58 @@ Holds no state of its own: the moments belong to torch's optimizer, the step to 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from trivium.config import Optimizer, Schedule
+from trivium.errors import ConfigError
 
 
-def build_adamw(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
+def build_adamw(model: nn.Module, config: Optimizer, b_rate_ratio: float = 1.0) -> torch.optim.Optimizer:
     """AdamW over everything trainable; weight decay on matrices (two dimensions and more) only.
 
-    Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
+    Each group has a `rate_ratio`, by which the learning rate is multiplied: `b_rate_ratio` for the second matrices of a
+    low-rank adapter, 1 for all else.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101; LoRA+, Hayou et al. 2024, arXiv:2402.12354.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [(name, parameter) for name, parameter in trainable if parameter.dim() >= 2]
     groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in matrices if ".lora_B." not in name], "weight_decay": config.weight_decay},
+        {"params": [p for _, p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in matrices if ".lora_B." in name],
+            "weight_decay": config.weight_decay,
+            "rate_ratio": b_rate_ratio,
+        },
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+    groups = [{"rate_ratio": 1.0, **group} for group in groups if group["params"]]
+    numbers: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+    }
+    if config.states == "fp32":
+        return torch.optim.AdamW(groups, **numbers, fused=True)
+    return eight_bit_adamw(groups, numbers, is_paged=config.states == "paged-8bit")
+
+
+def eight_bit_adamw(groups: list[dict[str, Any]], numbers: dict[str, Any], is_paged: bool) -> torch.optim.Optimizer:
+    """AdamW with moments of a byte each, in blocks with a scale of their own. Source: arXiv:2110.02861.
+
+    Raises: ConfigError when bitsandbytes is not there.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "optimizer.states asks for 8-bit moments, which need bitsandbytes. Install it with `pip install "
+            "'trivium[gpu]'`, or set optimizer.states: fp32."
+        ) from error
+    return (PagedAdamW8bit if is_paged else AdamW8bit)(groups, **numbers)
 
 
 def learning_rate(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:

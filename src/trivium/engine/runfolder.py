@@ -7,6 +7,7 @@
     samples.jsonl     what the model wrote along the way
     checkpoints/      see `checkpoint`
     model/            the result, a Hugging Face folder
+    adapter/          the result of a run that trains an adapter, a PEFT folder
     finished.json     written last
     failure.json      why the run stopped by itself, until it is resumed
 
@@ -71,6 +72,7 @@ class RunFolder:
         self.run_yaml = path / "run.yaml"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
+        self.adapter = path / "adapter"
         self.metrics = JsonLines(path / "metrics.jsonl")
         self.ledger = JsonLines(path / "ledger.jsonl")
         self.samples = JsonLines(path / "samples.jsonl")
@@ -115,6 +117,11 @@ class RunFolder:
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Replace a JSON record of the folder."""
         atomic_write(self.path / name, json.dumps(record, indent=1) + "\n")
+
+    @property
+    def result(self) -> Path:
+        """Where the finished run's result is."""
+        return self.adapter if self.adapter.is_dir() else self.model
 
     @property
     def has_progress(self) -> bool:

@@ -16,24 +16,47 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trivium.config import Run, Source, TrainTokenizer
-from trivium.data.build import BuiltStore, build_sources, train_tokenizer_from_sources
+from trivium.data.build import BuiltStore, ConversationSettings, build_sources, train_tokenizer_from_sources
+from trivium.data.chat import describe_template
+from trivium.data.corpus import FileHashes
 from trivium.data.order import Order
 from trivium.data.pack import Batch, Rows, sequential_batches
-from trivium.data.store import Store
+from trivium.data.store import Selection, Store
 from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.device import Machine, describe
 from trivium.engine.engine import Engine
+from trivium.engine.sample import end_ids
 from trivium.errors import ConfigError
 from trivium.files import sha256_file
-from trivium.model import catalog, hf
+from trivium.model import adapter, catalog, hf, quantize
 from trivium.model.qwen import Qwen, init_weights
 from trivium.model.shape import QwenShape
 
 VOCAB_MULTIPLE = 64
-RECORDED_PACKAGES = ("trivium", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+RECORDED_PACKAGES = ("trivium", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A store, or some of its samples, with a share of the training tokens.
+
+    Attributes:
+        source: what the run file calls it.
+        built: what it was made into.
+        kind: `all`, or `reasoning` and `plain` where the two have shares of their own.
+        store: its samples.
+        weight: its share, relative to the other parts; None reads every sample once an epoch.
+    """
+
+    source: Source
+    built: BuiltStore
+    kind: str
+    store: Store | Selection
+    weight: float | None
 
 
 @dataclass(frozen=True)
@@ -45,11 +68,13 @@ class Job:
         weights_folder: where pretrained weights lie; None when they start at random.
         tokenizer: the transformers tokenizer.
         tokenizer_folder: where it lies.
-        stores: the training tokens of each source.
+        built: the data of each source.
+        parts: what the order mixes: the sources, or their reasoned and plain samples.
         rows: the micro-batches of every step.
         held_out: the evaluation's batches, always the same; empty when nothing is held out.
         num_steps: optimizer steps of the whole run.
-        inputs: hex digest of all that is read: tokenizer, documents, order.
+        stop_ids: the tokens at which the result stops writing, the first being its own end token.
+        inputs: hex digest of all that is read: tokenizer, data, order, and weights that stay as they are.
     """
 
     run: Run
@@ -57,30 +82,18 @@ class Job:
     weights_folder: Path | None
     tokenizer: Any
     tokenizer_folder: Path
-    stores: list[Store]
+    built: list[BuiltStore]
+    parts: list[Part]
     rows: Rows
     held_out: list[Batch]
     num_steps: int
+    stop_ids: list[int]
     inputs: str
 
-
-def require_supported(run: Run) -> None:
-    """Refuse what this version cannot train, before anything is written.
-
-    Raises: ConfigError.
-    """
-    missing = []
-    if run.trainable == "adapter":
-        missing.append("trainable: adapter")
-    if run.weights == "nf4":
-        missing.append("weights: nf4")
-    if run.loss_tokens == "assistant":
-        missing.append("loss_tokens: assistant")
-    if missing:
-        raise ConfigError(
-            f"method {run.method} asks for {', '.join(missing)}, which this version cannot train yet. "
-            "It trains documents with all weights: use method scratch, or continue. Nothing was written."
-        )
+    @property
+    def has_conversations(self) -> bool:
+        """Whether it learns to answer, beside or instead of going on with a text."""
+        return any(store.has_conversations for store in self.built)
 
 
 def cache_folder(run: Run) -> Path:
@@ -97,39 +110,78 @@ def prepare(run: Run, note: Callable[[str], None]) -> Job:
 
     Raises: ConfigError, BadData.
     """
-    require_supported(run)
     known_shape, model_folder = find_shape(run)
     tokenizer_folder = find_tokenizer(run, model_folder, note)
     tokenizer = load_tokenizer(str(tokenizer_folder))
     shape = settle_shape(run, known_shape, len(tokenizer), tokenizer_folder)
     built = build_data(run, tokenizer)
-    stores = [store.open() for store in built]
-    weights = [source.weight for source in run.data.sources]
-    order = Order(
-        [store.lengths for store in stores],
-        None if None in weights else [weight for weight in weights if weight is not None],
-        run.data.seq_len,
-        run.seed,
-    )
+    parts = find_parts(run, built)
+    has_conversations = any(store.has_conversations for store in built)
+    stores = [part.store for part in parts]
+    weights = [part.weight for part in parts if part.weight is not None]
+    order = Order([store.lengths for store in stores], weights or None, run.data.seq_len, run.seed, has_conversations)
     num_rows = None if run.budget.epochs is None else order.num_rows_in_epochs(run.budget.epochs)
+    frozen_folder = model_folder if run.trainable == "adapter" else None
     return Job(
         run=run,
         shape=shape,
         weights_folder=None if run.weights == "random" else model_folder,
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
-        stores=stores,
+        built=built,
+        parts=parts,
         rows=Rows(stores, order, run.rows_per_step, run.rows_per_micro_batch, num_rows),
         held_out=held_out_batches(run, built),
         num_steps=count_steps(run, num_rows),
-        inputs=digest_inputs(tokenizer_folder, built, order),
+        stop_ids=stop_ids(tokenizer, has_conversations),
+        inputs=digest_inputs(run, tokenizer_folder, built, order, frozen_folder),
     )
 
 
-def digest_inputs(tokenizer_folder: Path, built: Sequence[BuiltStore], order: Order) -> str:
-    """Hex digest of the tokenizer, every store's bytes (of a ready store, its fingerprint) and the order of rows."""
+def find_parts(run: Run, built: Sequence[BuiltStore]) -> list[Part]:
+    """What the order mixes: one part a source, or two where reasoned samples have a share of their own.
+
+    Raises: ConfigError when that share cannot be had.
+    """
+    share = run.data.reasoning_share
+    sources = zip(run.data.sources, built, strict=True)
+    if share is None:
+        return [Part(source, one, "all", one.open(), source.weight) for source, one in sources]
+    parts = []
+    for source, one in sources:
+        store, reasoning = one.open(), one.reasoning()
+        weight = source.weight or float(store.num_tokens)
+        is_reasoned = np.zeros(len(store), dtype=bool) if reasoning is None else reasoning
+        for kind, part_share, chosen in (("reasoning", share, is_reasoned), ("plain", 1 - share, ~is_reasoned)):
+            if part_share and chosen.any():
+                samples = Selection(store, np.flatnonzero(chosen))
+                parts.append(Part(source, one, kind, samples, part_share * weight))
+    wanted = {kind for kind, part_share in (("reasoning", share), ("plain", 1 - share)) if part_share}
+    if missing := wanted - {part.kind for part in parts}:
+        raise ConfigError(
+            f"data.reasoning_share is {share}, and the data holds no {' and no '.join(sorted(missing))} samples to "
+            "make it up from. Add some, or leave data.reasoning_share out."
+        )
+    return parts
+
+
+def stop_ids(tokenizer: Any, has_conversations: bool) -> list[int]:
+    """Where the result stops: at the end of a turn if it learns to answer, and at the end of a document in any case."""
+    turn_end = [describe_template(tokenizer).end_of_turn_id] if has_conversations else []
+    return list(dict.fromkeys([*turn_end, *end_ids(tokenizer)]))
+
+
+def digest_inputs(
+    run: Run, tokenizer_folder: Path, built: Sequence[BuiltStore], order: Order, frozen_folder: Path | None
+) -> str:
+    """Hex digest of the tokenizer, every store's bytes (of a ready store, its fingerprint), the order of rows, and the
+    weights an adapter stands on, which no checkpoint holds."""
     stores = [store.manifest.get("sha256") or store.open().fingerprint for store in built]
-    parts = [sha256_file(tokenizer_folder / "tokenizer.json"), stores, order.fingerprint()]
+    parts: list[Any] = [sha256_file(tokenizer_folder / "tokenizer.json"), stores, order.fingerprint()]
+    if frozen_folder is not None:
+        hashes = FileHashes(cache_folder(run))
+        parts.append({path.name: hashes.sha256(path) for path in sorted(frozen_folder.glob("*.safetensors"))})
+        hashes.save()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -209,6 +261,7 @@ def build_data(run: Run, tokenizer: Any) -> list[BuiltStore]:
     return build_sources(
         data.sources,
         tokenizer,
+        conversations=ConversationSettings(data.seq_len, data.long_rows, run.loss_tokens == "all"),
         held_out=data.held_out,
         max_reject_share=data.max_reject_share,
         max_document_mib=data.max_document_mib,
@@ -238,17 +291,70 @@ def count_steps(run: Run, num_rows: int | None) -> int:
 
 
 def build_engine(job: Job, machine: Machine) -> Engine:
-    """The model with its first weights on its device, and its optimizer."""
-    model = Qwen(job.shape)
-    if job.weights_folder is None:
-        init_weights(model, job.run.seed)
-    else:
-        hf.load_weights(model, job.weights_folder)
+    """The model with its first weights on its device, adapted where that is asked for, and its optimizer."""
+    run = job.run
+    if run.adapter is None:
+        model = Qwen(job.shape)
+        if job.weights_folder is None:
+            init_weights(model, run.seed)
+        else:
+            hf.load_weights(model, job.weights_folder)
+        model.compute_dtype = machine.compute_dtype
+        return Engine(model.to(machine.device), run.optimizer)
+    model = load_frozen(job, machine)
+    adapter.inject(model, run.adapter, run.seed, trained_tokens(job, model), job.weights_folder)
+    return Engine(model, run.optimizer, run.adapter.b_rate_ratio)
+
+
+def load_frozen(job: Job, machine: Machine) -> Qwen:
+    """The base of an adapter: its weights as they are computed with, never in memory in full precision beside that."""
+    assert job.weights_folder is not None
+    with torch.device("meta"):
+        model = Qwen(job.shape)
+    if job.run.weights == "nf4":
+        return quantize.load_quantised(model, job.weights_folder, machine.compute_dtype, machine.device)
+    model = model.to(machine.compute_dtype).to_empty(device=machine.device)
+    hf.load_weights(model, job.weights_folder)
     model.compute_dtype = machine.compute_dtype
-    return Engine(model.to(machine.device), job.run.optimizer)
+    return model
 
 
-def provenance(job: Job, machine: Machine) -> dict[str, Any]:
+def trained_tokens(job: Job, model: Qwen) -> list[int]:
+    """Ids whose rows are trained beside the adapter: those the run names, else those the data needs and the model never
+    learnt.
+
+    Raises: ConfigError when a named token is none, or the run leaves out one that is needed: the result could not stop.
+    """
+    assert job.run.adapter is not None
+    named = job.run.adapter.train_tokens
+    known = job.tokenizer.get_vocab()
+    for token in named or []:
+        if token not in known:
+            raise ConfigError(f"adapter.train_tokens names {token!r}, which is no token of {job.tokenizer_folder}.")
+    needed = untrained_tokens(job, model)
+    if named is None:
+        return needed
+    chosen = [known[token] for token in named]
+    if missing := [job.tokenizer.convert_ids_to_tokens(token) for token in needed if token not in chosen]:
+        raise ConfigError(
+            f"The data uses {', '.join(missing)}, whose rows in {job.weights_folder} were never trained, and "
+            "adapter.train_tokens leaves them frozen: the result could neither read nor write them, so it would never "
+            "stop. Leave adapter.train_tokens out, or name them too."
+        )
+    return chosen
+
+
+def untrained_tokens(job: Job, model: Qwen) -> list[int]:
+    """Control tokens that the data uses and the model has no knowledge of, by their rows in its embedding and head."""
+    control = sorted(job.tokenizer.get_added_vocab().values())
+    used = sorted({token for store in job.built for token in store.open().found_among(control)})
+    embedding = model.model.embed_tokens.weight
+    head = None if job.shape.tie_word_embeddings else model.head_weight
+    reserved = [*control, *range(len(job.tokenizer), job.shape.vocab_size)]
+    return adapter.untrained_rows(embedding, head, used, reserved)
+
+
+def provenance(job: Job, engine: Engine, machine: Machine) -> dict[str, Any]:
     """What a run was made of: versions, hashes of data and tokenizer, hardware, the commit of the working folder."""
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
@@ -259,18 +365,21 @@ def provenance(job: Job, machine: Machine) -> dict[str, Any]:
             "peak_flops": machine.peak_flops,
             "num_threads": torch.get_num_threads(),
         },
-        "model": {**asdict(job.shape), "num_params": job.shape.num_params},
+        "model": {
+            **asdict(job.shape),
+            "num_params": job.shape.num_params,
+            "num_trained_params": sum(parameter.numel() for parameter in engine.parameters.values()),
+        },
         "tokenizer_sha256": sha256_file(job.tokenizer_folder / "tokenizer.json"),
         "data": [
             {
-                **source_name(source),
-                "fingerprint": store.fingerprint,
-                "num_tokens": store.num_tokens,
+                **source_name(part.source),
+                **({} if part.kind == "all" else {"kind": part.kind}),
+                "fingerprint": part.built.open().fingerprint,
+                "num_tokens": int(part.store.lengths.sum(dtype=np.int64)),
                 "token_share": share,
             }
-            for source, store, share in zip(
-                job.run.data.sources, job.stores, job.rows.order.token_shares(epoch=0), strict=True
-            )
+            for part, share in zip(job.parts, job.rows.order.token_shares(epoch=0), strict=True)
         ],
         "inputs": job.inputs,
         "num_steps": job.num_steps,

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
+from trivium.data.build import BuiltStore
 from trivium.data.store import Store
 from trivium.engine import loop
 from trivium.engine.device import Machine, describe, probe
+from trivium.engine.engine import Engine
 from trivium.engine.loop import Observer
 from trivium.engine.runfolder import RunFolder, now
-from trivium.engine.sample import end_ids
 from trivium.engine.setup import Job, build_engine, prepare, provenance
 from trivium.errors import ConfigError, Stopped
 from trivium.files import atomic_write
@@ -28,7 +29,7 @@ DTYPE_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 def start(resolved: ResolvedRun, observer: Observer) -> RunFolder:
     """Train a run, or go on with it, or find it finished.
 
-    Returns: the run's folder, its result in `model/`.
+    Returns: the run's folder, its result in `model/` or `adapter/`.
 
     Raises:
         ConfigError: the run cannot be as it is set, or its folder belongs to a different run; no folder was changed.
@@ -73,7 +74,7 @@ def is_finished(folder: RunFolder, resolved: ResolvedRun, observer: Observer) ->
             "nothing was changed. Put the settings back to go on with it, or give this run another name."
         )
     if folder.is_finished:
-        observer.note(f"{folder.path} is finished: its result is in {folder.model}. Nothing was trained.")
+        observer.note(f"{folder.path} is finished: its result is in {folder.result}. Nothing was trained.")
     return folder.is_finished
 
 
@@ -85,31 +86,43 @@ def train(resolved: ResolvedRun, job: Job, machine: Machine, folder: RunFolder, 
         machine = probe(job.run.device, DTYPE_PRECISIONS[previous["hardware"]["compute_dtype"]])
     else:
         atomic_write(folder.run_yaml, dump_run(job.run, resolved.origins))
-    record = provenance(job, machine)
+    torch.manual_seed(job.run.seed)
+    engine = build_engine(job, machine)
+    record = provenance(job, engine, machine)
     this_start = {"time": now(), "versions": record["versions"], "hardware": record["hardware"]}
     folder.write("provenance.json", {**record, **previous, "starts": [*previous.get("starts", []), this_start]})
     (folder.path / "failure.json").unlink(missing_ok=True)
-    torch.manual_seed(job.run.seed)
-    engine = build_engine(job, machine)
-    for line in describe_job(job, machine):
+    for line in describe_job(job, engine, machine):
         observer.note(line)
     loop.train(job, engine, machine, folder, observer)
 
 
-def describe_job(job: Job, machine: Machine) -> Iterator[str]:
+def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
     """What is about to happen, in a line, and what the user may have overlooked."""
-    num_tokens = sum(store.num_tokens for store in job.stores)
-    shares = ", ".join(f"{share:.1%}" for share in job.rows.order.token_shares(epoch=0))
+    run = job.run
+    num_tokens = sum(int(part.store.lengths.sum()) for part in job.parts)
+    num_trained = sum(parameter.numel() for parameter in engine.parameters.values())
+    names = [part.kind if part.kind != "all" else f"source {number}" for number, part in enumerate(job.parts)]
+    shares = [f"{name} {share:.1%}" for name, share in zip(names, job.rows.order.token_shares(epoch=0), strict=True)]
     yield (
-        f"{job.shape.num_params:,} parameters, {num_tokens:,} training tokens"
-        + (f" (sources {shares})" if len(job.stores) > 1 else "")
-        + f", {job.num_steps:,} steps of {job.run.batch.tokens:,} tokens, {describe(machine.device)}, "
+        f"{job.shape.num_params:,} parameters"
+        + (f", {num_trained:,} of an adapter trained, scaled by {run.adapter.scaling:g}" if run.adapter else "")
+        + f", {num_tokens:,} training tokens"
+        + (f" ({', '.join(shares)})" if len(job.parts) > 1 else "")
+        + f", {job.num_steps:,} steps of {run.batch.tokens:,} tokens, {describe(machine.device)}, "
         + str(machine.compute_dtype).removeprefix("torch.")
     )
-    for source, store in zip(job.run.data.sources, job.stores, strict=True):
-        if source.store is not None and not ends_documents(store, end_ids(job.tokenizer)):
+    for built in job.built:
+        if built.report.get("conversations"):
+            yield describe_conversations(built)
+    if engine.model.head_rows is not None:
+        tokens = ", ".join(job.tokenizer.convert_ids_to_tokens(engine.model.head_rows[0].tolist()))
+        yield f"the rows of {tokens} are trained beside the adapter"
+    for part in job.parts:
+        store = part.built.open()
+        if part.source.store is not None and not ends_documents(store, job.stop_ids):
             yield (
-                f"the documents of {source.store} do not end with {job.tokenizer.decode(end_ids(job.tokenizer)[:1])}, "
+                f"the documents of {part.source.store} do not end with {job.tokenizer.decode(job.stop_ids[:1])}, "
                 "so nothing teaches the model to stop; build the store again with an end of document (--append-eod)"
             )
     if not job.held_out:
@@ -117,6 +130,24 @@ def describe_job(job: Job, machine: Machine) -> Iterator[str]:
             "nothing is held out, so there is no evaluation: data.held_out is 0, every source is a ready store, or "
             "there is one document only (a text file is one; data.sources.0.documents: paragraph makes it many)"
         )
+
+
+def describe_conversations(built: BuiltStore) -> str:
+    """What became of a source's conversations, in a line."""
+    report = built.report
+    counts = {
+        "split into several samples": report["split"],
+        "rejected": report["rejected"],
+        "turns dropped as too long": report["dropped_turns"],
+        "answers cut": report["cut_turns"],
+        "with control tokens in the text": report["control_token_rows"],
+    }
+    notes = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
+    share = report["reasoning_documents"] / max(1, report["kept"] + report["split"])
+    supervised = report["supervised_tokens"] / max(1, report["tokens"] + report["held_out_tokens"])
+    return f"{built.name}: {report['rows']:,} rows{notes}; {supervised:.1%} of the tokens carry loss" + (
+        f"; {share:.1%} of the samples reason" if share else ""
+    )
 
 
 def ends_documents(store: Store, ends: list[int]) -> bool:

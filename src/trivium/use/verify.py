@@ -67,8 +67,8 @@ def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], 
     if finished is not None and (finished["step"], finished["ledger"]) != (len(records), digest):
         raise TriviumError(f"{path} says it finished after step {finished['step']}, its ledger ends at {len(records)}.")
     for name, expected in (finished or {}).get("model_sha256", {}).items():
-        if sha256_file(folder.model / name) != expected:
-            raise TriviumError(f"{folder.model / name} is not what the run ended with: its SHA-256 differs.")
+        if sha256_file(folder.result / name) != expected:
+            raise TriviumError(f"{folder.result / name} is not what the run ended with: its SHA-256 differs.")
     if finished is not None and len(records) != job.num_steps:
         raise TriviumError(f"{path} says it finished, after {len(records)} of {job.num_steps} steps.")
     verified = []
