@@ -60,8 +60,10 @@ class Renderer:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         self._tokenizer = tokenizer
         self._normalizer = tokenizer.backend_tokenizer.normalizer
-        has_switch = "enable_thinking" in tokenizer.get_chat_template()
-        self.modes: tuple[bool | None, ...] = (False, True) if has_switch else (None,)
+        self.modes: list[bool | None] = [None]
+        """What `enable_thinking` can be, the one with the longest prompt first."""
+        if "enable_thinking" in tokenizer.get_chat_template():
+            self.modes = sorted((False, True), key=lambda mode: -len(self._prompt(PROBE[:1], (), mode)))
 
     def prompt_ids(self, history: Sequence[Turn], tools: Sequence[dict[str, Any]], thinking: bool | None) -> list[int]:
         """The tokens that serving sends to be answered.
@@ -82,21 +84,21 @@ class Renderer:
     ) -> Continuation:
         """Which prompt of the history the turn continues, and with what.
 
-        With a thinking switch there are two prompts; the longest one that the turn continues is its own. So the empty
-        think block of an answer without reasoning belongs to the prompt, and is not learnt.
+        With a thinking switch there are two prompts; the longest that the turn continues is its own. So the empty think
+        block of an answer without reasoning belongs to the prompt, and is not learnt.
 
         Raises: BadData when it continues none, RowError when the template refuses the turns.
         """
         prompt = whole = ""
-        found: list[tuple[int, Continuation]] = []
         for thinking in self.modes:
-            prompt = self._apply(history, tools, thinking, add_generation_prompt=True, tokenize=False)
+            prompt = self._prompt(history, tools, thinking)
             whole = self._apply([*history, turn], tools, thinking, add_generation_prompt=False, tokenize=False)
             if whole.startswith(prompt):
-                found.append((len(prompt), Continuation(whole[len(prompt) :], thinking)))
-        if not found:
-            raise self.mismatch(self.encode(prompt), self.encode(whole), where)
-        return max(found, key=lambda one: one[0])[1]
+                return Continuation(whole[len(prompt) :], thinking)
+        raise self.mismatch(self.encode(prompt), self.encode(whole), where)
+
+    def _prompt(self, history: Sequence[Turn], tools: Sequence[dict[str, Any]], thinking: bool | None) -> str:
+        return self._apply(history, tools, thinking, add_generation_prompt=True, tokenize=False)
 
     def _apply(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], thinking: bool | None, **how: bool) -> Any:
         from jinja2 import TemplateError
@@ -168,8 +170,8 @@ def describe_template(tokenizer: "PreTrainedTokenizerFast") -> ChatTemplate:
             "Expected one in chat_template.jinja or tokenizer_config.json; take the tokenizer of the model's chat "
             "version, or put a template beside this one."
         ) from None
-    renderer = Renderer(tokenizer)
     try:
+        renderer = Renderer(tokenizer)
         rest = renderer.continuation(PROBE[:1], PROBE[1], (), f"The chat template of {name}").rest
     except RowError as error:
         raise ConfigError(
