@@ -37,7 +37,9 @@ def facts_of(told: Story) -> dict[str, str]:
     Colours stand nowhere but before the thing, and there once, so that asking for a colour is never ambiguous.
     """
     before_thing = re.findall(rf"(\w+) {told.facts['thing']}\b", told.text)
-    (colour,) = [word for word in before_thing if word in PHRASES["colour"]]
+    colours = PHRASES["colour"]
+    assert isinstance(colours, list)
+    (colour,) = [word for word in before_thing if word in colours]
     return {**told.facts, "colour": colour}
 
 
