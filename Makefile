@@ -4,12 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 
-.PHONY: help install quickstart test test-gpu lint format bench clean
+.PHONY: help install quickstart test test-long test-gpu lint format bench clean
 
 help:
 	@echo "make quickstart   watch a model learn, from nothing to text (installs what it needs; minutes)"
 	@echo "make install      the command .venv/bin/trivium"
-	@echo "make test         the tests; also test-gpu, lint, format, bench, clean"
+	@echo "make test         the tests; also test-long, test-gpu, lint, format, bench, clean"
 
 install: .venv/core.stamp
 
@@ -17,7 +17,10 @@ quickstart: .venv/core.stamp
 	$(BIN)/trivium quickstart
 
 test: .venv/dev.stamp
-	$(BIN)/pytest -q -m "not gpu"
+	$(BIN)/pytest -q -m "not gpu and not long"
+
+test-long: .venv/dev.stamp
+	$(BIN)/pytest -q -m long
 
 test-gpu: .venv/dev.stamp
 	$(BIN)/pytest -q -m gpu

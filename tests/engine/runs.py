@@ -9,18 +9,34 @@ from typing import Any
 
 from transformers import AutoTokenizer  # noqa: F401  imported here so that the fork server has it before it forks
 
+from trivium.engine.runfolder import RunFolder
 from trivium.quickstart.grammar import story
 
 WALL_CLOCK = {"time", "train/tokens_per_second", "train/mfu", "train/peak_memory_gib", "train/seconds"}
 
 context = multiprocessing.get_context("forkserver")
 # The server imports torch once and forks, so that a run in a new process starts in milliseconds.
-context.set_forkserver_preload(["tests.engine.runs", "trivium.engine.start", "torch"])
+context.set_forkserver_preload(["tests.engine.runs", "trivium.engine.start", "torch", "peft", "bitsandbytes"])
 
 
 def write_corpus(path: Path, num_stories: int = 150) -> Path:
     rng = Random(5)
     path.write_text("".join(json.dumps({"text": story(rng).text}) + "\n" for _ in range(num_stories)))
+    return path
+
+
+def write_conversations(path: Path, num_rows: int = 120) -> Path:
+    """Short conversations of one and two turns, each answer a word of its question."""
+    rng = Random(6)
+    rows = []
+    for _ in range(num_rows):
+        messages = []
+        for _ in range(rng.choice([1, 1, 2])):
+            words = rng.sample(["fox", "crow", "hen", "owl", "bear", "wolf"], 3)
+            messages.append({"role": "user", "content": f"last of {' '.join(words)}?"})
+            messages.append({"role": "assistant", "content": words[-1]})
+        rows.append(json.dumps({"messages": messages}) + "\n")
+    path.write_text("".join(rows))
     return path
 
 
@@ -101,11 +117,19 @@ def finish(values: dict[str, Any]) -> None:
     assert process.exitcode == 0, f"exit code {process.exitcode}"
 
 
+def adapt_values(base: Path, conversations: Path, runs_dir: Path, **values: Any) -> dict[str, Any]:
+    """A run on a base model; everything else as in `run_values`, on conversations that stay whole in their rows."""
+    data = {"sources": [str(conversations)], "seq_len": 128, "held_out": 0.1, "workers": 1}
+    data["cache_dir"] = str(conversations.parent / "cache")
+    defaults = {"model": {"name": str(base)}, "data": data, "tokenizer": None, "optimizer": {"learning_rate": 1e-2}}
+    return run_values(conversations, runs_dir, **defaults | values)
+
+
 def outcome(runs_dir: Path) -> dict[str, Any]:
     """All that must be the same after any number of kills: weights, moments, result, ledger, metrics but for time."""
     folder = runs_dir / "small"
     last = max((folder / "checkpoints").glob("step-*"))
-    files = [last / "model.safetensors", last / "training.safetensors", folder / "model" / "model.safetensors"]
+    files = [last / "model.safetensors", last / "training.safetensors", *RunFolder(folder).result.glob("*.safetensors")]
     hashes = {file.name + file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {

@@ -1,0 +1,141 @@
+"""Adapters, NF4, full fine-tuning and continued training: what learns, what stays as it was, and kills that change nothing."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.engine.runs import adapt_values, finish, outcome, run_values, spawn, train, write_conversations, write_corpus
+from trivium.errors import ConfigError
+
+KILLS = 2
+KILLS_OF_THE_LONG_TEST = 20
+ADAPTER = {"rank": 4, "dropout": 0.1, "train_tokens": ["<|im_end|>"]}
+METHODS = {
+    "lora": {"method": "lora", "adapter": ADAPTER},
+    "pissa": {"method": "lora", "adapter": {"rank": 4, "init": "pissa", "b_rate_ratio": 4.0}},
+    "qlora": {"method": "qlora", "adapter": ADAPTER},
+    "full": {"method": "full"},
+    "continue": {"method": "continue"},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A small pretrained model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    corpus = write_corpus(folder / "stories.jsonl")
+    finish(run_values(corpus, folder, budget={"steps": 12}))
+    return folder / "small" / "model"
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("conversations") / "questions.jsonl")
+
+
+def values_of(method: str, base: Path, conversations: Path, runs_dir: Path, **values):
+    if method == "continue":
+        conversations = base.parents[1] / "stories.jsonl"
+    return adapt_values(base, conversations, runs_dir, **METHODS[method] | values)
+
+
+def held_out_losses(runs_dir: Path) -> list[float]:
+    lines = (runs_dir / "small" / "metrics.jsonl").read_text().splitlines()
+    return [record["eval/loss"] for record in map(json.loads, lines) if "eval/loss" in record]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_leaves_its_base_alone(method, base, conversations, tmp_path):
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    train(values_of(method, base, conversations, tmp_path, budget={"steps": 40}))
+    losses = held_out_losses(tmp_path)
+    assert losses[-1] < losses[0] - 0.05
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def kill_and_finish(method: str, base: Path, conversations: Path, tmp_path: Path, kills: int) -> None:
+    whole = tmp_path / "whole"
+    finish(values_of(method, base, conversations, whole))
+    expected = outcome(whole)
+    shutil.rmtree(whole / "small")
+    start = time.monotonic()
+    finish(values_of(method, base, conversations, whole))
+    seconds = time.monotonic() - start
+    assert outcome(whole) == expected, "the same run twice"
+    rng = Random(3)
+    for kill in range(kills):
+        runs_dir = tmp_path / str(kill)
+        values = values_of(method, base, conversations, runs_dir)
+        process = spawn(values)
+        # The first part of a run is start-up: the kills go to where there is something to lose.
+        while process.is_alive() and not list((runs_dir / "small").glob("checkpoints/*")):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, seconds / 2))
+        process.kill()
+        process.join()
+        finish(values)
+        assert outcome(runs_dir) == expected, f"kill {kill}"
+        shutil.rmtree(runs_dir)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_runs_end_with_the_same_bits(method, base, conversations, tmp_path):
+    kill_and_finish(method, base, conversations, tmp_path, KILLS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
+def test_twenty_kills_end_with_the_same_bits(method, base, conversations, tmp_path):
+    kill_and_finish(method, base, conversations, tmp_path, KILLS_OF_THE_LONG_TEST)
+
+
+def test_a_base_with_other_weights_is_refused_on_resume(base, conversations, tmp_path):
+    own = shutil.copytree(base, tmp_path / "base")
+    values = values_of("lora", own, conversations, tmp_path, budget={"steps": 100_000})
+    process = spawn(values)
+    while not list((tmp_path / "small" / "checkpoints").glob("step-*")):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    content = bytearray((own / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (own / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match="has changed since step"):
+        train(values)
+
+
+def test_an_adapter_checkpoint_holds_the_adapter_alone(base, conversations, tmp_path):
+    train(values_of("qlora", base, conversations, tmp_path, budget={"steps": 2}))
+    last = max((tmp_path / "small" / "checkpoints").glob("step-*"))
+    names = set(load_file(last / "model.safetensors"))
+    assert names and all("lora_" in name or name.endswith(".rows") for name in names)
+
+
+def zero_rows(base: Path, folder: Path, tokens: list[str]) -> Path:
+    """A copy of the base whose rows of some tokens were never learnt."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shutil.copytree(base, folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    with torch.no_grad():
+        for token in tokens:
+            model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] = 0.0
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_rows_that_were_never_learnt_are_trained_or_the_run_is_refused(base, conversations, tmp_path):
+    untrained = zero_rows(base, tmp_path / "untrained", ["<|im_start|>", "<|im_end|>"])
+    refused = values_of("lora", untrained, conversations, tmp_path, adapter={"train_tokens": ["<|im_start|>"]})
+    with pytest.raises(ConfigError, match=r"<\|im_end\|>, whose rows in .* were never trained"):
+        train(refused)
+    shutil.rmtree(tmp_path / "small")
+    train(values_of("lora", untrained, conversations, tmp_path, adapter={"rank": 4}))
+    config = json.loads((tmp_path / "small" / "adapter" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == [257, 258]
