@@ -1,6 +1,7 @@
 """Answers in padded batches are those that transformers gives one at a time; scores count what they say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,8 @@ def test_without_a_template_the_text_itself_is_continued(base: Path):
     ids = loaded.tokenizer("Lily", return_tensors="pt", return_token_type_ids=False)
     output = loaded.model.generate(**ids, do_sample=False, max_new_tokens=5)[0, 4:]
     assert answer.text == loaded.tokenizer.decode(output, skip_special_tokens=True)
-    loaded.tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
-        answers(loaded, [ask("Lily")], as_chat=True)
+        answers(replace(loaded, template=None), [ask("Lily")], as_chat=True)
 
 
 @given(

@@ -10,9 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.use.models import make_adapter, make_base, make_run
+from tests.use.models import make_adapter, make_base, make_run, set_stops
 from trivium.errors import ConfigError
-from trivium.use.load import find, load, turn_end_id
+from trivium.use.load import find, load
 
 IDS = torch.tensor([[76, 105, 108, 121, 32, 100]])
 
@@ -40,14 +40,19 @@ def test_an_adapter_computes_what_stock_peft_computes_and_stops_where_it_says(ad
         assert torch.equal(loaded.network(IDS.to(loaded.network.device)).logits.cpu(), stock(IDS).logits)
     assert loaded.stop_ids == [258, 256] and loaded.converses
     plain = load(str(base))
-    assert plain.stop_ids == [256] and plain.tokenizer.chat_template and not plain.converses
+    assert plain.stop_ids == [256] and plain.template is not None and not plain.converses
 
 
-def test_the_end_of_a_turn_is_read_off_the_template(base: Path):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    assert tokenizer.convert_ids_to_tokens(turn_end_id(tokenizer)) == "<|im_end|>"
+def test_a_template_that_cannot_be_used_leaves_a_model_that_goes_on_with_texts(tmp_path: Path):
+    for number, template in enumerate((None, "{{ raise_exception('never') }}")):
+        folder = make_base(tmp_path / f"base-{number}")
+        set_stops(folder, [258, 256])
+        assert load(str(folder)).converses
+        (folder / "chat_template.jinja").unlink()
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        loaded = load(str(folder))
+        assert loaded.template is None and not loaded.converses
 
 
 def test_a_quantised_adapter_says_so_and_works_on_both_bases(tmp_path: Path, adapter: Path):

@@ -136,8 +136,10 @@ def _turn(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def prompt_text(tokenizer: Any, question: Question, as_chat: bool, thinking: bool) -> str:
+def prompt_text(tokenizer: Any, question: Question, as_chat: bool, thinking: bool | None) -> str:
     """What a model reads: the turns in its chat template with the answer's header, or their plain text.
+
+    `thinking` is the template's `enable_thinking`; None leaves it to the template.
 
     Raises: BadData when the template cannot render the turns.
     """
@@ -145,13 +147,10 @@ def prompt_text(tokenizer: Any, question: Question, as_chat: bool, thinking: boo
         return question.text
     from jinja2 import TemplateError
 
+    switch = {} if thinking is None else {"enable_thinking": thinking}
     try:
         return tokenizer.apply_chat_template(
-            question.turns,
-            tools=question.tools,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
+            question.turns, tools=question.tools, tokenize=False, add_generation_prompt=True, **switch
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise BadData(
@@ -186,8 +185,11 @@ def answers(
     """
     tokenizer = loaded.tokenizer
     as_chat = loaded.converses if as_chat is None else as_chat
-    if as_chat and tokenizer.chat_template is None:
-        raise ConfigError(f"The tokenizer of {loaded.place.folder} has no chat template to ask through.")
+    if as_chat and loaded.template is None:
+        raise ConfigError(
+            f"The tokenizer of {loaded.place.folder} has no chat template to ask through. Take one that has, such as "
+            "that of the model's chat version."
+        )
     stops = list(loaded.stop_ids if stop_ids is None else stop_ids)
     texts = [prompt_text(tokenizer, question, as_chat, thinking) for question in questions]
     prompts = tokenizer(texts, add_special_tokens=not as_chat).input_ids if texts else []

@@ -7,6 +7,7 @@ that is missing is made up. Everything in `use` that needs a model begins here; 
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,10 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from trivium.data.chat import ChatTemplate, describe_template
 from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.runfolder import RunFolder
-from trivium.errors import ConfigError
+from trivium.errors import ConfigError, TriviumError
 from trivium.model import hf
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -55,12 +57,14 @@ class Loaded:
         model: a transformers model, or a PeftModel around one, on its device and in evaluation mode.
         tokenizer: a transformers tokenizer; an adapter's own, else its base's.
         place: where it came from.
+        template: its chat template; None where it has none of use.
         stop_ids: the tokens at which generation ends, as generation_config.json names them.
     """
 
     model: Any
     tokenizer: Any
     place: Place
+    template: ChatTemplate | None
     stop_ids: list[int]
 
     @property
@@ -76,14 +80,7 @@ class Loaded:
     @property
     def converses(self) -> bool:
         """Whether it was made to: there is a chat template, and generation stops where a turn of it ends."""
-        return self.tokenizer.chat_template is not None and turn_end_id(self.tokenizer) in self.stop_ids
-
-
-def turn_end_id(tokenizer: Any) -> int | None:
-    """The control token with which the chat template ends an assistant's turn; None where it has none."""
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False).input_ids
-    return next((token for token in reversed(ids) if token in tokenizer.all_special_ids), None)
+        return self.template is not None and self.template.end_of_turn_id in self.stop_ids
 
 
 def find(name: str) -> Place:
@@ -196,7 +193,10 @@ def load(
             )
     _settle_generation(model, place, tokenizer)
     eos = model.generation_config.eos_token_id
-    return Loaded(model.eval(), tokenizer, place, eos if isinstance(eos, list) else [eos])
+    template = None
+    with suppress(TriviumError):  # a model without a template that works can still go on with a text
+        template = describe_template(tokenizer)
+    return Loaded(model.eval(), tokenizer, place, template, eos if isinstance(eos, list) else [eos])
 
 
 def _load_tokenizer(place: Place) -> Any:

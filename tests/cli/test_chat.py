@@ -1,0 +1,157 @@
+"""`trivium chat` on a terminal of its own, and through pipes: conversations, commands, Ctrl-C, plain completion."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.use.conftest import PAIRS
+from tests.use.models import make_base, teach
+from trivium.cli.main import trivium as cli
+
+COMMAND = [sys.executable, "-m", "trivium.cli", "chat"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a base that goes on with texts, and a model that answers."""
+    folder = tmp_path_factory.mktemp("workplace")
+    make_base(folder / "base")
+    teach(make_base(folder / "taught", seed=3), PAIRS)
+    return folder
+
+
+class Terminal:
+    """A command whose stdin and stdout are a terminal."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments], cwd=folder, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = ""
+
+    def until(self, words: str) -> str:
+        """What was printed up to and including some words."""
+        while words not in self.seen:
+            self.read(f"{words!r} after {self.seen!r}")
+        before, _, self.seen = self.seen.partition(words)
+        return before + words
+
+    def read(self, awaited: str) -> None:
+        """Take in what is printed next."""
+        ready, _, _ = select.select([self.master], [], [], 60)
+        assert ready, f"waited in vain for {awaited}"
+        self.seen += os.read(self.master, 4096).decode(errors="replace")
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+def test_a_conversation_on_a_terminal(workplace: Path):
+    terminal = Terminal(workplace, "taught", "--temperature", "0", "--max-new-tokens", "3000")
+    try:
+        terminal.until("/help lists the commands")
+        terminal.until("> ")
+        terminal.type(PAIRS[0][0] + "\n")
+        terminal.until(PAIRS[0][0])
+        terminal.until(PAIRS[0][1])
+        terminal.type("/retry\n")
+        terminal.until("/retry")
+        terminal.until(PAIRS[0][1])
+        terminal.type("/save saved.jsonl\n")
+        terminal.until("appended to saved.jsonl")
+        terminal.type("/think\n")
+        terminal.until("no switch for reasoning")
+        terminal.type("/nonsense\n")
+        terminal.until("is no command")
+        terminal.type("/system Be short.\n")
+        terminal.until("system prompt: Be short.")
+        terminal.type("/clear\n")
+        terminal.until("begun anew")
+        terminal.type("/save other.jsonl\n")
+        terminal.until("No answer came to its end")
+        terminal.type("/quit\n")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+    (row,) = [json.loads(line) for line in (workplace / "saved.jsonl").read_text().splitlines()]
+    assert [turn["content"] for turn in row["messages"]] == list(PAIRS[0])
+    assert not (workplace / "other.jsonl").exists()
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(workplace: Path):
+    terminal = Terminal(workplace, "base", "--chat", "--temperature", "1", "--max-new-tokens", "100000")
+    try:
+        terminal.until("> ")
+        terminal.type("Lily\n")
+        terminal.until("Lily")
+        while len(terminal.seen) < 20:
+            terminal.read("an answer")
+        terminal.type("\x03")
+        terminal.until("stopped")
+        terminal.until("> ")
+        terminal.type("\x03")
+        terminal.until("/quit ends.")
+        terminal.type("/quit\n")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+
+
+def test_a_prompt_is_answered_by_what_converses_and_continued_by_what_does_not(workplace: Path, monkeypatch):
+    monkeypatch.chdir(workplace)
+    question, answer = PAIRS[0]
+    ask = ["chat", "taught", "-p", question, "--temperature", "0"]
+    assert CliRunner().invoke(cli, ask).stdout == f"{answer}\n"
+    completed = CliRunner().invoke(cli, [*ask, "--complete", "--max-new-tokens", "5"])
+    assert completed.stdout.startswith(question) and answer not in completed.stdout
+    plain = CliRunner().invoke(cli, ["chat", "base", "-p", "Lily", "--max-new-tokens", "5", "--seed", "1"])
+    assert plain.exit_code == 0 and plain.stdout.startswith("Lily") and len(plain.stdout) > len("Lily\n")
+    again = CliRunner().invoke(cli, ["chat", "base", "-p", "Lily", "--max-new-tokens", "5", "--seed", "1"])
+    assert again.stdout == plain.stdout
+
+
+def test_a_prompt_on_stdin_is_continued_and_lines_with_chat_are_answered(workplace: Path, monkeypatch):
+    monkeypatch.chdir(workplace)
+    piped = ["chat", "taught", "--temperature", "0", "--max-new-tokens", "20"]
+    completed = CliRunner().invoke(cli, piped, input="Lily the fox\n")
+    assert completed.exit_code == 0 and completed.stdout.startswith("Lily the fox")
+    lines = f"{PAIRS[0][0]}\n\n/clear\n{PAIRS[2][0]}\n"
+    conversed = CliRunner().invoke(cli, [*piped, "--chat"], input=lines)
+    assert conversed.exit_code == 0, conversed.stderr
+    assert conversed.stdout.splitlines() == [PAIRS[0][1], PAIRS[2][1]]
+    assert CliRunner().invoke(cli, piped, input="\n").exit_code == 2
+
+
+def test_what_does_not_go_together_is_refused(workplace: Path, monkeypatch):
+    monkeypatch.chdir(workplace)
+    for arguments, words in (
+        (["base", "-p", "x", "--system", "Be short."], "Add --chat"),
+        (["base", "-p", "x", "--no-thinking"], "Add --chat"),
+        (["base", "-p", ""], "prompt is empty"),
+        (["nothing", "-p", "x"], "holds no model"),
+    ):
+        refused = CliRunner().invoke(cli, ["chat", *arguments])
+        assert refused.exit_code == 2 and words in " ".join(refused.stderr.split())
+    template = workplace / "base" / "chat_template.jinja"
+    written = template.read_text()
+    template.unlink()
+    try:
+        refused = CliRunner().invoke(cli, ["chat", "base", "-p", "x", "--chat"])
+        assert refused.exit_code == 2 and "no chat template" in refused.stderr
+    finally:
+        template.write_text(written)
