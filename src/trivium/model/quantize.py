@@ -20,7 +20,7 @@ from trivium.model import hf
 from trivium.model.qwen import Linear, Qwen
 
 BLOCK_SIZE = 64
-PIECE_VALUES = 1 << 21  # packed at a time; bitsandbytes' CPU path needs some twenty bytes for each
+PIECE_VALUES = 1 << 17  # packed at a time; bitsandbytes' CPU path needs some twenty bytes for each
 
 
 class NF4Linear(nn.Linear):
@@ -110,16 +110,20 @@ def load_quantised(model: Qwen, folder: Path, compute_dtype: torch.dtype, device
     Raises: ConfigError as `hf.find_tensors`, before anything is read.
     """
     files = hf.find_tensors(model, folder)
+
+    def read(name: str, parameter: Tensor, dtype: torch.dtype) -> nn.Parameter:
+        value = torch.empty(parameter.shape, dtype=dtype, device=device)
+        hf.read_tensor(files[name], name, value)
+        return nn.Parameter(value, requires_grad=False)
+
     for path, module in list(model.named_modules()):
-        quantised = isinstance(module, Linear) and path != "lm_head"
-        for name, parameter in list(module.named_parameters(path, recurse=False)):
-            dtype = torch.float32 if quantised and name.endswith(".weight") else compute_dtype
-            value = torch.empty(parameter.shape, dtype=dtype, device=device)
-            hf.read_tensor(files[name], name, value)
-            module.register_parameter(name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
-        if quantised:
-            model.set_submodule(path, NF4Linear(module.weight.detach(), module.bias, compute_dtype))
-            del module, value
+        if isinstance(module, Linear) and path != "lm_head":
+            bias = None if module.bias is None else read(f"{path}.bias", module.bias, compute_dtype)
+            weight = read(f"{path}.weight", module.weight, torch.float32)
+            model.set_submodule(path, NF4Linear(weight, bias, compute_dtype))
+        else:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name, read(f"{path}.{name}", parameter, compute_dtype))
     model.compute_dtype = compute_dtype
     return model
 
