@@ -33,13 +33,13 @@ def small_shape(family: str = "qwen3", tied: bool = True) -> QwenShape:
     )
 
 
-def small_engine(family: str = "qwen3", tied: bool = True) -> Engine:
+def small_engine(family: str = "qwen3", tied: bool = True, config: Optimizer = CONFIG) -> Engine:
     model = Qwen(small_shape(family, tied))
     init_weights(model, seed=1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)
-    return Engine(model, CONFIG)
+    return Engine(model, config)
 
 
 def rows_of(rows_per_micro_batch: int, rows_per_step: int = 4) -> Rows:
@@ -133,9 +133,11 @@ def test_a_bad_gradient_is_found_before_the_update():
     assert all(torch.equal(parameter, before[name]) for name, parameter in engine.parameters.items())
 
 
-def test_save_and_load_go_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_save_and_load_go_on_bit_for_bit(tmp_path, states):
     rows = rows_of(rows_per_micro_batch=2)
-    straight, first = small_engine(), small_engine()
+    config = CONFIG.model_copy(update={"states": states})
+    straight, first = (small_engine(tied=False, config=config) for _ in range(2))
     for step in range(6):
         straight.forward_backward(rows.step(step))
         straight.optimizer_step(1e-3)
@@ -143,8 +145,12 @@ def test_save_and_load_go_on_bit_for_bit(tmp_path):
         first.forward_backward(rows.step(step))
         first.optimizer_step(1e-3)
     first.save(tmp_path / "step-00000003", {"step": 3})
+    head_moments = first.optimizer.state[first.model.lm_head.weight]
+    assert any(value.dtype == torch.uint8 for value in head_moments.values() if torch.is_tensor(value)) == (
+        states == "8bit"
+    )
     torch.manual_seed(99)
-    second = Engine(Qwen(small_shape()), CONFIG)
+    second = Engine(Qwen(small_shape(tied=False)), config)
     init_weights(second.model, seed=50)
     assert second.load(tmp_path / "step-00000003")["step"] == 3
     for step in range(3, 6):
@@ -152,3 +158,23 @@ def test_save_and_load_go_on_bit_for_bit(tmp_path):
         second.optimizer_step(1e-3)
     for name, parameter in straight.parameters.items():
         assert torch.equal(parameter, second.parameters[name]), name
+
+
+def test_loss_weights_count_like_so_many_tokens():
+    """A token of weight 0.5 pulls half as hard as one of weight 1; doubling all weights changes nothing."""
+    engine = small_engine()
+    rng = np.random.default_rng(0)
+    store = random_store(rng, [30, 20], vocab_size=500)
+    spans = np.array([[0, 0, 0, 30], [0, 1, 0, 20]])
+
+    def loss_and_gradients(*masks: int) -> tuple[float, dict[str, torch.Tensor]]:
+        store.masks = [np.full(30, masks[0], np.uint8), np.full(20, masks[1], np.uint8)]
+        loss = engine.forward_backward([pack([store], spans, 64)])
+        return loss, gradients(engine)
+
+    first, second = (loss_and_gradients(*masks)[0] for masks in ((100, 0), (0, 100)))
+    mixed, mixed_gradients = loss_and_gradients(100, 50)
+    assert mixed == pytest.approx((29 * first + 0.5 * 19 * second) / (29 + 0.5 * 19), rel=1e-5)
+    doubled, doubled_gradients = loss_and_gradients(200, 100)
+    assert doubled == pytest.approx(mixed, rel=1e-6)
+    assert_same(mixed_gradients, doubled_gradients)

@@ -1,4 +1,4 @@
-"""Adapters, NF4, full fine-tuning and continued training: what learns, what stays as it was, and kills that change nothing."""
+"""Adapters, NF4, full and continued training: what learns, what stays as it was, and kills that change nothing."""
 
 import json
 import shutil
@@ -21,6 +21,7 @@ METHODS = {
     "pissa": {"method": "lora", "adapter": {"rank": 4, "init": "pissa", "b_rate_ratio": 4.0}},
     "qlora": {"method": "qlora", "adapter": ADAPTER},
     "full": {"method": "full"},
+    "full-8bit": {"method": "full", "optimizer": {"learning_rate": 1e-2, "states": "8bit"}},
     "continue": {"method": "continue"},
 }
 

@@ -142,12 +142,6 @@ def another_model(folder: Path, found: str) -> ConfigError:
     )
 
 
-def read_tensor(folder: Path, file: str, name: str) -> torch.Tensor:
-    """One tensor of a verified checkpoint, on the CPU."""
-    with safe_open(folder / f"{file}.safetensors", framework="pt") as reader:
-        return reader.get_tensor(name)
-
-
 def steps(checkpoints: Path) -> list[int]:
     """Steps that have a published checkpoint, newest first; order comes from names, never from clocks."""
     found = (STEP_FOLDER.fullmatch(entry.name) for entry in checkpoints.iterdir()) if checkpoints.is_dir() else ()

@@ -17,11 +17,9 @@ from trivium.config import Optimizer
 from trivium.data.pack import Batch
 from trivium.engine import checkpoint
 from trivium.engine.loss import cross_entropy_sum
-from trivium.engine.optim import build_adamw
+from trivium.engine.optim import build_adamw, state_tensors, take_steps
 from trivium.errors import TriviumError
 from trivium.model.qwen import Documents, Qwen
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class NonFinite(TriviumError):
@@ -115,10 +113,13 @@ class Engine:
         Raises: checkpoint.Damaged when a byte differs from what was written.
         """
         state = checkpoint.verify(folder)
-        self._fill_moments()
+        tensors = self._tensors()
         with torch.no_grad():
-            checkpoint.read_into(folder, self._tensors(rng=False))
-        torch.set_rng_state(checkpoint.read_tensor(folder, "training", "rng.cpu"))
+            checkpoint.read_into(folder, tensors)
+        take_steps(self.optimizer, self.parameters, tensors["training"])
+        torch.set_rng_state(tensors["training"]["rng.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["training"]["rng.cuda"], self.device)
         return state
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
@@ -135,23 +136,10 @@ class Engine:
             self.model.head_rows,
         )
 
-    def _fill_moments(self) -> None:
-        """Give every parameter its moments, as AdamW's own first step would, so that a load has where to go."""
-        for parameter in self.parameters.values():
-            state = self.optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                for moment in MOMENTS:
-                    state[moment] = torch.zeros_like(parameter)
-
-    def _tensors(self, rng: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint holds, by file: the trained weights under their names; moments, steps and random state."""
-        self._fill_moments()
-        training = {
-            f"{key}.{name}": self.optimizer.state[parameter][key]
-            for name, parameter in self.parameters.items()
-            for key in (*MOMENTS, "step")
-        }
-        if rng:
-            training["rng.cpu"] = torch.get_rng_state()
+        training = state_tensors(self.optimizer, self.parameters)
+        training["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            training["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         return {"model": dict(self.parameters), "training": training}

@@ -4,6 +4,7 @@ Holds no state of its own: the moments belong to torch's optimizer, the step to 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,22 +41,67 @@ def build_adamw(model: nn.Module, config: Optimizer, b_rate_ratio: float = 1.0) 
     }
     if config.states == "fp32":
         return torch.optim.AdamW(groups, **numbers, fused=True)
-    return eight_bit_adamw(groups, numbers, is_paged=config.states == "paged-8bit")
+    return eight_bit_adamw(model, groups, numbers, is_paged=config.states == "paged-8bit")
 
 
-def eight_bit_adamw(groups: list[dict[str, Any]], numbers: dict[str, Any], is_paged: bool) -> torch.optim.Optimizer:
-    """AdamW with moments of a byte each, in blocks with a scale of their own. Source: arXiv:2110.02861.
+def eight_bit_adamw(
+    model: nn.Module, groups: list[dict[str, Any]], numbers: dict[str, Any], is_paged: bool
+) -> torch.optim.Optimizer:
+    """AdamW with moments of a byte each, in blocks with a scale of their own; those of embeddings stay fp32.
+
+    Source: Dettmers et al. 2021, arXiv:2110.02861, which found embeddings unstable in 8 bits.
 
     Raises: ConfigError when bitsandbytes is not there.
     """
     try:
-        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+        from bitsandbytes.optim import AdamW8bit, GlobalOptimManager, PagedAdamW8bit
     except ImportError as error:
         raise ConfigError(
             "optimizer.states asks for 8-bit moments, which need bitsandbytes. Install it with `pip install "
             "'trivium[gpu]'`, or set optimizer.states: fp32."
         ) from error
-    return (PagedAdamW8bit if is_paged else AdamW8bit)(groups, **numbers)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+    optimizer = (PagedAdamW8bit if is_paged else AdamW8bit)(groups, **numbers)
+    optimizer.check_overrides()
+    return optimizer
+
+
+def state_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """All that AdamW remembers of each parameter, as `exp_avg.NAME`; a state that is not there yet is begun.
+
+    The tensors are the optimizer's own, to be read or written, but for the count of steps where it is a plain number
+    (bitsandbytes): see `take_steps`.
+    """
+    places = {
+        id(parameter): (group, group_index, index)
+        for group_index, group in enumerate(optimizer.param_groups)
+        for index, parameter in enumerate(group["params"])
+    }
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        if not state and isinstance(optimizer, torch.optim.AdamW):
+            # As torch's own first step would begin it.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        elif not state:
+            group, group_index, index = places[id(parameter)]
+            optimizer.init_state(group, parameter, group_index, index)
+        for key, value in state.items():
+            if not key.startswith("qmap"):  # a constant table
+                found[f"{key}.{name}"] = value if torch.is_tensor(value) else torch.tensor(value)
+    return found
+
+
+def take_steps(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Give back the counts of steps that `state_tensors` had to copy."""
+    for name, parameter in parameters.items():
+        if not torch.is_tensor(optimizer.state[parameter]["step"]):
+            optimizer.state[parameter]["step"] = int(tensors[f"step.{name}"])
 
 
 def learning_rate(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:
