@@ -85,7 +85,7 @@ class _Part(NamedTuple):
 class _Growing:
     """A sample that later answers may still extend."""
 
-    ids: list[int]
+    ids: list[int] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)
     has_reasoning: bool = False
     answers: list[Answer] = field(default_factory=list)
@@ -130,8 +130,9 @@ class ChatEncoder:
         self._long_rows = long_rows
         self._all_tokens = all_tokens
         added = tokenizer.added_tokens_decoder.values()
-        self._special = _any_of([token.content for token in added if token.special])
-        self._control = _any_of([token.content for token in added if not token.special])
+        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        self._special = _any_of(special)
+        self._control = _any_of({token.content for token in added} - special)
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Encode one conversation.
@@ -154,7 +155,7 @@ class ChatEncoder:
             num_cut += cut is not part
             num_lost += turn.reasoning is not None and not part.has_reasoning
             if not growing or cut.prompt_ids[: len(growing[-1].ids)] != growing[-1].ids:
-                growing.append(_Growing([]))
+                growing.append(_Growing())
             growing[-1].extend(cut, index, turn.weight)
         if not growing:
             raise RowError(Reason.LONGER_THAN_SEQ_LEN, f"no answer fits into {self._seq_len:,} tokens")
@@ -239,5 +240,5 @@ class ChatEncoder:
                     raise self._renderer.mismatch(prompt_ids, sample.ids[: answer.start], f"turn {answer.turn + 1}")
 
 
-def _any_of(tokens: list[str]) -> re.Pattern[str]:
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
