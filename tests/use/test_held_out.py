@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.runs import run_values, train, write_corpus
+from tests.engine.runs import adapt_values, run_values, train, write_conversations, write_corpus
 from tests.use.models import STORIES
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import BadData, ConfigError
@@ -92,6 +92,46 @@ def test_a_runs_own_held_out_set_gives_the_loss_it_recorded(tmp_path: Path):
     train({**values, "name": "all"})
     with pytest.raises(ConfigError, match="holds nothing out"):
         passages_of_run(tmp_path / "runs" / "all", lambda text: None)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_tuned_runs_own_held_out_set_gives_the_loss_it_recorded(method: str, base: Path, tmp_path: Path):
+    adapter = {} if method == "full" else {"adapter": {"rank": 4, "train_tokens": ["<|im_end|>"]}}
+    values = {"method": method, "budget": {"steps": 6}, **adapter}
+    train(adapt_values(base, write_conversations(tmp_path / "questions.jsonl"), tmp_path / "runs", **values))
+    folder = RunFolder(tmp_path / "runs" / "small")
+    recorded = [line for line in folder.metrics if "eval/loss" in line]
+    loaded = load(str(folder.path), nf4=method == "qlora")
+    passages = passages_of_run(folder.path, lambda text: None)
+    found = measure(loaded, passages)
+    assert found.num_tokens == recorded[-1]["eval/num_tokens"]
+    assert found.loss == pytest.approx(recorded[-1]["eval/loss"], abs=2e-3)
+    before = measure(load(str(base)), passages).loss
+    assert method == "qlora" or before == pytest.approx(recorded[0]["eval/loss"], abs=1e-4)
+    assert found.loss < before - 0.01
+    assert loaded.converses
+
+
+def test_of_a_conversation_the_answers_and_their_ends_are_measured(adapter: Path, tmp_path: Path):
+    loaded = load(str(adapter))
+    turns = [("user", "Who?"), ("assistant", "The fox."), ("user", "Where?"), ("assistant", "Here.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    broken = {"messages": messages[:1]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n" + json.dumps(broken) + "\n")
+    said: list[str] = []
+    found = measure(loaded, passages_of_file(tmp_path / "chat.jsonl", loaded.tokenizer, 256, said.append))
+    assert said == [f"{tmp_path / 'chat.jsonl'}: left out 1 rejected"]
+    losses = []
+    for index in (1, 3):
+        prompt = loaded.tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+        start = loaded.tokenizer(prompt).input_ids
+        ids = torch.tensor([start + loaded.tokenizer(messages[index]["content"] + "<|im_end|>").input_ids])
+        labels = torch.where(torch.arange(ids.shape[1])[None] < len(start), -100, ids)
+        with torch.no_grad():
+            losses.append((float(loaded.model(input_ids=ids, labels=labels).loss), ids.shape[1] - len(start)))
+    num_tokens = sum(number for _, number in losses)
+    assert found.num_tokens == num_tokens == len("The fox.") + len("Here.") + 2
+    assert found.loss == pytest.approx(sum(loss * number for loss, number in losses) / num_tokens, abs=1e-5)
 
 
 def test_a_file_without_anything_to_measure_is_refused(base: Path, tmp_path: Path):

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trivium.cli.progress import waiting
+from trivium.config import Data
 from trivium.errors import ConfigError
 
 if TYPE_CHECKING:
     from trivium.use.answers import Answer, Question
 
 FILE = click.Path(path_type=Path)
+SEQ_LEN: int = Data.model_fields["seq_len"].default
 
 
 @click.command()
@@ -25,7 +27,9 @@ FILE = click.Path(path_type=Path)
 @click.option("--prompts", type=FILE, help="Answer this file's prompts: exact match, JSON validity, stop rate.")
 @click.option("--answers", "answers_file", type=FILE, help="Write every answer to this .jsonl file.")
 @click.option("--lm-eval", "tasks", help="Tasks of lm-evaluation-harness, with commas between.")
-@click.option("--seq-len", type=click.IntRange(8), default=1024, show_default=True, help="Longest passage of a file.")
+@click.option(
+    "--seq-len", type=click.IntRange(8), default=SEQ_LEN, show_default=True, help="Longest passage of --held-out FILE."
+)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--thinking/--no-thinking", default=False, help="Ask for reasoning, where the template has the switch.")
 @click.option("--nf4", is_flag=True, help="Hold an adapter's base in NF4, as QLoRA trained it.")
@@ -67,7 +71,7 @@ def eval(
     with waiting() as wait:
         loaded = load(model, wait.note, nf4=nf4)
         if held_out is not None:
-            passages = passages_of_file(held_out, loaded.tokenizer, seq_len)
+            passages = passages_of_file(held_out, loaded.tokenizer, seq_len, wait.note)
             found["held_out"] = asdict(measure(loaded, passages, wait.bar("held-out loss")))
         elif prompts is None and tasks is None:
             if loaded.place.run_folder is None:

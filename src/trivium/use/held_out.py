@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from trivium.config import Data, Source
-from trivium.data.build import build_sources
+from trivium.data.build import ConversationSettings, build_sources
 from trivium.data.pack import NO_LABEL, Batch, sequential_batches
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.setup import prepare
@@ -28,7 +28,8 @@ from trivium.use.load import Loaded
 
 BATCH_TOKENS = 8192
 HEAD_ROWS = 1024
-DEFAULT_SEQ_LEN = 1024
+MAX_DOCUMENT_MIB: float = Data.model_fields["max_document_mib"].default
+DEFAULT_SEQ_LEN: int = Data.model_fields["seq_len"].default
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,16 @@ def passages_of_run(path: Path, note: Callable[[str], None]) -> list[Passage]:
     return passages
 
 
-def passages_of_file(path: Path, tokenizer: Any, seq_len: int) -> list[Passage]:
+def passages_of_file(
+    path: Path, tokenizer: Any, seq_len: int = DEFAULT_SEQ_LEN, note: Callable[[str], None] = lambda text: None
+) -> list[Passage]:
     """All that can be used of a file of documents or conversations, as training would read it.
 
     Args:
         path: a file or folder in any format that training reads.
         tokenizer: whose tokens, and whose chat template.
-        seq_len: a longer document is read in pieces of this length.
+        seq_len: a longer document is read in pieces of this length; of a longer conversation, the turns that fit.
+        note: is told what could not be used.
 
     Raises: ConfigError or BadData when it is not there or holds nothing that could be learnt.
     """
@@ -92,9 +96,13 @@ def passages_of_file(path: Path, tokenizer: Any, seq_len: int) -> list[Passage]:
             tokenizer,
             held_out=0.0,
             max_reject_share=1.0,
-            max_document_mib=Data.model_fields["max_document_mib"].default,
+            max_document_mib=MAX_DOCUMENT_MIB,
             cache_dir=Path(cache_dir),
+            conversations=ConversationSettings(seq_len),
         )
+        for unused in ("rejected", "duplicates", "dropped_turns"):
+            if built.report[unused]:
+                note(f"{path}: left out {built.report[unused]:,} {unused.replace('_', ' ')}")
         store = built.open()
         passages = _passages(sequential_batches(store, seq_len, seq_len, store.num_tokens))
     if not passages:
