@@ -310,7 +310,7 @@ def _read_config(folder: Path, tied: bool) -> tuple[Adapter, list[int]]:
         config = Adapter(
             rank=content["r"],
             alpha=float(content["lora_alpha"]),
-            targets=content["target_modules"],
+            targets=_targets(content),
             dropout=float(content.get("lora_dropout") or 0.0),
             rslora=bool(content.get("use_rslora")),
             dora=bool(content.get("use_dora")),
@@ -326,11 +326,17 @@ def _not_computed(content: Mapping[str, Any]) -> list[str]:
     wanted = {
         "peft_type": content.get("peft_type") == "LORA",
         "init_lora_weights": content.get("init_lora_weights", True) in PLAIN_INITS,
-        "target_modules": set(content.get("target_modules") or [""]) <= set(PROJECTIONS),
+        "target_modules": bool(_targets(content)) and set(_targets(content)) <= set(PROJECTIONS),
     }
     problems = [key for key, computed in wanted.items() if not computed]
     problems += [key for key in content if key not in READ_KEYS | INERT_KEYS and content[key] not in UNSET]
     return [f"{key} {content.get(key)!r}" for key in problems]
+
+
+def _targets(content: Mapping[str, Any]) -> list[Any]:
+    """Names of the adapted projections; PEFT writes whole paths for small models, and all of them must have tensors."""
+    targets = content.get("target_modules")
+    return sorted({str(path).rpartition(".")[2] for path in targets}) if isinstance(targets, list) else []
 
 
 def _token_ids(content: Mapping[str, Any], tied: bool) -> tuple[list[int] | None, object]:

@@ -8,6 +8,7 @@ it imports torch, and bitsandbytes where it quantises.
 Source: Dettmers et al. 2023, arXiv:2305.14314.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from trivium.model import hf
 from trivium.model.qwen import Linear, Qwen
 
 BLOCK_SIZE = 64
+# On some CPUs it warns, when it is imported, of a missing kernel that is not used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 PIECE_VALUES = 1 << 17  # packed at a time; bitsandbytes' CPU path needs some twenty bytes for each
 
 
