@@ -71,6 +71,8 @@ class Tally:
     """Samples that came from split rows."""
     num_dropped_turns: int = 0
     num_cut_turns: int = 0
+    num_lost_reasoning_turns: int = 0
+    """Learnt turns whose reasoning the template does not show."""
     rejected: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -184,6 +186,7 @@ class BlockEncoder:
         tally.num_control_rows += encoded.has_control_text
         tally.num_dropped_turns += encoded.dropped_turns
         tally.num_cut_turns += encoded.cut_turns
+        tally.num_lost_reasoning_turns += encoded.lost_reasoning
 
 
 class _Samples:

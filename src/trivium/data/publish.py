@@ -57,6 +57,7 @@ def publish(partial: Partial, final: Path, held_out: float, inputs: dict[str, An
         "reasoning_documents": tally.num_reasoning_documents,
         "dropped_turns": tally.num_dropped_turns,
         "cut_turns": tally.num_cut_turns,
+        "lost_reasoning_turns": tally.num_lost_reasoning_turns,
         "supervised_tokens": tally.num_supervised_tokens,
         **counts,
         "bytes_per_token": round(tally.num_text_bytes / tally.num_tokens, 4),

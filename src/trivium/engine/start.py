@@ -140,6 +140,7 @@ def describe_conversations(built: BuiltStore) -> str:
         "rejected": report["rejected"],
         "turns dropped as too long": report["dropped_turns"],
         "answers cut": report["cut_turns"],
+        "turns whose reasoning the template does not show": report["lost_reasoning_turns"],
         "with control tokens in the text": report["control_token_rows"],
     }
     notes = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
