@@ -20,6 +20,7 @@ from trivium.errors import TriviumError
 
 VERBS = {
     "quickstart": "Watch a small model learn on this machine, from nothing to text, in minutes.",
+    "doctor": "Find what would make a run fail, or silently learn the wrong thing.",
     "train": "Train as a run file says; the same command again goes on where it stopped.",
     "data": "Build and inspect token stores.",
     "tokenizer": "Train and inspect tokenizers.",
@@ -27,6 +28,7 @@ VERBS = {
     "config": "Show, explain and check run files.",
     "chat": "Talk to a model, or let it write.",
     "eval": "Measure a model on data it was not trained on.",
+    "compare": "Put runs and their base side by side: what each bought, and what it cost.",
     "export": "Write a result for others, merged or not, verified.",
     "verify": "Prove that a run skipped and repeated no sample.",
     "report": "Write report.html for a run, finished or not.",

@@ -8,12 +8,14 @@ import click
 @click.command()
 @click.argument("run_file", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def train(run_file: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--allow", multiple=True, metavar="ID", help="Train in spite of this rule of the doctor; repeatable.")
+def train(run_file: Path, overrides: tuple[str, ...], allow: tuple[str, ...]) -> None:
     """Train what RUN_FILE describes; the same command goes on after any stop.
 
-    KEY=VALUE overrides a field, such as optimizer.learning_rate=1e-3. The result is a Hugging Face folder in
-    RUNS_DIR/NAME/model, or a PEFT folder in RUNS_DIR/NAME/adapter, and its path goes to stdout. Exit codes: 0 done,
-    2 configuration, 4 data, 75 stopped and saved.
+    KEY=VALUE overrides a field, such as optimizer.learning_rate=1e-3. The doctor looks first, and stops a run that
+    would fail or silently learn the wrong thing (`trivium doctor` looks closer). The result is a Hugging Face folder
+    in RUNS_DIR/NAME/model, or a PEFT folder in RUNS_DIR/NAME/adapter, and its path goes to stdout. Exit codes: 0 done,
+    2 configuration, 3 does not fit, 4 data, 75 stopped and saved.
 
     \b
     Example:
@@ -23,7 +25,11 @@ def train(run_file: Path, overrides: tuple[str, ...]) -> None:
 
     resolved = load_run(run_file, overrides)
 
+    from trivium.doctor.examine import allowed_ids, require_sound_start
     from trivium.report.watch import train_with_report
 
+    allowed = allowed_ids(allow)
+    for finding in require_sound_start(resolved.run, allowed, lambda text: click.echo(text, err=True)):
+        click.echo(f"{finding.severity}: {finding.paragraph()}", err=True)
     folder = train_with_report(resolved)
     click.echo(folder.result)

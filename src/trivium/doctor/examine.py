@@ -1,0 +1,77 @@
+"""The doctor: every rule put to a run, in three rounds, each of which presumes that the last one found no error.
+
+    the run alone      what is installed, writable, and named as the model        before anything is prepared
+    the case           tokens, data, numbers, memory, disk                        once tokenizer and stores are there
+    the trial          a step, a checkpoint, isolation, the loss                  with the model loaded
+
+`trivium doctor` asks all three. The start of `trivium train` asks the first two: beside the preparation that training
+needs anyway they take a fraction of a second, since they read a bounded number of samples and rows and no weights but
+a few rows of the embedding. Prints nothing. Imported by the command line.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trivium.config import Run
+from trivium.doctor import adapter, data, machine, numbers, tokens, trial
+from trivium.doctor.case import Case, build_trial, read_conversations
+from trivium.doctor.findings import Finding, known_ids, look, refusal, stopping
+from trivium.engine.device import probe
+from trivium.engine.runfolder import RunFolder
+from trivium.engine.setup import prepare
+
+RUN_RULES = (*machine.RUN_RULES, *adapter.RUN_RULES)
+CASE_RULES = (*tokens.RULES, *data.RULES, *numbers.RULES, *machine.RULES)
+TRIAL_RULES = (*adapter.TRIAL_RULES, *trial.RULES)
+IDS = frozenset(rule.id for rules in (RUN_RULES, CASE_RULES, TRIAL_RULES) for rule in rules)
+
+
+def allowed_ids(given: tuple[str, ...]) -> frozenset[str]:
+    """The ids that `--allow` names.
+
+    Raises: ConfigError for one that no rule has.
+    """
+    return known_ids(given, IDS)
+
+
+def examine(run: Run, allowed: frozenset[str], note: Callable[[str], None]) -> Iterator[Finding]:
+    """Everything the doctor finds; goes no further than the round in which an error was found that nobody allowed.
+
+    Raises: ConfigError or BadData when the run cannot even be prepared.
+    """
+    found = look(RUN_RULES, run)
+    yield from found
+    if stopping(found, allowed):
+        return
+    the_machine = probe(run.device, run.precision)
+    job = prepare(run, note)
+    case = Case(job, the_machine, read_conversations(run, with_hub=True))
+    found = look(CASE_RULES, case)
+    yield from found
+    if stopping(found, allowed):
+        return
+    note("trying a step, a checkpoint, and what a batch promises")
+    runs_dir = Path(run.runs_dir)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=runs_dir) as folder:
+        yield from look(TRIAL_RULES, build_trial(case, Path(folder)))
+
+
+def require_sound_start(run: Run, allowed: frozenset[str], note: Callable[[str], None]) -> list[Finding]:
+    """The first two rounds, before training; what does not stop the run is returned. A finished run is left in peace.
+
+    Raises: TriviumError with all findings that stop the run; ConfigError or BadData when it cannot be prepared.
+    """
+    if RunFolder(Path(run.runs_dir) / run.name).is_finished:
+        return []
+    found = _sound(look(RUN_RULES, run), allowed)
+    the_machine = probe(run.device, run.precision)
+    case = Case(prepare(run, note), the_machine, read_conversations(run, with_hub=False))
+    return [*found, *_sound(look(CASE_RULES, case), allowed)]
+
+
+def _sound(found: list[Finding], allowed: frozenset[str]) -> list[Finding]:
+    if errors := stopping(found, allowed):
+        raise refusal(errors, with_paragraphs=True)
+    return found

@@ -1,0 +1,137 @@
+"""Small real runs for the doctor: model folders, conversations and documents, prepared as training prepares them."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trivium.config import Run, with_method_defaults
+from trivium.data.tokenizer import load_tokenizer, train_tokenizer
+from trivium.doctor.case import Case, Trial, build_trial, read_conversations
+from trivium.doctor.examine import CASE_RULES, RUN_RULES, TRIAL_RULES
+from trivium.doctor.findings import Finding, look
+from trivium.engine.device import Machine
+from trivium.engine.setup import prepare
+from trivium.model import hf
+from trivium.model.qwen import Qwen, init_weights
+from trivium.model.shape import QwenShape
+
+REAL = Path(os.environ.get("TRIVIUM_TOKENIZERS", Path(__file__).resolve().parents[3] / "shared" / "tokenizers"))
+MACHINE = Machine(torch.device("cpu"), torch.float32, 1e15)
+END_OF_TEXT, TURN_START, TURN_END = 256, 257, 258
+PAIRS = [(f"What does fox number {n} do?", f"It draws {n} red houses.") for n in range(40)]
+
+
+def real_tokenizer(name: str) -> Path:
+    """The folder of a published tokenizer; skips the test where it is not there."""
+    folder = REAL / name
+    if not folder.is_dir():
+        pytest.skip(f"the tokenizer {name} is not here")
+    return folder
+
+
+def byte_tokenizer(folder: Path, template: str | None = None) -> Path:
+    """259 tokens with plain ChatML, or with a template of one's own."""
+    train_tokenizer(["a"], "byte", 259, folder)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def write_base(
+    folder: Path,
+    tokenizer: Path,
+    tie: bool = True,
+    stops: Sequence[int] = (TURN_END, END_OF_TEXT),
+    edit: Callable[[Qwen], object] = lambda model: None,
+    **sizes: Any,
+) -> Path:
+    """A pretrained model as the Hub has it: its rows all differ, unless `edit` makes them the same."""
+    numbers = {
+        "family": "qwen3",
+        "vocab_size": 64 * -(-len(load_tokenizer(tokenizer)) // 64),
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "tie_word_embeddings": tie,
+    }
+    model = Qwen(QwenShape(**numbers | sizes))
+    init_weights(model, seed=0)
+    with torch.no_grad():
+        edit(model)
+    hf.save_folder(model, folder, tokenizer, torch.float32, {"eos_token_id": list(stops), "pad_token_id": stops[-1]})
+    return folder
+
+
+def zero_rows(*tokens: int) -> Callable[[Qwen], object]:
+    """Make these tokens look as base models have them that never met them."""
+
+    def edit(model: Qwen) -> None:
+        model.model.embed_tokens.weight[list(tokens)] = 0.0
+
+    return edit
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chat_rows(pairs: Sequence[tuple[str, str]] = PAIRS, system: str | None = None) -> list[dict[str, Any]]:
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [
+        {"messages": [*before, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in pairs
+    ]
+
+
+def text_rows(num_rows: int = 60) -> list[dict[str, Any]]:
+    return [{"text": f"Fox {n} drew {n + 1} houses. " + "The sun was warm. " * (n % 7)} for n in range(num_rows)]
+
+
+def run_of(folder: Path, source: Any, **values: Any) -> Run:
+    """A run whose everything is in `folder`; `data` and the rest of `values` go over the defaults."""
+    data = {"seq_len": 128, "held_out": 0.1, "workers": 1} | values.pop("data", {})
+    sources = [str(source)] if isinstance(source, Path) else source
+    defaults = {
+        "name": "small",
+        "data": {"sources": sources, **data},
+        "batch": {"tokens": 512},
+        "device": "cpu",
+        "precision": "fp32",
+        "runs_dir": str(folder / "runs"),
+    }
+    return Run.model_validate(with_method_defaults(defaults | values))
+
+
+def case_of(run: Run) -> Case:
+    return Case(prepare(run, lambda text: None), MACHINE, read_conversations(run, with_hub=True))
+
+
+def trial_of(case: Case, folder: Path) -> Trial:
+    folder.mkdir(parents=True, exist_ok=True)
+    return build_trial(case, folder)
+
+
+def found_in(subject: Run | Case | Trial) -> dict[str, Finding]:
+    """What the doctor finds, by id."""
+    if isinstance(subject, Run):
+        findings = look(RUN_RULES, subject)
+    elif isinstance(subject, Case):
+        findings = look(CASE_RULES, subject)
+    else:
+        findings = look(TRIAL_RULES, subject)
+    return {finding.id: finding for finding in findings}
+
+
+def severity_of(subject: Run | Case | Trial, name: str) -> str | None:
+    """How severe one rule's finding is; None when it has none."""
+    found = found_in(subject)
+    return found[name].severity if name in found else None

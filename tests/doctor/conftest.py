@@ -1,0 +1,28 @@
+"""Tokenizer, base model and data that most tests share; nobody writes into them."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.doctor.cases import byte_tokenizer, chat_rows, text_rows, write_base, write_rows
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Path:
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer) -> Path:
+    """A tied model with ChatML that stops at the end of a turn."""
+    return write_base(tmp_path_factory.mktemp("base") / "model", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_rows())
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("texts") / "texts.jsonl", text_rows())
