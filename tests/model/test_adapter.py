@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trivium.config import Adapter
 from trivium.errors import ConfigError
 from trivium.model import adapter, hf
-from trivium.model.quantize import dequantised, load_quantised
+from trivium.model.quantize import load_quantised
 from trivium.model.qwen import Documents, Qwen, init_weights
 from trivium.model.rows import TokenRows
 from trivium.model.shape import QwenShape
@@ -274,7 +274,7 @@ def test_an_nf4_base_takes_an_adapter_from_peft_and_back(bases: dict[str, Path],
     with torch.device("meta"):
         model = Qwen(hf.read_shape(folder))
     load_quantised(model, folder, torch.float32, "cpu")
-    plain = dequantised(model)
+    plain = adapter.merge(model)
     hf.save_folder(plain, tmp_path / "plain", None, torch.float32)
     before = logits(model)
     adapter.inject(model, Adapter(rank=4), seed=1, token_ids=TOKEN_IDS)

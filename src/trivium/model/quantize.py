@@ -9,6 +9,7 @@ Source: Dettmers et al. 2023, arXiv:2305.14314.
 """
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trivium.errors import ConfigError
 from trivium.model import hf
 from trivium.model.qwen import Linear, Qwen
 
 BLOCK_SIZE = 64
+PIECE_VALUES = 1 << 17  # packed at a time; bitsandbytes' CPU path needs some twenty bytes for each
 # On some CPUs it warns, when it is imported, of a missing kernel that is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-PIECE_VALUES = 1 << 17  # packed at a time; bitsandbytes' CPU path needs some twenty bytes for each
 
 
 class NF4Linear(nn.Linear):
@@ -110,8 +112,13 @@ def load_quantised(model: Qwen, folder: Path, compute_dtype: torch.dtype, device
 
     One matrix at a time is in memory in full. All of it is frozen; returns the model given.
 
-    Raises: ConfigError as `hf.find_tensors`, before anything is read.
+    Raises: ConfigError as `hf.find_tensors`, and without bitsandbytes, before anything is read.
     """
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "weights: nf4 needs bitsandbytes, which is not installed. Install it with `pip install bitsandbytes`, or "
+            "set weights: pretrained, which takes four times the memory."
+        )
     files = hf.find_tensors(model, folder)
 
     def read(name: str, parameter: Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -135,15 +142,3 @@ def quantised_bytes(model: Qwen) -> int:
     """What the model's weights take in memory, packed or not."""
     packed = sum(module.num_bytes for module in model.modules() if isinstance(module, NF4Linear))
     return packed + sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-@torch.no_grad()
-def dequantised(model: Qwen) -> Qwen:
-    """A plain model with the values the quantised one computes with, fp32 and frozen."""
-    with torch.device("meta"):
-        plain = Qwen(model.shape)
-    for path, module in plain.named_modules():
-        for attribute in list(dict(module.named_parameters(recurse=False))):
-            value = getattr(model.get_submodule(path), attribute).detach().float()
-            module.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
-    return plain
