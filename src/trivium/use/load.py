@@ -7,7 +7,6 @@ that is missing is made up. Everything in `use` that needs a model begins here; 
 import re
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -176,7 +175,7 @@ def load(
     logging.disable_progress_bar()
     place = find(name) if isinstance(name, str) else name
     hf.read_shape(place.model_folder)  # refuses what is no Qwen model, and what asks to run code of its own
-    tokenizer = _load_tokenizer(place)
+    tokenizer = read_tokenizer(place)
     model = load_network(place.model_folder, dtype, nf4)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise ConfigError(
@@ -191,16 +190,16 @@ def load(
                 f"{place.folder} was trained against its base in NF4; here it works on the full-precision base, whose "
                 "weights differ a little."
             )
-    _settle_generation(model, place, tokenizer)
-    eos = model.generation_config.eos_token_id
-    template = None
-    with suppress(TriviumError):  # a model without a template that works can still go on with a text
-        template = describe_template(tokenizer)
-    return Loaded(model.eval(), tokenizer, place, template, eos if isinstance(eos, list) else [eos])
+    stop_ids = read_stop_ids(place, tokenizer)
+    _settle_generation(model, place, tokenizer, stop_ids)
+    return Loaded(model.eval(), tokenizer, place, read_template(tokenizer), stop_ids)
 
 
-def _load_tokenizer(place: Place) -> Any:
-    """The adapter's or model's own tokenizer; an adapter without one speaks its base's language."""
+def read_tokenizer(place: Place) -> Any:
+    """The adapter's or model's own tokenizer; an adapter without one speaks its base's language.
+
+    Raises: ConfigError when neither has one.
+    """
     for folder in (place.folder, place.base_folder):
         if folder is not None and (folder / "tokenizer.json").is_file():
             return load_tokenizer(folder)
@@ -276,15 +275,32 @@ def load_adapter(model: Any, place: Place) -> Any:
     return adapted
 
 
-def _settle_generation(model: Any, place: Place, tokenizer: Any) -> None:
-    """Where generation stops is the adapter's word before its base's, and the tokenizer's where both are silent."""
+def read_template(tokenizer: Any) -> ChatTemplate | None:
+    """What is known of a tokenizer's chat template; None where there is none, or none that works."""
+    try:
+        return describe_template(tokenizer)
+    except TriviumError:
+        return None
+
+
+def read_stop_ids(place: Place, tokenizer: Any) -> list[int]:
+    """Where generation stops: the adapter's word before its base's, and the tokenizer's where all are silent."""
+    for folder in (place.folder, place.model_folder):
+        for name in ("generation_config.json", "config.json"):
+            eos = hf.read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+            if eos is not None:
+                return [int(token) for token in eos] if isinstance(eos, list) else [int(str(eos))]
+    return [tokenizer.eos_token_id]
+
+
+def _settle_generation(model: Any, place: Place, tokenizer: Any, stop_ids: list[int]) -> None:
+    """How the model chooses tokens is the adapter's word before its base's, too."""
     from transformers import GenerationConfig
 
     network = model.get_base_model() if place.kind == "adapter" else model
-    if place.kind == "adapter" and (place.folder / "generation_config.json").is_file():
+    if (place.folder / "generation_config.json").is_file():
         network.generation_config = GenerationConfig.from_pretrained(place.folder)
-    if network.generation_config.eos_token_id is None:
-        network.generation_config.eos_token_id = tokenizer.eos_token_id
+    network.generation_config.eos_token_id = stop_ids
     if network.generation_config.pad_token_id is None:
         network.generation_config.pad_token_id = tokenizer.pad_token_id
 

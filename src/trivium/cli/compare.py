@@ -1,0 +1,86 @@
+"""`trivium compare`: runs and their base side by side. The table goes to stdout, where the page lies to stderr.
+
+The work is `trivium.use.compare`, the page `trivium.report.comparison`; here are flags and printing.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from trivium.cli.progress import waiting
+
+if TYPE_CHECKING:
+    from trivium.use.compare import Comparison
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="RUN...")
+@click.option("--prompts", type=FILE, help="Prompts, with answers or without, that every model is asked.")
+@click.option("--held-out", type=FILE, help="Measure the loss on this file. Default: the first run's held-out set.")
+@click.option("--general", type=FILE, help="Texts of another kind: the loss on them tells what was forgotten.")
+@click.option("--out", type=FILE, default=Path("comparison"), show_default=True, help="Where report.html is written.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
+@click.option("--thinking/--no-thinking", default=False, help="Ask for reasoning, where the template has the switch.")
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+def compare(
+    models: tuple[str, ...],
+    prompts: Path | None,
+    held_out: Path | None,
+    general: Path | None,
+    out: Path,
+    max_new_tokens: int,
+    thinking: bool,
+    as_json: bool,
+) -> None:
+    """Put each RUN and the model it was made from side by side: quality, forgetting, cost, answers.
+
+    A RUN is a run folder; any other model goes, too. Writes report.html and comparison.json into --out.
+
+    \b
+    Examples:
+      trivium compare runs/lora runs/qlora runs/full --prompts questions.jsonl
+      trivium compare runs/lora --general encyclopedia.jsonl --json
+    """
+    from trivium.report.comparison import as_json as to_json
+    from trivium.report.comparison import write_comparison
+    from trivium.use.compare import compare as put_side_by_side
+
+    with waiting() as wait:
+        comparison = put_side_by_side(
+            models,
+            prompts=prompts,
+            held_out=held_out,
+            general=general,
+            max_new_tokens=max_new_tokens,
+            thinking=thinking,
+            note=wait.note,
+            bar=wait.bar,
+        )
+    page = write_comparison(comparison, out)
+    if as_json:
+        click.echo(to_json(comparison), nl=False)
+    else:
+        print_table(comparison)
+    click.echo(f"report: {page}", err=True)
+
+
+def print_table(comparison: "Comparison") -> None:
+    """The figures on stdout, the best of each line bold."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from trivium.report.comparison import table
+
+    grid = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
+    grid.add_column("")
+    for model in comparison.models:
+        grid.add_column(Text(model.name), justify="right", overflow="fold")
+    for row in table(comparison):
+        texts = [Text(row.text(v), style="bold" if v is not None and v == row.best else "") for v in row.values]
+        grid.add_row(Text(row.label, style="dim"), *texts)
+    console = Console()
+    console.print(grid, width=None if console.is_terminal else 40 + 24 * len(comparison.models))

@@ -1,0 +1,272 @@
+"""A comparison as a table, and as `report.html` with its figures, bars and answers side by side.
+
+The page needs no network, no scripts and no other file, and looks like a run's own report. What models say is escaped:
+it can be anything. Comparing is `use.compare`. Used by the command line and the quickstart.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+from trivium.files import atomic_write
+from trivium.report.style import CSS
+from trivium.use.answers import Answer, Question, matches
+from trivium.use.compare import Comparison, Contender
+
+SHOWN_QUESTIONS = 20
+TABLE_CSS = """
+table { width: 100%; table-layout: fixed; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th { width: 12rem; font-weight: 400; text-align: left; }
+thead th[scope] {
+  width: auto; padding: 0 0 0.3rem 1.5rem; text-align: right; vertical-align: bottom; font-weight: 600;
+  overflow-wrap: anywhere;
+}
+thead th small { display: block; font-weight: 400; }
+tbody th { color: var(--muted); white-space: nowrap; }
+tbody th, td { padding: 0.42rem 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
+td { padding-left: 1.5rem; text-align: right; white-space: nowrap; }
+tr.group th { padding-top: 1.5rem; color: var(--ink); font-weight: 600; }
+td.best { color: var(--held-out); font-weight: 600; }
+.bar { display: block; height: 4px; margin: 0.25rem 0 0.15rem auto; border-radius: 2px; background: var(--train); }
+td.best .bar { background: var(--held-out); }
+.prompt { margin: 2rem 0 0.6rem; white-space: pre-wrap; font-weight: 600; }
+.prompt small { display: block; font-weight: 400; }
+.strip { grid-auto-columns: minmax(10.5rem, 1fr); }
+.strip figcaption { display: flex; justify-content: space-between; gap: 1rem; }
+.strip .expected { border-style: dashed; background: none; }
+.right { color: var(--good); }
+.strip figcaption b { font-weight: 600; color: var(--ink); overflow-wrap: anywhere; }
+mark {
+  padding: 0 0.1em; color: inherit; border-bottom: 2px solid var(--floor);
+  background: color-mix(in srgb, var(--floor) 22%, transparent);
+}
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a figure of every model.
+
+    Attributes:
+        group: `Quality`, `Forgetting` or `Cost`.
+        values: None where a model has none.
+        form: how a value is written, as str.format has it, or `bytes` or `seconds`.
+        better: which is the better value; None for costs, which are stated and not judged.
+    """
+
+    group: str
+    label: str
+    values: list[float | None]
+    form: str
+    better: Literal["low", "high"] | None = None
+
+    @property
+    def best(self) -> float | None:
+        """The best value, where there are several to choose from."""
+        known = [value for value in self.values if value is not None]
+        if self.better is None or len(set(known)) < 2:
+            return None
+        return min(known) if self.better == "low" else max(known)
+
+    def text(self, value: float | None) -> str:
+        """A value as people read it."""
+        if value is None:
+            return "-"
+        if self.form == "bytes":
+            unit, size = next(((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20)) if value >= s), ("KiB", 2**10))
+            return f"{value / size:,.1f} {unit}"
+        if self.form == "seconds":
+            return f"{value:,.1f} s" if value < 60 else f"{value // 60:,.0f} min {value % 60:.0f} s"
+        return self.form.format(value)
+
+
+def table(comparison: Comparison) -> list[Row]:
+    """The figures, a line each; lines that nobody has a value for are left out."""
+    models = comparison.models
+
+    def of(part: str, figure: str) -> list[float | None]:
+        return [getattr(getattr(model, part), figure, None) for model in models]
+
+    rows = [
+        Row("Quality", "held-out loss", of("held_out", "loss"), "{:.4f}", "low"),
+        Row("Quality", "exact match", of("scores", "exact_match"), "{:.1%}", "high"),
+        Row("Quality", "valid JSON", of("scores", "json_valid"), "{:.1%}", "high"),
+        Row("Quality", "stop rate", of("scores", "stop_rate"), "{:.1%}", "high"),
+        Row("Forgetting", "general loss", of("general", "loss"), "{:.4f}"),
+        Row("Forgetting", "rise of general loss", [comparison.forgotten(m) for m in models], "{:+.4f}", "low"),
+        Row("Cost", "parameters trained", [m.num_trained_params for m in models], "{:,.0f}"),
+        Row("Cost", "training time", [m.train_seconds for m in models], "seconds"),
+        Row("Cost", "tokens a second", [m.tokens_per_second for m in models], "{:,.0f}"),
+        Row("Cost", "peak memory, GiB", [m.peak_memory_gib for m in models], "{:.2f}"),
+        Row("Cost", "size on disk", [m.size_bytes for m in models], "bytes"),
+    ]
+    if not comparison.one_language:
+        bits = of("held_out", "bits_per_byte")
+        rows.insert(1, Row("Quality", "held-out bits a byte", bits, "{:.4f}", "low"))
+    return [row for row in rows if any(value is not None for value in row.values)]
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> Path:
+    """Write comparison.json and report.html into a folder, and return the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "comparison.json", as_json(comparison))
+    atomic_write(folder / "report.html", render(comparison))
+    return folder / "report.html"
+
+
+def as_json(comparison: Comparison) -> str:
+    """All of it, for programs."""
+    content = asdict(comparison)
+    for model, entry in zip(comparison.models, content["models"], strict=True):
+        entry["forgotten"] = comparison.forgotten(model)
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def render(comparison: Comparison) -> str:
+    """The whole page."""
+    title = _title(comparison)
+    sections = [_header(comparison), _summary(comparison), _figures(comparison), _answers(comparison)]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)} - Trivium</title>\n<style>{CSS}{TABLE_CSS}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _title(comparison: Comparison) -> str:
+    """The runs, and what they were made from."""
+    bases = {model.base for model in comparison.models}
+    names = [model.name for model in comparison.models if model.name not in bases]
+    return ", ".join(names) + (" beside their base" if bases - {None} else "")
+
+
+def _header(comparison: Comparison) -> str:
+    return (
+        f"<header>\n<h1>{escape(_title(comparison))}</h1>\n<p>The same prompts and held-out sets through every model, "
+        "asked in one way, with the likeliest token each time. Costs are what each run recorded.</p>\n</header>"
+    )
+
+
+def _summary(comparison: Comparison) -> str:
+    rows = "\n".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in _facts(comparison))
+    notes = "\n".join(f'<p class="note">{escape(note)}</p>' for note in comparison.notes)
+    return f"<section>\n<h2>In short</h2>\n<dl>\n{rows}\n</dl>\n{notes}</section>"
+
+
+def _facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
+    """The summary's labels and values, as HTML."""
+    for row in table(comparison):
+        if row.best is not None:
+            winners = [m.name for m, value in zip(comparison.models, row.values, strict=True) if value == row.best]
+            word = "Lowest" if row.better == "low" else "Highest"
+            names = escape(", ".join(winners))
+            yield f"{word} {row.label}", f"{row.text(row.best)} <small>{names}</small>"
+    if comparison.held_out:
+        yield "Held-out loss on", escape(comparison.held_out)
+    if comparison.general:
+        yield "General loss on", escape(comparison.general)
+    if comparison.questions:
+        yield "Prompts", f"{len(comparison.questions):,}"
+
+
+def _figures(comparison: Comparison) -> str:
+    """The table: models are columns, as their answers are."""
+    columns = "".join(f'<th scope="col">{_heading(model, comparison)}</th>' for model in comparison.models)
+    body = []
+    for group, rows in groupby(table(comparison), key=lambda row: row.group):
+        body.append(f'<tr class="group"><th colspan="{len(comparison.models) + 1}">{group}</th></tr>')
+        body += [f'<tr><th scope="row">{row.label}</th>{"".join(_cells(row))}</tr>' for row in rows]
+    return (
+        '<section>\n<h2>Figures</h2>\n<div class="wide">\n'
+        f'<table style="min-width:{12 + 8 * len(comparison.models)}rem">\n<thead>\n'
+        f"<tr><th></th>{columns}</tr>\n</thead>\n<tbody>\n"
+        + "\n".join(body)
+        + '\n</tbody>\n</table>\n</div>\n<p class="note">Losses are nats a token. The best value of a line is '
+        "coloured; costs are stated and not judged. A dash: not recorded, or nothing to measure.</p>\n</section>"
+    )
+
+
+def _heading(model: Contender, comparison: Comparison) -> str:
+    """A model's name, how it came about, and whether others came from it."""
+    is_base = any(other.base == model.name for other in comparison.models)
+    kind = ", ".join(word for word in (model.method or "", "the base" if is_base else "") if word)
+    return f"{escape(model.name)}<small>{escape(kind) or '&nbsp;'}</small>"
+
+
+def _cells(row: Row) -> Iterator[str]:
+    """Values with a bar as long as their share of the line's largest; a rise or fall has none."""
+    largest = max(abs(value) for value in row.values if value is not None) or 1
+    for value in row.values:
+        best = ' class="best"' if value is not None and value == row.best else ""
+        width = 0 if value is None or "+" in row.form else 100 * value / largest
+        bar = f'<i class="bar" style="width:{width:.1f}%"></i>' if width else ""
+        yield f"<td{best}>{row.text(value)}{bar}</td>"
+
+
+def _answers(comparison: Comparison) -> str:
+    """For each prompt the expected answer and every model's, side by side."""
+    if not comparison.questions:
+        return ""
+    parts = []
+    for index, question in enumerate(comparison.questions[:SHOWN_QUESTIONS]):
+        given = [(model, model.answers[index]) for model in comparison.models]
+        reference = question.answer if question.answer is not None else given[0][1].text
+        cards = [_card(model.name, question, answer, reference) for model, answer in given]
+        if question.answer is not None:
+            expected = f"<figcaption>expected</figcaption>\n<blockquote>{escape(question.answer)}</blockquote>"
+            cards.insert(0, f'<figure class="expected">\n{expected}\n</figure>\n')
+        parts.append(f'{_prompt(question)}\n<div class="strip" tabindex="0">\n{"".join(cards)}</div>')
+    more = len(comparison.questions) - SHOWN_QUESTIONS
+    if more > 0:
+        parts.append(f'<p class="note">{more:,} more prompts and answers are in comparison.json.</p>')
+    against = "the expected answer" if comparison.questions[0].answer is not None else "the first model's answer"
+    return (
+        f'<section>\n<h2>Answers</h2>\n<p class="note">Marked: the first difference to {against}.</p>\n'
+        + "\n".join(parts)
+        + "\n</section>"
+    )
+
+
+def _prompt(question: Question) -> str:
+    """The turns; only a lone question needs no roles."""
+    if len(question.turns) == 1:
+        return f'<p class="prompt">{escape(question.text)}</p>'
+    lines = [
+        f"<small>{escape(str(turn.get('role')))}</small>{escape(str(turn.get('content') or ''))}"
+        for turn in question.turns
+    ]
+    return f'<p class="prompt">{"".join(lines)}</p>'
+
+
+def _card(name: str, question: Question, answer: Answer, reference: str) -> str:
+    state = ""
+    if matches(question, answer):
+        state = '<span class="right">exact</span>'
+    elif not answer.stopped:
+        state = "<span>cut off</span>"
+    text = _marked(answer.text.strip(), reference.strip()) or '<span class="absent">nothing</span>'
+    return (
+        f"<figure>\n<figcaption><b>{escape(name)}</b>{state}</figcaption>\n<blockquote>{text}</blockquote>\n</figure>\n"
+    )
+
+
+def _marked(text: str, reference: str) -> str:
+    """A text as HTML, with the first word marked that differs from the reference; the end where it ends too soon."""
+    if text == reference:
+        return escape(text)
+    words, others = re.findall(r"\s+|\S+", text), re.findall(r"\s+|\S+", reference)
+    same = 0
+    while same < min(len(words), len(others)) and words[same] == others[same]:
+        same += 1
+    if same < len(words) and words[same].isspace() and same + 1 < len(words):
+        same += 1
+    before, marked, after = "".join(words[:same]), "".join(words[same : same + 1]), "".join(words[same + 1 :])
+    return f"{escape(before)}<mark>{escape(marked) or '&hellip;'}</mark>{escape(after)}"
