@@ -1,9 +1,7 @@
-"""`trivium compare` in a real process: the table on stdout, the page in a folder, all of it as JSON."""
+"""`trivium compare`: the table on stdout, the page in a folder, all of it as JSON."""
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -11,11 +9,6 @@ from click.testing import CliRunner
 from tests.use.conftest import PAIRS
 from tests.use.models import STORIES, make_adapter, make_base, make_run
 from trivium.cli.main import trivium as cli
-
-
-def trivium(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trivium.cli", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def test_a_run_beside_its_base(tmp_path: Path, monkeypatch):
@@ -26,15 +19,15 @@ def test_a_run_beside_its_base(tmp_path: Path, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES))
     files = ("--prompts", "prompts.jsonl", "--held-out", "texts.jsonl", "--max-new-tokens", "6")
-    done = trivium(tmp_path, "compare", "runs/tuned", *files)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["compare", "runs/tuned", *files])
+    assert done.exit_code == 0, done.stderr
     header, *lines = done.stdout.splitlines()
     assert header.split() == ["base", "tuned"]
     figures = {label: values for label, *values in (re.split(r"\s{2,}", line.strip()) for line in lines)}
     assert len(figures["held-out loss"]) == 2 and figures["training time"][0] == "-"
     assert "NF4" in done.stderr and "report: comparison/report.html" in done.stderr
     assert "tuned beside their base" in (tmp_path / "comparison" / "report.html").read_text()
-    monkeypatch.chdir(tmp_path)
     again = CliRunner().invoke(cli, ["compare", "runs/tuned", *files, "--json", "--out", "elsewhere"])
     assert again.exit_code == 0, again.stderr
     found = json.loads(again.stdout)

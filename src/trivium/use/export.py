@@ -26,7 +26,8 @@ from trivium.use.held_out import passages_of_run
 from trivium.use.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Loaded, Place, find, load, load_network
 
 MAX_DIFFERENCE = 1e-4
-NUM_PROMPTS, MAX_PROMPT_TOKENS = 8, 512
+# All logits of a prompt are kept to be compared: 8 prompts of 128 tokens are 0.6 GB with Qwen's vocabulary.
+NUM_PROMPTS, MAX_PROMPT_TOKENS = 8, 128
 BUILT_IN_PROMPTS = (
     "What is the capital of France, and which river flows through it?",
     "Once upon a time, there was a little fox who could not sleep.",
