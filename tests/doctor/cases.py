@@ -12,7 +12,7 @@ import torch
 from trivium.config import Run, with_method_defaults
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.doctor.case import Case, Trial, build_trial, read_conversations
-from trivium.doctor.examine import CASE_RULES, RUN_RULES, TRIAL_RULES
+from trivium.doctor.examine import CASE_RULES, RUN_RULES, try_out
 from trivium.doctor.findings import Finding, look
 from trivium.engine.device import Machine
 from trivium.engine.setup import prepare
@@ -39,6 +39,19 @@ def byte_tokenizer(folder: Path, template: str | None = None) -> Path:
     train_tokenizer(["a"], "byte", 259, folder)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def thinking_tokenizer(folder: Path) -> Path:
+    """262 tokens and more with Qwen3's own template: its control tokens, and bytes for all else."""
+    from tokenizers import AddedToken
+
+    tokenizer = load_tokenizer(byte_tokenizer(folder / "plain"))
+    control = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in control])
+    config = json.loads((real_tokenizer("qwen3") / "tokenizer_config.json").read_text())
+    tokenizer.chat_template = config["chat_template"]
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -127,7 +140,7 @@ def found_in(subject: Run | Case | Trial) -> dict[str, Finding]:
     elif isinstance(subject, Case):
         findings = look(CASE_RULES, subject)
     else:
-        findings = look(TRIAL_RULES, subject)
+        findings = list(try_out(subject, frozenset()))
     return {finding.id: finding for finding in findings}
 
 

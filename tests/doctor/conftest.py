@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doctor.cases import byte_tokenizer, chat_rows, text_rows, write_base, write_rows
+from tests.doctor.cases import byte_tokenizer, chat_rows, text_rows, thinking_tokenizer, write_base, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +16,13 @@ def tokenizer(tmp_path_factory) -> Path:
 def base(tmp_path_factory, tokenizer) -> Path:
     """A tied model with ChatML that stops at the end of a turn."""
     return write_base(tmp_path_factory.mktemp("base") / "model", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def thinker(tmp_path_factory) -> Path:
+    """A model with Qwen3's template, which knows reasoning and tools."""
+    folder = tmp_path_factory.mktemp("thinker")
+    return write_base(folder / "model", thinking_tokenizer(folder / "tokenizer"))
 
 
 @pytest.fixture(scope="session")

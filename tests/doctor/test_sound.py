@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.doctor.cases import TURN_END, case_of, found_in, real_tokenizer, run_of, trial_of, write_base
+from tests.doctor.cases import (
+    case_of,
+    chat_rows,
+    found_in,
+    real_tokenizer,
+    run_of,
+    trial_of,
+    write_base,
+    write_rows,
+)
 
 SHAPE = {
     "shape": {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -45,17 +54,28 @@ def test_documents_on_a_base_model_are_told_of_being_few(tokenizer, texts, tmp_p
     assert found_in(trial_of(case, tmp_path / "trial")) == {}
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-instruct", "qwen3"])
-def test_the_real_tokenizers(name, chats, tmp_path):
-    folder = real_tokenizer(name)
-    base = write_base(tmp_path / "base", folder, stops=[151645, 151643], vocab_size=151936)
+def test_reasoning_and_tools(thinker, tmp_path):
+    call = {"type": "function", "function": {"name": "rain", "arguments": '{"city": "Ulm"}'}}
+    turns = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "reasoning_content": "first", "content": "1"},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "dry"},
+        {"role": "assistant", "reasoning_content": "it is dry", "content": "No."},
+    ]
+    rows = write_rows(tmp_path / "rows.jsonl", [*[{"messages": turns}] * 9, *chat_rows()])
+    no_findings(run_of(tmp_path, rows, method="lora", model=str(thinker), data={"seq_len": 256}), tmp_path)
+
+
+def test_a_real_chat_tokenizer(chats, tmp_path):
+    base = write_base(tmp_path / "base", real_tokenizer("qwen3"), stops=[151645, 151643], vocab_size=151936)
     no_findings(run_of(tmp_path, chats, method="lora", model=str(base), data={"held_out": 0.0}), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-base", "qwen3-base"])
-def test_a_real_base_model_is_only_told_what_its_servers_read(name, chats, tmp_path):
-    folder = real_tokenizer(name)
-    base = write_base(tmp_path / "base", folder, stops=[151643], vocab_size=151936)
+def test_a_real_base_is_only_told_what_its_servers_read(chats, tmp_path):
+    base = write_base(tmp_path / "base", real_tokenizer("qwen2.5-base"), stops=[151643], vocab_size=151936)
     case = case_of(run_of(tmp_path, chats, method="lora", model=str(base), data={"held_out": 0.0}))
-    assert {name: finding.severity for name, finding in found_in(case).items()} == {"Q05": "warning"}
-    assert "151645" in found_in(case)["Q05"].trouble.todo and TURN_END != 151645
+    found = found_in(case)
+    assert {name: finding.severity for name, finding in found.items()} == {"Q05": "warning"}
+    assert "151645" in found["Q05"].trouble.todo

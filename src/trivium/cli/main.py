@@ -20,8 +20,8 @@ from trivium.errors import TriviumError
 
 VERBS = {
     "quickstart": "Watch a small model learn on this machine, from nothing to text, in minutes.",
-    "doctor": "Find what would make a run fail, or silently learn the wrong thing.",
     "train": "Train as a run file says; the same command again goes on where it stopped.",
+    "doctor": "Find what would make a run fail, or silently learn the wrong thing.",
     "data": "Build and inspect token stores.",
     "tokenizer": "Train and inspect tokenizers.",
     "model": "List the models, and find one for a parameter budget.",

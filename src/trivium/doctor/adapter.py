@@ -81,7 +81,7 @@ def on_tied_embeddings(facts: AdapterFacts) -> Trouble | None:
 def half_saved(facts: AdapterFacts) -> Trouble | None:
     """Q07: a whole copy of only one end of a tied pair, or of both without saying that they are tied."""
     saved = facts.modules("modules_to_save") & {EMBEDDING, HEAD}
-    if not facts.tied or not saved or (len(saved) == 2 and facts.content.get("ensure_weight_tying")):
+    if not facts.tied or not saved or facts.content.get("ensure_weight_tying"):
         return None
     what = f"only {saved.pop()}" if len(saved) == 1 else "both, without ensure_weight_tying"
     return Trouble(

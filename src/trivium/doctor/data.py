@@ -63,33 +63,33 @@ def reasoning_of(turn: Turn) -> str:
 
 def reasoning_lost(case: Case) -> Trouble | None:
     """Q15: reasoning that the template leaves out, so that it is never learnt."""
-    reasoned = [one for one in case.conversations if any(reasoning_of(turn) for turn in one.turns if turn.weight)]
-    if not reasoned or case.template is None:
-        return None
-    run = case.run
-    encoder = ChatEncoder(case.job.tokenizer, run.data.seq_len, run.data.long_rows, run.loss_tokens == "all")
-    lost = total = 0
-    for conversation in reasoned:
-        with suppress(RowError):
-            encoded = encoder.encode(conversation)
-            if encoded.dropped_turns or encoded.cut_turns:
-                continue
-            learnt = " ".join(
-                str(case.job.tokenizer.decode(sample.ids[sample.weights > 0].tolist())) for sample in encoded.samples
-            )
-            wanted = [reasoning_of(turn) for turn in conversation.turns if turn.weight and reasoning_of(turn)]
-            total += len(wanted)
-            lost += sum(_normal(text) not in _normal(learnt) for text in wanted)
+    if case.run.loss_tokens == "all":
+        lost, what = reasoning_lost_whole(case), "answers looked at"
+    else:
+        lost, what = sum(built.report.get("lost_reasoning_turns", 0) for built in case.job.built), "answers"
     if not lost:
         return None
     return Trouble(
         "warning",
-        f"of {total:,} reasoned answers looked at, the reasoning of {lost:,} is stripped by the chat template "
-        "and never learnt.",
-        "every reasoning in a sample: with loss_tokens: assistant each answer gets one of its own where it must.",
+        f"the reasoning of {lost:,} {what} is stripped by the chat template and never learnt.",
+        "every reasoning in a sample; with loss_tokens: assistant an answer gets a sample of its own where it must.",
         "set loss_tokens: assistant; if it is set, the template knows no reasoning: take a Qwen3 model and its "
         "template, or leave the reasoning out of the rows.",
     )
+
+
+def reasoning_lost_whole(case: Case) -> int:
+    """How many answers of the first conversations lose their reasoning when a conversation is rendered once, whole."""
+    encoder = ChatEncoder(case.job.tokenizer, case.run.data.seq_len, all_tokens=True) if case.conversations else None
+    lost = 0
+    for conversation in case.conversations:
+        wanted = [text for turn in conversation.turns if turn.weight and (text := reasoning_of(turn))]
+        if wanted and encoder is not None:
+            with suppress(RowError):
+                ids = np.concatenate([sample.ids for sample in encoder.encode(conversation).samples])
+                learnt = _normal(str(case.job.tokenizer.decode(ids.tolist())))
+                lost += sum(_normal(text) not in learnt for text in wanted)
+    return lost
 
 
 def _normal(text: str) -> str:

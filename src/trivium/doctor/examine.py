@@ -1,10 +1,10 @@
-"""The doctor: every rule put to a run, in three rounds, each of which presumes that the last one found no error.
+"""The doctor: every rule put to a run, in rounds, each of which presumes that the last one found no error.
 
     the run alone      what is installed, writable, and named as the model        before anything is prepared
     the case           tokens, data, numbers, memory, disk                        once tokenizer and stores are there
-    the trial          a step, a checkpoint, isolation, the loss                  with the model loaded
+    the trial          the engine's state, then a step, then what it promises     with the model loaded
 
-`trivium doctor` asks all three. The start of `trivium train` asks the first two: beside the preparation that training
+`trivium doctor` asks all. The start of `trivium train` asks the first two: beside the preparation that training
 needs anyway they take a fraction of a second, since they read a bounded number of samples and rows and no weights but
 a few rows of the embedding. Prints nothing. Imported by the command line.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trivium.config import Run
 from trivium.doctor import adapter, data, machine, numbers, tokens, trial
-from trivium.doctor.case import Case, build_trial, read_conversations
+from trivium.doctor.case import Case, Trial, build_trial, read_conversations
 from trivium.doctor.findings import Finding, known_ids, look, refusal, stopping
 from trivium.engine.device import probe
 from trivium.engine.runfolder import RunFolder
@@ -23,8 +23,8 @@ from trivium.engine.setup import prepare
 
 RUN_RULES = (*machine.RUN_RULES, *adapter.RUN_RULES)
 CASE_RULES = (*tokens.RULES, *data.RULES, *numbers.RULES, *machine.RULES)
-TRIAL_RULES = (*adapter.TRIAL_RULES, *trial.RULES)
-IDS = frozenset(rule.id for rules in (RUN_RULES, CASE_RULES, TRIAL_RULES) for rule in rules)
+TRIAL_ROUNDS = ((*adapter.TRIAL_RULES, *trial.STATE_RULES), trial.STEP_RULES, trial.PROMISE_RULES)
+IDS = frozenset(rule.id for rules in (RUN_RULES, CASE_RULES, *TRIAL_ROUNDS) for rule in rules)
 
 
 def allowed_ids(given: tuple[str, ...]) -> frozenset[str]:
@@ -55,7 +55,16 @@ def examine(run: Run, allowed: frozenset[str], note: Callable[[str], None]) -> I
     runs_dir = Path(run.runs_dir)
     runs_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=runs_dir) as folder:
-        yield from look(TRIAL_RULES, build_trial(case, Path(folder)))
+        yield from try_out(build_trial(case, Path(folder)), allowed)
+
+
+def try_out(the_trial: Trial, allowed: frozenset[str]) -> Iterator[Finding]:
+    """What is found with the model loaded."""
+    for rules in TRIAL_ROUNDS:
+        found = look(rules, the_trial)
+        yield from found
+        if stopping(found, allowed):
+            return
 
 
 def require_sound_start(run: Run, allowed: frozenset[str], note: Callable[[str], None]) -> list[Finding]:

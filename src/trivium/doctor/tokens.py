@@ -25,6 +25,7 @@ MIN_ENDED_SHARE = 0.99
 QWEN_ROWS = (151_936, 152_064)
 QWEN_TOKENS = (151_665, 151_669)
 THINK, END_THINK = "<think>", "</think>"
+MAX_EMPTY_THINK_TOKENS = 4
 
 
 def pad_equals_end(case: Case) -> Trouble | None:
@@ -246,15 +247,10 @@ def learnt_runs(sample: Sample) -> list[tuple[int, int]]:
 
 def empty_think_learnt(case: Case) -> Trouble | None:
     """Q14: the empty think block of answers without reasoning among the learnt tokens."""
-    vocab = case.job.tokenizer.get_vocab()
-    if case.template is None or not case.template.has_thinking_switch or not {THINK, END_THINK} <= set(vocab):
+    control = case.job.tokenizer.get_added_vocab()
+    if case.template is None or not case.template.has_thinking_switch or THINK not in control:
         return None
-    begin, end = vocab[THINK], vocab[END_THINK]
-    count = 0
-    for sample in case.samples:
-        places = np.flatnonzero((sample.ids == begin) & (sample.weights > 0))
-        places = places[places + 2 < len(sample.ids)]
-        count += bool((sample.ids[places + 2] == end).any())
+    count = sum(_learns_empty_think(case, sample, control[THINK]) for sample in case.samples)
     if not count:
         return None
     return Trouble(
@@ -263,6 +259,15 @@ def empty_think_learnt(case: Case) -> Trouble | None:
         "the block in the prompt, where serving with enable_thinking=False puts it; learnt, it unteaches thinking.",
         "set loss_tokens: assistant, which leaves it in the prompt; or mix in conversations with reasoning.",
     )
+
+
+def _learns_empty_think(case: Case, sample: Sample, begin: int) -> bool:
+    for place in np.flatnonzero((sample.ids == begin) & (sample.weights > 0)).tolist():
+        after = sample.ids[place + 1 : place + MAX_EMPTY_THINK_TOKENS]
+        thought, closed, _ = str(case.job.tokenizer.decode(after.tolist())).partition(END_THINK)
+        if closed and not thought.strip():
+            return True
+    return False
 
 
 def nothing_or_all_learnt(case: Case) -> Trouble | None:
@@ -286,7 +291,7 @@ def nothing_or_all_learnt(case: Case) -> Trouble | None:
         f"in {whole:,} of {len(case.samples):,} samples looked at, conversations by their {case.template.end_of_turn}, "
         "every token carries loss: the user's words are learnt as well.",
         "loss on the answers alone, as loss_tokens: assistant says.",
-        "name the conversations themselves as a source instead of a ready store, or set loss_tokens: all if it is meant.",
+        "name the conversations as a source instead of a ready store of them, or set loss_tokens: all if you mean it.",
     )
 
 

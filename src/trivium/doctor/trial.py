@@ -205,9 +205,9 @@ def masters_in_fp32(trial: Trial) -> Trouble | None:
     )
 
 
-RULES = (
-    Rule[Trial]("Q22", "precision", masters_in_fp32),
-    Rule[Trial]("M04", "step", one_step, TriviumError),
+STATE_RULES = (Rule[Trial]("Q22", "precision", masters_in_fp32),)
+STEP_RULES = (Rule[Trial]("M04", "step", one_step, TriviumError),)
+PROMISE_RULES = (
     Rule[Trial]("Q24", "packing-leak", leaking_documents, TriviumError),
     Rule[Trial]("Q25", "loss-norm", mean_of_means, TriviumError),
     Rule[Trial]("M05", "save-load", saved_and_loaded, TriviumError),

@@ -1,0 +1,83 @@
+"""Rules about adapters: such as PEFT saves them, and mutants of Trivium's own."""
+
+import pytest
+
+from tests.doctor.cases import case_of, found_in, run_of, severity_of, trial_of, write_base
+from trivium.doctor.case import Trial
+
+
+@pytest.fixture(scope="module")
+def untied(tokenizer, tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("untied") / "model", tokenizer, tie=False)
+
+
+def peft_adapter(folder, base, **options):
+    """What stock PEFT saves."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, **{"target_modules": ["q_proj"]} | options)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    return folder
+
+
+def found_for(adapter, chats, tmp_path):
+    return {
+        name: finding.severity
+        for name, finding in found_in(run_of(tmp_path, chats, method="lora", model=str(adapter))).items()
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("tied", "options", "expected"),
+    [
+        (True, {}, {}),
+        (True, {"target_modules": ["q_proj", "embed_tokens"]}, {"Q06": "error"}),
+        (False, {"target_modules": ["q_proj", "lm_head"]}, {}),
+        (True, {"modules_to_save": ["embed_tokens"]}, {"Q07": "warning"}),
+        (True, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"Q07": "warning"}),
+        (True, {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, {}),
+        (False, {"modules_to_save": ["embed_tokens", "lm_head"]}, {}),
+        (True, {"trainable_token_indices": [257, 258]}, {}),
+        (False, {"trainable_token_indices": [257, 258]}, {"Q09": "error"}),
+        (False, {"trainable_token_indices": {"embed_tokens": [258], "lm_head": [258]}}, {}),
+    ],
+)
+def test_adapters_that_a_user_brings(tied, options, expected, base, untied, chats, tmp_path):
+    adapter = peft_adapter(tmp_path / "adapter", base if tied else untied, **options)
+    assert found_for(adapter, chats, tmp_path) == expected | {"M06": "error"}
+
+
+def test_m06_says_which_base_to_begin_from(base, chats, tmp_path):
+    adapter = peft_adapter(tmp_path / "adapter", base)
+    trouble = found_in(run_of(tmp_path, chats, method="lora", model=str(adapter)))["M06"].trouble
+    assert str(base) in trouble.todo and "export" in trouble.todo
+
+
+def mutated(trial: Trial, **settings) -> Trial:
+    for name, value in settings.items():
+        setattr(trial.engine.model.peft_config["default"], name, value)
+    return trial
+
+
+@pytest.mark.parametrize(
+    ("tied", "settings", "name"),
+    [
+        (True, {"target_modules": {"q_proj", "lm_head"}}, "Q06"),
+        (True, {"modules_to_save": ["lm_head"]}, "Q07"),
+        (False, {"trainable_token_indices": [258]}, "Q09"),
+    ],
+)
+def test_an_engine_that_would_save_such_an_adapter_is_caught(tied, settings, name, base, untied, chats, tmp_path):
+    case = case_of(run_of(tmp_path, chats, method="lora", model=str(base if tied else untied)))
+    trial = trial_of(case, tmp_path / "trial")
+    assert severity_of(trial, name) is None
+    assert severity_of(mutated(trial, **settings), name) is not None
+
+
+def test_trained_token_rows_of_untied_models_are_at_both_ends(untied, chats, tmp_path):
+    run = run_of(tmp_path, chats, method="lora", model=str(untied), adapter={"train_tokens": ["<|im_end|>"]})
+    trial = trial_of(case_of(run), tmp_path / "trial")
+    assert set(trial.engine.model.peft_config["default"].trainable_token_indices) == {"embed_tokens", "lm_head"}
+    assert found_in(trial) == {}
