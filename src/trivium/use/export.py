@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from trivium.data.pack import NO_LABEL
 from trivium.errors import ConfigError, TriviumError
 from trivium.files import fsync_directory, require_free_space
 from trivium.model import hf
 from trivium.report.record import read_record
 from trivium.use.answers import Question, prompt_text
-from trivium.use.held_out import passages_of_run
+from trivium.use.held_out import Passage, passages_of_run
 from trivium.use.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Loaded, Place, find, load, load_network
 
 MAX_DIFFERENCE = 1e-4
@@ -134,7 +135,7 @@ def _cast(network: Any, dtype: torch.dtype) -> Any:
     return network
 
 
-def _against_quantised(place: Place, prompts: list[list[int]], merged: Logits, note: Note) -> dict[str, Any]:
+def _against_quantised(place: Place, prompts: list[Passage], merged: Logits, note: Note) -> dict[str, Any]:
     """How far the merged model is from what was trained: the adapter on its NF4 base."""
     note(f"{place.folder} was trained against its base in NF4, which no merged model holds; measuring the difference")
     try:
@@ -185,28 +186,28 @@ def _copy_tokenizer(place: Place, beside: Path) -> None:
             return
 
 
-def check_prompts(loaded: Loaded, note: Note) -> tuple[list[list[int]], str]:
-    """Token ids to compare logits on, the realest to be had: held-out documents, sample prompts, else built-in ones."""
+def check_prompts(loaded: Loaded, note: Note) -> tuple[list[Passage], str]:
+    """What to compare logits on, the realest to be had: held-out documents, sample prompts, else built-in ones."""
     run_folder = loaded.place.run_folder
     if run_folder is not None:
         with suppress(TriviumError, OSError):  # a run whose data is gone can still be exported
             passages = passages_of_run(run_folder, note)
             chosen = passages[:: max(1, len(passages) // NUM_PROMPTS)][:NUM_PROMPTS]
-            return [passage.ids[:MAX_PROMPT_TOKENS].tolist() for passage in chosen], "held-out documents"
+            return [passage.end(MAX_PROMPT_TOKENS) for passage in chosen], "held-out documents"
     given = read_record(run_folder).config.get("sample") if run_folder is not None else None
     prompts = (given.get("prompts") if isinstance(given, dict) else None) or []
     source = "sample prompts" if prompts else "built-in prompts"
     questions = [Question([{"role": "user", "content": prompt}]) for prompt in prompts or BUILT_IN_PROMPTS]
     texts = [prompt_text(loaded.tokenizer, question, loaded.converses, thinking=False) for question in questions]
-    return [ids[:MAX_PROMPT_TOKENS] for ids in loaded.tokenizer(texts).input_ids], source
+    return [Passage.of(ids).end(MAX_PROMPT_TOKENS) for ids in loaded.tokenizer(texts).input_ids], source
 
 
 @torch.inference_mode()
-def logits_of(network: Any, prompts: Sequence[list[int]]) -> Logits:
+def logits_of(network: Any, prompts: Sequence[Passage]) -> Logits:
     """Logits [tokens, vocabulary] of each prompt, fp32, on the host."""
     found = []
-    for ids in prompts:
-        inputs = torch.tensor([ids], device=network.device)
+    for prompt in prompts:
+        inputs = torch.from_numpy(prompt.ids)[None].to(network.device)
         found.append(network(input_ids=inputs, use_cache=False).logits[0].float().cpu())
     return found
 
@@ -216,13 +217,11 @@ def difference(left: Logits, right: Logits) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
 
 
-def mean_loss(logits: Logits, prompts: Sequence[list[int]]) -> float:
-    """Mean loss of the prompts' own tokens, nats a token."""
-    losses = [
-        cross_entropy(each[:-1], torch.tensor(ids[1:]), reduction="sum")
-        for each, ids in zip(logits, prompts, strict=True)
-    ]
-    return float(sum(losses)) / max(1, sum(len(ids) - 1 for ids in prompts))
+def mean_loss(logits: Logits, prompts: Sequence[Passage]) -> float:
+    """Mean loss of the prompts' supervised tokens, nats a token."""
+    labels = [torch.from_numpy(prompt.labels) for prompt in prompts]
+    losses = [cross_entropy(each, label, reduction="sum") for each, label in zip(logits, labels, strict=True)]
+    return float(sum(losses)) / max(1, sum(int((label != NO_LABEL).sum()) for label in labels))
 
 
 def _require_equal(expected: Logits, reloaded: Logits, what: str) -> float:

@@ -46,6 +46,16 @@ class Passage:
     labels: np.ndarray
     weights: np.ndarray
 
+    @classmethod
+    def of(cls, ids: Sequence[int]) -> "Passage":
+        """A text each of whose tokens is the label of the one before it."""
+        whole = np.array(ids, dtype=np.int64)
+        return cls(whole, np.append(whole[1:], NO_LABEL), np.ones(len(whole), dtype=np.float32))
+
+    def end(self, num_tokens: int) -> "Passage":
+        """Its last tokens, where a conversation has its answer."""
+        return Passage(self.ids[-num_tokens:], self.labels[-num_tokens:], self.weights[-num_tokens:])
+
 
 @dataclass(frozen=True)
 class HeldOut:
