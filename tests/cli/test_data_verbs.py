@@ -1,13 +1,17 @@
 """`trivium data` and `trivium tokenizer`: paths and figures on stdout, remarks on stderr, exit codes as promised."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
 
+from tests.data.test_mmap import IGNORED, write_set
 from trivium.cli.main import trivium
+from trivium.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def test_from_text_to_tokenizer_to_store_to_eyes(tmp_path, stories):
     assert "vocab_size" in call("tokenizer", "inspect", folder).stdout
 
     built = call("data", "build", stories, "--tokenizer", folder, "--cache-dir", cache)
-    assert built.exit_code == 0 and "1 of 201 rows refused" in built.stderr
+    assert built.exit_code == 0 and "201 rows = 200 kept + 0 split into several samples + 1 rejected" in built.stderr
     store = built.stdout.strip()
     (report,) = json.loads(call("data", "build", stories, "--tokenizer", folder, "--cache-dir", cache, "--json").stdout)
     assert report["store"] == store and report["rows"] == 201 and report["rejected"] == 1
@@ -45,6 +49,83 @@ def test_from_text_to_tokenizer_to_store_to_eyes(tmp_path, stories):
     found = json.loads(call("data", "inspect", store, stories, "--json").stdout)
     assert [one["unit"] for one in found] == ["tokens", "bytes"] and found[1]["num_documents"] == 200
     assert sum(count for _, count in found[1]["histogram"]) == 200 and found[0]["share"] == 1.0
+
+
+QUESTION = {"role": "user", "content": "2 + 2?"}
+CHATS = [
+    {"messages": [QUESTION, {"role": "assistant", "content": "4"}]},
+    {"messages": [QUESTION, {"role": "assistant", "content": "four", "weight": 0.5}]},
+    {"messages": [QUESTION]},
+]
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """A file of conversations, and options that name a tokenizer and a cache."""
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    train_tokenizer(iter(["abc"]), "byte", 259, tmp_path / "tokenizer")
+    return path
+
+
+def test_conversations_are_built_and_shown_as_they_are_learnt(tmp_path, chats):
+    options = ("--tokenizer", tmp_path / "tokenizer", "--seq-len", 64)
+    seen = call("data", "inspect", chats, *options).stdout
+    assert "3 rows = 2 kept + 0 split into several samples + 1 rejected" in seen
+    assert "refused: no assistant turn, 1 rows\n    chats.jsonl:3: no assistant turn" in seen
+    assert "turn 2 proven: 25 prompt tokens + 2 answer tokens" in seen and "0 documents with reasoning" in seen
+    assert "[[4<|im_end|>]]" in seen and "[[0.5: four<|im_end|>]]" in seen
+    assert "user: 2 + 2?\n[[assistant: 4\n]]" in call("data", "inspect", chats).stdout
+
+    building = ("data", "build", chats, *options, "--cache-dir", tmp_path, "--max-reject-share", 1, "--held-out", 0)
+    built = call(*building)
+    assert "3 rows = 2 kept + 0 split into several samples + 1 rejected" in built.stderr
+    assert "7 tokens carry loss (12.3%)" in built.stderr
+    (found,) = json.loads(call("data", "inspect", built.stdout.strip(), *options[:2], "--json").stdout)
+    assert (found["num_supervised"], found["size"]) == (7, 57)
+    whole = json.loads(call(*building, "--loss-tokens", "all", "--json").stdout)
+    assert whole[0]["supervised_tokens"] == whole[0]["tokens"] - 2
+
+
+def test_fields_and_formats_are_named(tmp_path, chats):
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"frage": "2 + 2?", "antwort": "4"}\n')
+    named = ("--format", "prompt", "--fields", "prompt=frage", "--fields", "answer=antwort")
+    assert "[[assistant: 4\n]]" in call("data", "inspect", odd, *named).stdout
+    assert call("data", "inspect", odd, "--fields", "frage").exit_code == 2
+    wrong = call("data", "inspect", odd, "--fields", "question=frage")
+    assert wrong.exit_code == 2 and "it maps from messages" in wrong.stderr
+    info = tmp_path / "dataset_info.json"
+    info.write_text(
+        json.dumps({"odd": {"file_name": "odd.jsonl", "columns": {"prompt": "frage", "response": "antwort"}}})
+    )
+    assert "[[assistant: 4\n]]" in call("data", "inspect", info, "--dataset", "odd").stdout
+
+
+@pytest.mark.parametrize("no_color", [None, "1"])
+def test_a_terminal_sees_colours_unless_it_wants_none(tmp_path, chats, no_color):
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    main, side = pty.openpty()
+    command = [sys.executable, "-m", "trivium.cli", "data", "inspect", chats]
+    subprocess.run(
+        list(map(str, command)), stdout=side, env=environment | ({"NO_COLOR": no_color} if no_color else {}), check=True
+    )
+    os.close(side)
+    seen = os.read(main, 1 << 16).decode().replace("\r\n", "\n")
+    assert ("\x1b[32massistant: 4" in seen, "\x1b[33massistant: four" in seen) == (not no_color, not no_color)
+    assert ("[[assistant: 4" in seen) == bool(no_color)
+
+
+def test_a_binarized_folder_becomes_a_store(tmp_path):
+    folder, out = tmp_path / "binarized", tmp_path / "imported"
+    folder.mkdir()
+    write_set(folder, "a", [([1, 2, 3], [IGNORED, 2, 3]), ([4], [4])])
+    imported = call("data", "import", folder, "--out", out)
+    assert imported.stdout.strip() == str(out / "tokens") and "2 rows = 1 kept + 0 split" in imported.stderr
+    assert "2 tokens carry loss (66.7%)" in imported.stderr and "no supervised token, 1 rows" in imported.stderr
+    assert "1[[2 3]]" in call("data", "inspect", out).stdout.replace(" [[", "[[")
+    assert call("data", "import", folder, "--out", out).exit_code == 2
+    assert call("data", "import", out, "--out", tmp_path / "other").exit_code == 4
 
 
 def test_bad_data_is_exit_4_and_a_wrong_name_exit_2(tmp_path, stories):

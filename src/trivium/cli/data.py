@@ -1,46 +1,123 @@
-"""`trivium data`: build token stores, and look into stores and sources.
+"""`trivium data`: build and import token stores, and look into stores and sources.
 
-The work is `trivium.data.build` and `trivium.data.inspect`; here are flags and printing. Paths and figures go to
-stdout, progress and remarks to stderr.
+The work is `trivium.data.build`, `imports` and `inspect`; here are flags and printing. Paths and figures go to stdout,
+progress and remarks to stderr.
 """
 
 import json
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import ValidationError
 
 from trivium.config import Data, Source
+from trivium.errors import ConfigError
 
 if TYPE_CHECKING:
+    from trivium.data.build import ConversationSettings
     from trivium.data.inspect import Inspection
+    from trivium.data.show import Shown, Span
 
 DEFAULTS = {name: info.default for name, info in Data.model_fields.items()}
 DOCUMENTS = click.Choice(["file", "paragraph", "line"])
+FORMAT = click.Choice(["auto", "messages", "sharegpt", "alpaca", "prompt", "text"])
 DEFAULT_CACHE_DIR = Path("runs") / "cache"
 MAX_SHOWN_CHARS = 2000
 BAR_COLUMNS = 40
+FULL_WEIGHT = 100
 
 
 @click.group()
 def data() -> None:
-    """Build and inspect token stores."""
+    """Build, import and inspect token stores."""
+
+
+def _pairs(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """OURS=THEIRS, as often as it is given."""
+    if wrong := [value for value in values if "=" not in value]:
+        raise click.BadParameter(f"{wrong[0]!r} is no OURS=THEIRS, such as prompt=question")
+    return dict(value.split("=", 1) for value in values)
+
+
+READING_OPTIONS = [
+    click.option("--field", default="text", show_default=True, help="JSON field or Parquet column with the text."),
+    click.option(
+        "--documents", type=DOCUMENTS, default="file", show_default=True, help="One document of a plain text file."
+    ),
+    click.option("--format", type=FORMAT, default="auto", show_default=True, help="How a row says what it holds."),
+    click.option(
+        "--fields", multiple=True, callback=_pairs, metavar="OURS=THEIRS", help="A field's name, as prompt=question."
+    ),
+    click.option("--dataset", metavar="NAME", help="Entry of the dataset_info.json that SOURCE is."),
+    click.option(
+        "--seq-len",
+        type=click.IntRange(8),
+        default=DEFAULTS["seq_len"],
+        show_default=True,
+        help="Tokens of the longest sample of a conversation.",
+    ),
+    click.option(
+        "--long-rows",
+        type=click.Choice(["drop", "split", "truncate"]),
+        default=DEFAULTS["long_rows"],
+        show_default=True,
+        help="What becomes of turns that do not fit.",
+    ),
+    click.option(
+        "--loss-tokens",
+        type=click.Choice(["assistant", "all"]),
+        default="assistant",
+        show_default=True,
+        help="Tokens of a conversation that carry loss.",
+    ),
+]
+READING_KEYS = ("field", "documents", "format", "fields", "dataset")
+
+
+def reading_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How sources are read: for every verb that reads them."""
+    for option in reversed(READING_OPTIONS):
+        command = option(command)
+    return command
+
+
+def source_of(name: str, field: str, documents: str, **reading: Any) -> Source:
+    """What a SOURCE argument names.
+
+    Raises: ConfigError when the options contradict each other.
+    """
+    place = {"hub": name.removeprefix("hub:")} if name.startswith("hub:") else {"path": name}
+    try:
+        return Source.model_validate({**place, "field": field, "documents": documents, **reading})
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}.") from None
+
+
+def _sources(names: tuple[str, ...], options: dict[str, Any]) -> list[Source]:
+    return [source_of(name, **{key: options[key] for key in READING_KEYS}) for name in names]
+
+
+def _conversations(options: dict[str, Any]) -> "ConversationSettings":
+    from trivium.data.build import ConversationSettings
+
+    return ConversationSettings(options["seq_len"], options["long_rows"], options["loss_tokens"] == "all")
 
 
 @data.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--tokenizer", required=True, help="Tokenizer folder or Hub id.")
+@reading_options
 @click.option(
     "--held-out",
     type=click.FloatRange(0, 1, max_open=True),
     default=DEFAULTS["held_out"],
     show_default=True,
     help="Share of the documents kept out of training.",
-)
-@click.option("--field", default="text", show_default=True, help="JSON field or Parquet column with the text.")
-@click.option(
-    "--documents", type=DOCUMENTS, default="file", show_default=True, help="One document of a plain text file."
 )
 @click.option(
     "--max-reject-share",
@@ -62,16 +139,16 @@ def build(
     sources: tuple[str, ...],
     tokenizer: str,
     held_out: float,
-    field: str,
-    documents: str,
     max_reject_share: float,
     workers: int | None,
     cache_dir: Path,
     as_json: bool,
+    **reading: Any,
 ) -> None:
     """Turn each SOURCE into a token store, or find the one that is there; print where it lies.
 
     A SOURCE is a file or folder of .txt .md .jsonl .json .parquet (also .gz .zst), or hub:ID for a Hub data set.
+    Rows are documents or conversations; which, and in which format, is found out from each file's first rows.
 
     Example: trivium data build stories.jsonl --tokenizer Qwen/Qwen3-0.6B
     """
@@ -79,12 +156,13 @@ def build(
     from trivium.data.tokenizer import load_tokenizer
 
     built = build_sources(
-        [source_of(source, field, documents) for source in sources],
+        _sources(sources, reading),
         load_tokenizer(tokenizer),
         held_out=held_out,
         max_reject_share=max_reject_share,
         max_document_mib=DEFAULTS["max_document_mib"],
         cache_dir=cache_dir,
+        conversations=_conversations(reading),
         workers=workers,
     )
     total = sum(store.report["tokens"] for store in built)
@@ -94,46 +172,88 @@ def build(
         return
     for store in built:
         report = store.report
+        all_tokens = report["tokens"] + report["held_out_tokens"]
         click.echo(
             f"{store.name}: {report['tokens']:,} tokens ({report['tokens'] / total:.1%} of all) in "
             f"{report['documents']:,} documents, {report['held_out_documents']:,} held out, {report['duplicates']:,} "
-            f"duplicates, {report['rejected']:,} of {report['rows']:,} rows refused, "
-            f"{report['control_token_rows']:,} with control tokens written out as text",
+            "duplicates",
             err=True,
         )
+        for line in _row_facts(report):
+            click.echo(f"  {line}", err=True)
+        if report["conversations"]:
+            click.echo(f"  {_loss_facts(report['supervised_tokens'], all_tokens)}", err=True)
         click.echo(store.path)
 
 
-def source_of(name: str, field: str, documents: str) -> Source:
-    """What a SOURCE argument names."""
-    place = {"hub": name.removeprefix("hub:")} if name.startswith("hub:") else {"path": name}
-    return Source.model_validate({**place, "field": field, "documents": documents})
+def _row_facts(counts: dict[str, int]) -> list[str]:
+    """What became of the rows and their turns, under the names of report.json."""
+    turns = {
+        "answers dropped: too long, or nothing stands before them": counts.get("dropped_turns"),
+        "answers cut to fit": counts.get("cut_turns"),
+        "answers whose reasoning the template does not show": counts.get("lost_reasoning_turns"),
+        "rows with control tokens written out in the text": counts.get("control_token_rows"),
+    }
+    return [
+        f"{counts['rows']:,} rows = {counts['kept']:,} kept + {counts['split']:,} split into several samples + "
+        f"{counts['rejected']:,} rejected",
+        *(f"{count:,} {what}" for what, count in turns.items() if count),
+    ]
+
+
+def _loss_facts(num_supervised: int, num_tokens: int) -> str:
+    return f"{num_supervised:,} tokens carry loss ({num_supervised / max(1, num_tokens):.1%})"
+
+
+@data.command("import")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def import_(folder: Path, out: Path, as_json: bool) -> None:
+    """Turn FOLDER, padded .mmap files as Qwen3-Coder's binarize_data.py writes them, into a store with its mask.
+
+    Padding is removed, and rows that teach nothing are refused. What is printed goes into a run file as `store:`.
+
+    Example: trivium data import binarized --out imported
+    """
+    from trivium.data.imports import import_padded_mmap
+
+    report = import_padded_mmap(folder, out)
+    if as_json:
+        click.echo(json.dumps({"store": str(out / "tokens"), **report}, indent=2))
+        return
+    click.echo(f"{folder}: {report['tokens']:,} tokens in {report['documents']:,} samples", err=True)
+    for line in [*_row_facts(report), _loss_facts(report["supervised_tokens"], report["tokens"])]:
+        click.echo(f"  {line}", err=True)
+    for reason, count in report["rejected_by_reason"].items():
+        click.echo(f"  refused: {reason}, {count:,} rows", err=True)
+    click.echo(out / "tokens")
 
 
 @data.command()
-@click.argument("paths", nargs=-1, required=True, metavar="STORE_OR_SOURCE...", type=click.Path(path_type=Path))
-@click.option("--tokenizer", help="Tokenizer folder or Hub id, to see a store's tokens as text.")
-@click.option("--field", default="text", show_default=True, help="JSON field or Parquet column with the text.")
+@click.argument("paths", nargs=-1, required=True, metavar="STORE_OR_SOURCE...")
 @click.option(
-    "--documents", type=DOCUMENTS, default="file", show_default=True, help="One document of a plain text file."
+    "--tokenizer", help="Tokenizer folder or Hub id: a store's tokens as text, a source's as they are learnt."
 )
-@click.option(
-    "-n", "num_shown", type=click.IntRange(0), default=3, show_default=True, help="Documents to show of each."
-)
+@reading_options
+@click.option("-n", "num_shown", type=click.IntRange(0), default=3, show_default=True, help="Rows to show of each.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(
-    paths: tuple[Path, ...], tokenizer: str | None, field: str, documents: str, num_shown: int, as_json: bool
-) -> None:
-    """Show first documents, lengths, shares and refused rows of stores and sources.
+def inspect(paths: tuple[str, ...], tokenizer: str | None, num_shown: int, as_json: bool, **reading: Any) -> None:
+    """Show first rows, lengths, shares and refused rows of stores and sources.
 
-    Example: trivium data inspect runs/cache/store-* --tokenizer Qwen/Qwen3-0.6B
+    With --tokenizer a conversation is shown as it would be learnt: tokens that carry loss in green (of another weight
+    in yellow; [[so]] without colours), and each answer proven to continue what serving sends.
+
+    \b
+    Examples:
+      trivium data inspect chats.jsonl --tokenizer Qwen/Qwen3-0.6B
+      trivium data inspect runs/cache/store-* --tokenizer Qwen/Qwen3-0.6B
     """
-    from trivium.data.inspect import inspect_all
+    from trivium.data.inspect import Look, inspect_all
     from trivium.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer) if tokenizer else None
-    decode = (lambda ids: str(loaded.decode(list(ids)))) if loaded else None
-    found = inspect_all(paths, field, documents, num_shown, decode)
+    found = inspect_all(_sources(paths, reading), Look(loaded, _conversations(reading), num_shown))
     if as_json:
         click.echo(json.dumps([asdict(inspection) for inspection in found], indent=2))
         return
@@ -142,11 +262,21 @@ def inspect(
 
 
 def _print(inspection: "Inspection") -> None:
-    unit = inspection.unit
+    unit, num_documents = inspection.unit, inspection.num_documents
     click.echo(
-        f"{inspection.name}: {inspection.num_documents:,} documents, {inspection.size:,} {unit}, "
+        f"{inspection.name}: {num_documents:,} documents, {inspection.size:,} {unit}, "
         f"{inspection.share:.1%} of all {unit}"
     )
+    if inspection.counts:
+        click.echo("\n".join(f"  {line}" for line in _row_facts(inspection.counts)))
+    if inspection.num_supervised is not None:
+        click.echo(f"  {_loss_facts(inspection.num_supervised, inspection.size)}")
+    if inspection.counts.get("conversations"):
+        reasoned = inspection.num_reasoning
+        click.echo(
+            f"  {reasoned:,} documents with reasoning ({reasoned / max(1, num_documents):.1%}), "
+            f"{num_documents - reasoned:,} without"
+        )
     if inspection.lengths:
         click.echo(
             f"  {unit} a document: " + ", ".join(f"{key} {value:,}" for key, value in inspection.lengths.items())
@@ -157,11 +287,41 @@ def _print(inspection: "Inspection") -> None:
         click.echo(f"  {low:>12,} to {2 * low - 1:<12,} {count:>12,} {bar}")
     for reason, count in inspection.rejected_by_reason.items():
         click.echo(f"  refused: {reason}, {count:,} rows")
-    for reject in inspection.rejects:
-        click.echo(f"    {reject}")
-    for number, text in enumerate(inspection.documents):
-        click.echo(click.style(f"----- document {number} " + "-" * BAR_COLUMNS, dim=True))
-        cut = len(text) - MAX_SHOWN_CHARS
-        click.echo(text[:MAX_SHOWN_CHARS] + (f" [{cut:,} characters more]" if cut > 0 else ""))
+        for reject in inspection.rejects.get(reason, []):
+            click.echo(f"    {reject}")
+    for shown in inspection.documents:
+        _print_shown(shown)
     if inspection.documents:
         click.echo(click.style("-" * (BAR_COLUMNS + 18), dim=True))
+
+
+def _print_shown(shown: "Shown") -> None:
+    size = "" if shown.num_tokens is None else f", {shown.num_tokens:,} tokens"
+    click.echo(click.style(f"----- {shown.name}{size} " + "-" * BAR_COLUMNS, dim=True))
+    for note in shown.notes:
+        click.echo(f"  {note}")
+    for proof in shown.proofs:
+        thinking = "" if proof.thinking is None else f", enable_thinking={proof.thinking}"
+        click.echo(
+            f"  turn {proof.turn} proven: {proof.prompt_tokens:,} prompt tokens + {proof.answer_tokens:,} answer "
+            f"tokens{thinking}"
+        )
+    left = MAX_SHOWN_CHARS
+    for span in shown.spans:
+        click.echo(_marked(span, span.text[:left]), nl=False)
+        left = max(0, left - len(span.text))
+    cut = sum(len(span.text) for span in shown.spans) - MAX_SHOWN_CHARS
+    click.echo(f" [{cut:,} characters more]" if cut > 0 else "")
+
+
+def _marked(span: "Span", text: str) -> str:
+    """The text in the colour of its weight, or in brackets where there are no colours."""
+    if span.weight is None or not text:
+        return text
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        if not span.weight:
+            return click.style(text, dim=True)
+        return click.style(text, fg="green" if span.weight == FULL_WEIGHT else "yellow")
+    if not span.weight:
+        return text
+    return f"[[{text}]]" if span.weight == FULL_WEIGHT else f"[[{span.weight / FULL_WEIGHT:g}: {text}]]"
