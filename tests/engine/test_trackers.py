@@ -52,7 +52,7 @@ def environment(tmp_path, monkeypatch):
 def start(name: str, folder: Path, records: list, config: dict = CONFIG, killed: bool = False) -> None:
     """One process of a run: its records go to the tracker, and then it ends or is killed."""
     os.environ.update(variables(folder))  # the fork server's are those of an earlier test
-    opened = trackers.open_trackers([name], folder, "story", config, Silent().note)
+    opened = trackers.open_trackers([name], folder, "story", config, Silent())
     for record in records:
         opened.record(record)
     if killed:
@@ -127,7 +127,7 @@ def test_no_key_is_written_and_nothing_listens(environment, name, tmp_path):
     pytest.importorskip(name)
     sockets = Path("/proc/net/tcp"), Path("/proc/net/tcp6")
     before = {line.split()[1] for path in sockets for line in path.read_text().splitlines() if line.split()[3] == "0A"}
-    opened = trackers.open_trackers([name], environment, "story", CONFIG, Silent().note)
+    opened = trackers.open_trackers([name], environment, "story", CONFIG, Silent())
     opened.record(RECORDS[0])
     after = {line.split()[1] for path in sockets for line in path.read_text().splitlines() if line.split()[3] == "0A"}
     opened.close()
@@ -151,7 +151,7 @@ def test_what_is_not_installed_is_refused_before_anything_is_written(monkeypatch
 
 
 def test_no_tracker_leaves_no_file(environment):
-    opened = trackers.open_trackers([], environment, "story", CONFIG, Silent().note)
+    opened = trackers.open_trackers([], environment, "story", CONFIG, Silent())
     opened.record(RECORDS[0])
     opened.close()
     assert not list(environment.iterdir())

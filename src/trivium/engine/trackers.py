@@ -6,7 +6,7 @@ same tracker run, and steps that it repeats (with the same figures) are not sent
 sent, and trackers write about once a second: what a SIGKILL catches on the way is only in metrics.jsonl.
 
 Keys and addresses are the trackers' own business, from the environment or their log-in, and are never read here.
-Nothing listens: figures go to a folder, or out. Used by `loop`; `start` asks `require_trackers` first.
+Nothing listens: figures go to a folder, or out. Used by `start`.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from trivium.engine.loop import Observer
 from trivium.errors import ConfigError, TriviumError
 from trivium.files import atomic_write
 
@@ -168,15 +169,29 @@ TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {"tensorboard": TensorBoa
 
 
 class Trackers:
-    """All trackers of a run, behind one `record`; of none, it does nothing. Made by `open_trackers`."""
+    """An observer that passes everything on, and sends the figures of each line of metrics to the run's trackers."""
 
-    def __init__(self, trackers: list[Tracker], path: Path, state: dict[str, Any]) -> None:
+    def __init__(self, observer: Observer, trackers: list[Tracker], path: Path, state: dict[str, Any]) -> None:
+        self._observer = observer
         self._trackers = trackers
         self._path = path
         self._state = state
 
+    def note(self, text: str) -> None:
+        """See `Observer`."""
+        self._observer.note(text)
+
+    def begin(self, step: int, num_steps: int) -> None:
+        """See `Observer`."""
+        self._observer.begin(step, num_steps)
+
+    def step(self, step: int, loss: float) -> None:
+        """See `Observer`."""
+        self._observer.step(step, loss)
+
     def record(self, record: dict[str, Any]) -> None:
-        """Send the figures of a line of metrics.jsonl (all that has a `/` in its name) that were not sent before."""
+        """Send the figures, which are all that has a `/` in its name, unless they were sent before."""
+        self._observer.record(record)
         step, sent = record["step"], self._state["sent"]
         figures = {name: value for name, value in record.items() if "/" in name and step > sent.get(name, -1)}
         if not figures or not self._trackers:
@@ -187,13 +202,13 @@ class Trackers:
             tracker.send(figures, step)
 
     def close(self) -> None:
-        """Send what still waits, and end the tracker's run; a resumed one opens it again."""
+        """Send what still waits, and end the trackers' runs; a resumed one opens them again."""
         for tracker in self._trackers:
             tracker.close()
 
 
 def open_trackers(
-    names: Sequence[str], folder: Path, run_name: str, config: dict[str, Any], note: Callable[[str], None]
+    names: Sequence[str], folder: Path, run_name: str, config: dict[str, Any], observer: Observer
 ) -> Trackers:
     """Begin a run in each tracker named, or go on with the one that the run folder knows of.
 
@@ -202,7 +217,7 @@ def open_trackers(
         folder: the run folder, which exists.
         run_name: what the trackers call the run.
         config: all that decides the run's figures, as JSON values; with another one, a new tracker run begins.
-        note: is told what the user should know.
+        observer: who else watches the run.
 
     Raises: TriviumError when a tracker refuses.
     """
@@ -212,5 +227,5 @@ def open_trackers(
     is_resumed = state.get("config_sha256") == config_sha256
     if not is_resumed:
         state = {"run_id": f"{run_name}-{secrets.token_hex(4)}", "config_sha256": config_sha256, "sent": {}}
-    run = TrackedRun(folder, run_name, state["run_id"], is_resumed, config, note)
-    return Trackers([TRACKERS[name](run) for name in names], path, state)
+    run = TrackedRun(folder, run_name, state["run_id"], is_resumed, config, observer.note)
+    return Trackers(observer, [TRACKERS[name](run) for name in names], path, state)
