@@ -113,7 +113,7 @@ def test_every_rule_has_its_section(workplace):
     for rule in rules:
         assert sections[rule.id].startswith(f"**{rule.title}**"), rule.id
         assert re.search(r"\b(error|warning|info)\b", sections[rule.id])
-        assert rule.id.startswith("M") or "Source: " in sections[rule.id] or rule.id == "Q21", rule.id
+        assert rule.id.startswith("M") or "Source:" in sections[rule.id] or rule.id == "Q21", rule.id
 
 
 def test_every_rule_is_provoked_by_a_test():

@@ -12,7 +12,6 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from trivium.errors import ConfigError, TriviumError
 
 Severity = Literal["error", "warning", "info"]
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 DOCUMENT = "docs/doctor.md"
 Subject = TypeVar("Subject")
 
