@@ -152,12 +152,25 @@ def test_a_signal_finishes_the_step_saves_and_exits_75(workplace, stop):
     assert proof.returncode == 0 and "unfinished" in proof.stdout
 
 
-def test_the_other_methods_say_that_they_are_not_there_yet(workplace, tmp_path):
-    write_corpus(tmp_path / "stories.jsonl", 5)
-    (tmp_path / "tune.yaml").write_text("method: lora\nmodel: Qwen/Qwen3-0.6B\ndata: stories.jsonl\n")
-    refused = trivium(tmp_path, "train", "tune.yaml")
-    assert refused.returncode == 2 and "cannot train yet" in refused.stderr
-    assert not (tmp_path / "runs").exists()
+def test_an_adapter_is_trained_on_conversations_and_its_result_named(workplace):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]} for n in "abc"
+    ]
+    (workplace / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 10))
+    (workplace / "tune.yaml").write_text(
+        "method: lora\nmodel: runs/small/model\ndata: {sources: [talk.jsonl], seq_len: 64}\nbatch: {tokens: 256}\n"
+        "budget: {steps: 4}\nadapter: {rank: 2}\noptimizer: {learning_rate: 5e-3}\nsample: {prompts: [What?]}\n"
+    )
+    done = trivium(workplace, "train", "tune.yaml")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "runs/tune/adapter\n"
+    assert "of an adapter trained, scaled by 2" in done.stderr and "30 rows" in done.stderr
+    assert "warning: Q19" in done.stderr
+    assert trivium(workplace, "verify", "runs/tune").returncode == 0
+    again = trivium(workplace, "train", "tune.yaml")
+    assert again.returncode == 0 and "is finished: its result is in runs/tune/adapter" in again.stderr
+    asked = trivium(workplace, "chat", "runs/tune", "-p", "a?", "--max-new-tokens", "4", "--seed", "1")
+    assert asked.returncode == 0, asked.stderr
 
 
 def test_a_model_that_computes_nan_is_stopped_and_the_documents_named(workplace):
@@ -226,7 +239,7 @@ def test_a_megatron_store_trains_as_it_is_and_mixes_with_text_by_weight(workplac
     assert done.returncode == 0, done.stderr
     data = json.loads((workplace / "runs" / "mixed" / "provenance.json").read_text())["data"]
     assert data[0]["num_tokens"] == 40 * 32 and data[0]["token_share"] == pytest.approx(0.75, abs=0.05)
-    assert "sources 7" in done.stderr and "do not end with" not in done.stderr
+    assert "(ready 7" in done.stderr and "Q02" not in done.stderr
     assert trivium(workplace, "verify", "runs/mixed").returncode == 0
 
 
@@ -245,7 +258,7 @@ def test_a_ready_store_without_ends_of_documents_is_told(workplace):
     )
     done = trivium(workplace, "train", "endless.yaml")
     assert done.returncode == 0, done.stderr
-    assert "endless do not end with <|endoftext|>" in done.stderr and "nothing is held out" in done.stderr
+    assert "Q02" in done.stderr and "nothing is held out" in done.stderr
 
 
 def test_the_quickstart_takes_a_text_of_ones_own(workplace):

@@ -1,4 +1,4 @@
-"""Conversations from file to store: every row is kept, split or rejected, whatever its format and however it is read."""
+"""Conversations from file to store: every row is kept, split or rejected, whatever its format and container."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 
 WORDS = ["fox", "crow", "hen", "owl", "bear", "wolf", "d\u00e9j\u00e0", "\u65e5\u672c"]
-# As Qwen3's does, this template shows reasoning in the last answer only, so that earlier ones need samples of their own.
+# As Qwen3's does, this template shows reasoning in the last answer only: earlier ones need samples of their own.
 REASONING_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' }}

@@ -131,12 +131,13 @@ def zero_rows(base: Path, folder: Path, tokens: list[str]) -> Path:
     return folder
 
 
-def test_rows_that_were_never_learnt_are_trained_or_the_run_is_refused(base, conversations, tmp_path):
+def test_rows_that_were_never_learnt_are_trained(base, conversations, tmp_path):
     untrained = zero_rows(base, tmp_path / "untrained", ["<|im_start|>", "<|im_end|>"])
-    refused = values_of("lora", untrained, conversations, tmp_path, adapter={"train_tokens": ["<|im_start|>"]})
-    with pytest.raises(ConfigError, match=r"<\|im_end\|>, whose rows in .* were never trained"):
-        train(refused)
-    shutil.rmtree(tmp_path / "small")
     train(values_of("lora", untrained, conversations, tmp_path, adapter={"rank": 4}))
     config = json.loads((tmp_path / "small" / "adapter" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == [257, 258]
+
+
+def test_a_token_that_is_none_is_refused(base, conversations, tmp_path):
+    with pytest.raises(ConfigError, match="names '<|im_and|>'"):
+        train(values_of("lora", base, conversations, tmp_path, adapter={"train_tokens": ["<|im_and|>"]}))

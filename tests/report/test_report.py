@@ -83,7 +83,7 @@ def test_a_finished_run_shows_its_numbers(finished_run: Path) -> None:
         "2,457,600",
         f"{held_out:.4f}",
         "3 min 6 s",
-        "MFU = (6 * matrix parameters",
+        "MFU = (k * block parameters",
         "1.30 GiB",
         "step-00000300, step-00000600",
         '"num_params": 1049984',

@@ -1,8 +1,12 @@
 """`trivium train`: run a run file to its end, or go on with it."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from trivium.doctor.findings import Finding
 
 
 @click.command()
@@ -25,11 +29,15 @@ def train(run_file: Path, overrides: tuple[str, ...], allow: tuple[str, ...]) ->
 
     resolved = load_run(run_file, overrides)
 
-    from trivium.doctor.examine import allowed_ids, require_sound_start
+    from trivium.doctor.examine import allowed_ids, require_sound, require_startable
     from trivium.report.watch import train_with_report
 
     allowed = allowed_ids(allow)
-    for finding in require_sound_start(resolved.run, allowed, lambda text: click.echo(text, err=True)):
-        click.echo(f"{finding.severity}: {finding.paragraph()}", err=True)
-    folder = train_with_report(resolved)
+    _show(require_startable(resolved.run, allowed))
+    folder = train_with_report(resolved, examine=lambda job, machine: _show(require_sound(job, machine, allowed)))
     click.echo(folder.result)
+
+
+def _show(findings: "list[Finding]") -> None:
+    for finding in findings:
+        click.echo(f"{finding.severity}: {finding.paragraph()}", err=True)

@@ -233,7 +233,7 @@ def _list_entries(path: Path, block_bytes: int) -> Iterator[Any]:
             try:
                 entry, stop = JSON_DECODER.raw_decode(buffer, begin)
             except (json.JSONDecodeError, RecursionError):
-                stop = len(buffer)
+                entry, stop = None, len(buffer)
             if stop == len(buffer):  # also a number may go on beyond the end of what was read
                 more = stream.read(max(block_bytes, len(buffer)))
                 if not more:

@@ -17,9 +17,9 @@ from trivium.config import Run
 from trivium.doctor import adapter, data, machine, numbers, tokens, trial
 from trivium.doctor.case import Case, Trial, build_trial, read_conversations
 from trivium.doctor.findings import Finding, known_ids, look, refusal, stopping
-from trivium.engine.device import probe
+from trivium.engine.device import Machine, probe
 from trivium.engine.runfolder import RunFolder
-from trivium.engine.setup import prepare
+from trivium.engine.setup import Job, prepare
 
 RUN_RULES = (*machine.RUN_RULES, *adapter.RUN_RULES)
 CASE_RULES = (*tokens.RULES, *data.RULES, *numbers.RULES, *machine.RULES)
@@ -67,17 +67,21 @@ def try_out(the_trial: Trial, allowed: frozenset[str]) -> Iterator[Finding]:
             return
 
 
-def require_sound_start(run: Run, allowed: frozenset[str], note: Callable[[str], None]) -> list[Finding]:
-    """The first two rounds, before training; what does not stop the run is returned. A finished run is left in peace.
+def require_startable(run: Run, allowed: frozenset[str]) -> list[Finding]:
+    """The first round, before anything is prepared; what does not stop is returned. A finished run is left in peace.
 
-    Raises: TriviumError with all findings that stop the run; ConfigError or BadData when it cannot be prepared.
+    Raises: TriviumError with all findings that stop the run.
     """
-    if RunFolder(Path(run.runs_dir) / run.name).is_finished:
-        return []
-    found = _sound(look(RUN_RULES, run), allowed)
-    the_machine = probe(run.device, run.precision)
-    case = Case(prepare(run, note), the_machine, read_conversations(run, with_hub=False))
-    return [*found, *_sound(look(CASE_RULES, case), allowed)]
+    is_finished = RunFolder(Path(run.runs_dir) / run.name).is_finished
+    return [] if is_finished else _sound(look(RUN_RULES, run), allowed)
+
+
+def require_sound(job: Job, the_machine: Machine, allowed: frozenset[str]) -> list[Finding]:
+    """The second round, before the model is loaded; what does not stop is returned.
+
+    Raises: TriviumError with all findings that stop the run.
+    """
+    return _sound(look(CASE_RULES, Case(job, the_machine, read_conversations(job.run, with_hub=False))), allowed)
 
 
 def _sound(found: list[Finding], allowed: frozenset[str]) -> list[Finding]:

@@ -5,6 +5,7 @@
     metrics.jsonl     one line a log step or evaluation
     ledger.jsonl      one line an optimizer step: a hash chain over the tokens it read
     samples.jsonl     what the model wrote along the way
+    trackers.json     which figures other trackers have; tensorboard/ and wandb/ are theirs
     checkpoints/      see `checkpoint`
     model/            the result, a Hugging Face folder
     adapter/          the result of a run that trains an adapter, a PEFT folder

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trivium.data.tokenizer import document_encoding
+from trivium.data.tokenizer import END_OF_TEXT
 from trivium.model.qwen import Qwen
 
 
@@ -58,7 +58,8 @@ def end_ids(tokenizer: Any) -> list[int]:
 
     A chat tokenizer's end is the end of a turn, which documents never show.
     """
-    return list(dict.fromkeys([document_encoding(tokenizer).end_id, tokenizer.eos_token_id]))
+    end_of_document = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
+    return list(dict.fromkeys([end_of_document, tokenizer.eos_token_id]))
 
 
 def choice_of_tokens(temperature: float) -> dict[str, Any]:

@@ -321,27 +321,21 @@ def load_frozen(job: Job, machine: Machine) -> Qwen:
 
 def trained_tokens(job: Job, model: Qwen) -> list[int]:
     """Ids whose rows are trained beside the adapter: those the run names, else those the data needs and the model never
-    learnt.
+    learnt. Whether too few are named is the doctor's question.
 
-    Raises: ConfigError when a named token is none, or the run leaves out one that is needed: the result could not stop.
+    Raises: ConfigError when a named token is none.
     """
     assert job.run.adapter is not None
     named = job.run.adapter.train_tokens
-    known = job.tokenizer.get_vocab()
-    for token in named or []:
-        if token not in known:
-            raise ConfigError(f"adapter.train_tokens names {token!r}, which is no token of {job.tokenizer_folder}.")
-    needed = untrained_tokens(job, model)
     if named is None:
-        return needed
-    chosen = [known[token] for token in named]
-    if missing := [job.tokenizer.convert_ids_to_tokens(token) for token in needed if token not in chosen]:
+        return untrained_tokens(job, model)
+    known = job.tokenizer.get_vocab()
+    if unknown := [token for token in named if token not in known]:
         raise ConfigError(
-            f"The data uses {', '.join(missing)}, whose rows in {job.weights_folder} were never trained, and "
-            "adapter.train_tokens leaves them frozen: the result could neither read nor write them, so it would never "
-            "stop. Leave adapter.train_tokens out, or name them too."
+            f"adapter.train_tokens names {unknown[0]!r}, and {job.tokenizer_folder} has no such token. Name tokens as "
+            "the tokenizer writes them, such as <|im_end|>."
         )
-    return chosen
+    return [known[token] for token in named]
 
 
 def untrained_tokens(job: Job, model: Qwen) -> list[int]:

@@ -4,30 +4,36 @@ The one way a run begins, goes on, or is found finished; the command line and th
 through here.
 """
 
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
 
 from trivium.data.build import BuiltStore
-from trivium.data.store import Store
 from trivium.engine import loop
 from trivium.engine.device import Machine, describe, probe
 from trivium.engine.engine import Engine
 from trivium.engine.loop import Observer
 from trivium.engine.runfolder import RunFolder, now
 from trivium.engine.setup import Job, build_engine, prepare, provenance
+from trivium.engine.trackers import open_trackers, require_trackers
 from trivium.errors import ConfigError, Stopped
 from trivium.files import atomic_write
 from trivium.runfile import ResolvedRun, differences, dump_run, load_run
 
-LOOKED_AT_DOCUMENTS = 100
 DTYPE_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def start(resolved: ResolvedRun, observer: Observer) -> RunFolder:
+def start(
+    resolved: ResolvedRun, observer: Observer, examine: Callable[[Job, Machine], None] = lambda job, machine: None
+) -> RunFolder:
     """Train a run, or go on with it, or find it finished.
+
+    Args:
+        resolved: the run.
+        observer: is shown what happens.
+        examine: looks at the prepared run before anything is written, and raises if it should not begin.
 
     Returns: the run's folder, its result in `model/` or `adapter/`.
 
@@ -41,8 +47,10 @@ def start(resolved: ResolvedRun, observer: Observer) -> RunFolder:
     folder = RunFolder(Path(run.runs_dir) / run.name)
     if is_finished(folder, resolved, observer):
         return folder
+    require_trackers(run.log.trackers)
     machine = probe(run.device, run.precision)
     job = prepare(run, observer.note)
+    examine(job, machine)
     folder.open()
     try:
         # Another process may have had the folder while this one prepared.
@@ -94,7 +102,9 @@ def train(resolved: ResolvedRun, job: Job, machine: Machine, folder: RunFolder, 
     (folder.path / "failure.json").unlink(missing_ok=True)
     for line in describe_job(job, engine, machine):
         observer.note(line)
-    loop.train(job, engine, machine, folder, observer)
+    config = {**job.run.model_dump(mode="json"), "inputs": job.inputs}
+    with closing(open_trackers(job.run.log.trackers, folder.path, job.run.name, config, observer)) as watched:
+        loop.train(job, engine, machine, folder, watched)
 
 
 def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
@@ -102,8 +112,10 @@ def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
     run = job.run
     num_tokens = sum(int(part.store.lengths.sum()) for part in job.parts)
     num_trained = sum(parameter.numel() for parameter in engine.parameters.values())
-    names = [part.kind if part.kind != "all" else f"source {number}" for number, part in enumerate(job.parts)]
-    shares = [f"{name} {share:.1%}" for name, share in zip(names, job.rows.order.token_shares(epoch=0), strict=True)]
+    shares = [
+        f"{part.built.name if part.kind == 'all' else part.kind} {share:.1%}"
+        for part, share in zip(job.parts, job.rows.order.token_shares(epoch=0), strict=True)
+    ]
     yield (
         f"{job.shape.num_params:,} parameters"
         + (f", {num_trained:,} of an adapter trained, scaled by {run.adapter.scaling:g}" if run.adapter else "")
@@ -118,13 +130,6 @@ def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
     if engine.model.head_rows is not None:
         tokens = ", ".join(job.tokenizer.convert_ids_to_tokens(engine.model.head_rows[0].tolist()))
         yield f"the rows of {tokens} are trained beside the adapter"
-    for part in job.parts:
-        store = part.built.open()
-        if part.source.store is not None and not ends_documents(store, job.stop_ids):
-            yield (
-                f"the documents of {part.source.store} do not end with {job.tokenizer.decode(job.stop_ids[:1])}, "
-                "so nothing teaches the model to stop; build the store again with an end of document (--append-eod)"
-            )
     if not job.held_out:
         yield (
             "nothing is held out, so there is no evaluation: data.held_out is 0, every source is a ready store, or "
@@ -149,9 +154,3 @@ def describe_conversations(built: BuiltStore) -> str:
     return f"{built.name}: {report['rows']:,} rows{notes}; {supervised:.1%} of the tokens carry loss" + (
         f"; {share:.1%} of the samples reason" if share else ""
     )
-
-
-def ends_documents(store: Store, ends: list[int]) -> bool:
-    """Whether the first documents of a store all end with one of the tokens that end a text."""
-    lengths = store.lengths[:LOOKED_AT_DOCUMENTS].tolist()
-    return all(int(store.tokens(n, length - 1, length)[0]) in ends for n, length in enumerate(lengths) if length)

@@ -1,0 +1,120 @@
+"""What a run is made of before it starts: shares of reasoning, stop tokens, and what its inputs are known by."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.engine.runs import Silent, adapt_values, write_conversations
+from trivium.config import Run, with_method_defaults
+from trivium.data.store import Selection, Store
+from trivium.data.tokenizer import train_tokenizer
+from trivium.engine.setup import Job, prepare
+from trivium.errors import ConfigError
+from trivium.model import hf
+from trivium.model.qwen import Qwen, init_weights
+from trivium.model.shape import QwenShape
+
+TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.reasoning_content %}
+{{- '<think>' + message.reasoning_content + '</think>' }}
+{%- endif %}
+{{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    train_tokenizer(iter(["fox crow hen"]), "byte", 259, folder / "tokenizer")
+    (folder / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
+    shape = QwenShape(
+        family="qwen3",
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=128,
+    )
+    model = Qwen(shape)
+    init_weights(model, 0)
+    hf.save_folder(model, folder / "model", folder / "tokenizer", model.head_weight.dtype)
+    return folder / "model"
+
+
+def write_mixed(path: Path, num_reasoned: int, num_plain: int) -> Path:
+    rows = []
+    for number in range(num_reasoned + num_plain):
+        answer = {"role": "assistant", "content": f"answer {number}"}
+        if number < num_reasoned:
+            answer["reasoning_content"] = "because " * 3
+        rows.append({"messages": [{"role": "user", "content": f"question {number}"}, answer]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def prepared(base: Path, data: Path, folder: Path, **changes) -> Job:
+    values = adapt_values(base, data, folder, method="lora")
+    values["data"] |= changes
+    return prepare(Run.model_validate(with_method_defaults(values)), Silent().note)
+
+
+def test_reasoning_gets_the_share_it_is_given(base, tmp_path):
+    data = write_mixed(tmp_path / "mixed.jsonl", num_reasoned=30, num_plain=300)
+    job = prepared(base, data, tmp_path, reasoning_share=0.75)
+    assert [part.kind for part in job.parts] == ["reasoning", "plain"]
+    order, tokens = job.rows.order, np.zeros(2)
+    for row in range(order.num_rows(0)):
+        for source, document, start, stop in order.row(row).tolist():
+            tokens[source] += stop - start
+            text = job.tokenizer.decode(job.parts[source].store.tokens(document, start, stop))
+            assert ("<think>" in text) == (source == 0)
+    assert tokens[0] / tokens.sum() == pytest.approx(0.75, abs=0.05)
+
+
+def test_a_share_of_reasoning_that_nobody_has_is_refused(base, tmp_path):
+    data = write_mixed(tmp_path / "plain.jsonl", num_reasoned=0, num_plain=20)
+    with pytest.raises(ConfigError, match="holds no reasoning samples"):
+        prepared(base, data, tmp_path, reasoning_share=0.75)
+
+
+def test_what_learns_to_answer_stops_at_the_end_of_a_turn_first(base, tmp_path):
+    job = prepared(base, write_conversations(tmp_path / "talk.jsonl"), tmp_path)
+    assert job.tokenizer.convert_ids_to_tokens(job.stop_ids) == ["<|im_end|>", "<|endoftext|>"]
+    assert job.rows.order.whole
+
+
+def test_a_selection_is_the_documents_it_names(base, tmp_path):
+    job = prepared(base, write_conversations(tmp_path / "talk.jsonl"), tmp_path)
+    store = job.built[0].open()
+    chosen = Selection(store, np.array([7, 2, 5]))
+    for place, document in enumerate((7, 2, 5)):
+        assert chosen.lengths[place] == store.lengths[document]
+        assert chosen.tokens(place, 1, 4).tolist() == store.tokens(document, 1, 4).tolist()
+        assert chosen.weights(place, 0, 9).tolist() == store.weights(document, 0, 9).tolist()
+    assert isinstance(store, Store)
+
+
+def test_a_changed_template_is_another_input(base, tmp_path):
+    data = write_conversations(tmp_path / "talk.jsonl")
+    before = prepared(base, data, tmp_path).inputs
+    template = base / "chat_template.jinja"
+    original = template.read_text()
+    template.write_text(original.replace("<|im_end|>\\n", "<|im_end|>\\n\\n"))
+    try:
+        assert prepared(base, data, tmp_path).inputs != before
+    finally:
+        template.write_text(original)
