@@ -270,6 +270,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")},
         "cpu_cores": os.cpu_count(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "shape": SHAPE,
         "conversations_per_step": CONVERSATIONS_PER_STEP,
         "contenders": CONTENDERS,
