@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --co
 .PHONY: help install quickstart test test-long test-gpu lint format bench clean
 
 help:
-	@echo "make quickstart   watch a model learn, from nothing to text (installs what it needs; minutes)"
+	@echo "make quickstart   watch models learn, from nothing and then in every way (installs what it needs; minutes)"
 	@echo "make install      the command .venv/bin/trivium"
 	@echo "make test         the tests; also test-long, test-gpu, lint, format, bench, clean"
 
@@ -51,7 +51,7 @@ clean:
 	@echo "Installing Trivium into .venv; this is done once and takes a few minutes."
 	$(PYTHON) -m venv .venv
 	$(INSTALL) hatchling editables
-	$(INSTALL) --no-build-isolation --editable .
+	$(INSTALL) --no-build-isolation --editable ".[gpu]"
 	touch $@
 
 .venv/dev.stamp: .venv/core.stamp

@@ -1,4 +1,4 @@
-"""`trivium quickstart`: the first model, minutes after the clone."""
+"""`trivium quickstart`: the first models, minutes after the clone."""
 
 from pathlib import Path
 
@@ -10,19 +10,32 @@ import click
 @click.option(
     "--runs-dir", default="runs", show_default=True, type=click.Path(path_type=Path), help="Where it is made."
 )
-@click.option("-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the run file.")
+@click.option(
+    "-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the first run file."
+)
 def quickstart(text_file: Path | None, runs_dir: Path, overrides: tuple[str, ...]) -> None:
-    """Train a small model from nothing, offline, in a few minutes on two CPU cores.
+    """Train small models in every way, offline, in a few minutes on two CPU cores, and compare them.
 
-    It learns little generated stories, whose exact entropy shows how far the model is from the best possible; give
-    TEXT_FILE to train on your own text instead. The same command goes on after a stop.
+    One learns little generated stories from nothing; their exact entropy shows how far it is from the best possible.
+    LoRA, QLoRA and full fine-tuning then teach it to answer questions about stories. Give TEXT_FILE to train the first
+    one on your own text instead. The same command goes on after a stop.
 
     \b
     Examples:
       trivium quickstart
       trivium quickstart shakespeare.txt -s budget.tokens=500K
     """
-    from trivium.quickstart.quickstart import quickstart as run
-    from trivium.quickstart.quickstart import summary
+    from trivium.cli.compare import print_table
+    from trivium.cli.progress import waiting
+    from trivium.quickstart.quickstart import compare_all, summary, train_all, train_on_text
 
-    click.echo(summary(run(text_file, runs_dir, overrides)))
+    if text_file is not None:
+        click.echo(summary(train_on_text(text_file, runs_dir, overrides)))
+        return
+    folders = train_all(runs_dir, overrides, note=lambda text: click.echo(text, err=True))
+    with waiting() as wait:
+        comparison, page = compare_all(folders, runs_dir, wait.note, wait.bar)
+    click.echo(summary(folders[0]))
+    click.echo("\nFrom there, every way to teach it questions about stories that it has not read:\n")
+    print_table(comparison)
+    click.echo(f"\nComparison: {page}\nGo on with: trivium chat {folders[1].path}")

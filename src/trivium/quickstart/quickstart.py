@@ -1,49 +1,110 @@
-"""The quickstart: from a clone to a trained model and a report, offline, in minutes.
+"""The quickstart: from a clone to models trained in every way, compared side by side, offline, in minutes.
 
 Writes little stories whose exact entropy is known (or takes the user's own text), trains a tokenizer and a model of
-about a million parameters on them through the same path as `trivium train`, and says how far it is from the best
-possible. Used by the command line.
+about a million parameters on them from nothing, and says how far it is from the best possible. Then LoRA, QLoRA and
+full fine-tuning teach that model to answer questions about stories, and a comparison shows what each bought and cost.
+All of it goes the way of `trivium train` and `trivium compare`. Used by the command line.
 """
 
+import json
 import re
+from collections.abc import Sequence
 from importlib.resources import as_file, files
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
+from random import Random
 
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.setup import prepare
 from trivium.errors import ConfigError
-from trivium.quickstart.grammar import floor_nats_per_token, write_corpus
+from trivium.files import atomic_write
+from trivium.quickstart.grammar import floor_nats_per_token, story, write_corpus
+from trivium.quickstart.questions import write_questions
+from trivium.report.comparison import write_comparison
 from trivium.report.watch import train_with_report
 from trivium.runfile import ResolvedRun, load_run, quote
+from trivium.use.compare import Bar, Comparison, Note, compare
 
 NUM_STORIES = 24_000
 CORPUS_SEED = 1
+NUM_QUESTION_ROWS, QUESTIONS_PER_STORY, NUM_HELD_OUT_QUESTIONS = 3_000, 3, 200
+NUM_GENERAL_STORIES = 200
+MAX_ANSWER_TOKENS = 16
+HELD_OUT_QUESTIONS, OTHER_STORIES = "questions-held-out.jsonl", "stories-held-out.jsonl"
+WAYS = ("lora", "qlora", "full")
 
 
-def quickstart(text_file: Path | None, runs_dir: Path, overrides: tuple[str, ...]) -> RunFolder:
-    """Train the quickstart's model, or go on with it.
+def train_all(runs_dir: Path, overrides: tuple[str, ...], note: Note) -> list[RunFolder]:
+    """Train the quickstart's models, or go on with them: the one from nothing first, then those made from it.
 
     Args:
-        text_file: the user's own text instead of the stories.
-        runs_dir: where the stories and the run folder are made.
-        overrides: `key=value` over the quickstart's run file.
-
-    Returns: the finished run's folder.
+        runs_dir: where the data and the run folders are made.
+        overrides: `key=value` over the run file of the model from nothing.
+        note: is told what comes next.
     """
-    if text_file is not None and not text_file.is_file():
-        raise ConfigError(f"There is no file {text_file}. Give a text file, or nothing to train on generated stories.")
-    source = text_file or runs_dir / "stories.jsonl"
-    name = "quickstart" if text_file is None else f"quickstart-{re.sub(r'[^A-Za-z0-9._-]+', '-', text_file.stem)}"
-    settings = [f"name={name}", f"runs_dir={quote(str(runs_dir))}", f"data.sources.0.path={quote(str(source))}"]
-    if source.suffix in (".txt", ".md"):
-        settings.append("data.sources.0.documents=paragraph")
-    with as_file(files("trivium.quickstart") / "run.yaml") as run_file:
-        resolved = load_run(run_file, (*settings, *overrides))
-    if text_file is not None:
-        return train_with_report(resolved)
     runs_dir.mkdir(parents=True, exist_ok=True)
-    write_corpus(source, NUM_STORIES, CORPUS_SEED)
-    return train_with_report(resolved, before_report=lambda folder: write_floor(resolved, folder))
+    stories, questions = runs_dir / "stories.jsonl", runs_dir / "questions.jsonl"
+    write_corpus(stories, NUM_STORIES, CORPUS_SEED)
+    resolved = run_of("scratch", runs_dir, (f"data.sources.0.path={quote(str(stories))}", *overrides))
+    folders = [train_with_report(resolved, before_report=lambda folder: write_floor(resolved, folder))]
+    write_questions(
+        questions,
+        runs_dir / HELD_OUT_QUESTIONS,
+        NUM_QUESTION_ROWS,
+        NUM_HELD_OUT_QUESTIONS,
+        CORPUS_SEED,
+        QUESTIONS_PER_STORY,
+    )
+    places = {"model.name": folders[0].model, "data.sources.0.path": questions, "data.sources.1.path": stories}
+    settings = tuple(f"{key}={quote(str(path))}" for key, path in places.items())
+    for way in WAYS:
+        if way == "qlora" and find_spec("bitsandbytes") is None:
+            note("QLoRA is left out: it needs bitsandbytes (pip install 'trivium[gpu]'), which works on a CPU too")
+            continue
+        note(f"\nnow {way}: questions about stories, on the model just made")
+        folders.append(train_with_report(run_of(way, runs_dir, settings)))
+    return folders
+
+
+def compare_all(folders: Sequence[RunFolder], runs_dir: Path, note: Note, bar: Bar) -> tuple[Comparison, Path]:
+    """The quickstart's models side by side, on questions and stories that none has read; and the page that shows it."""
+    write_other_stories(runs_dir / OTHER_STORIES)
+    comparison = compare(
+        [str(folder.path) for folder in folders],
+        prompts=runs_dir / HELD_OUT_QUESTIONS,
+        held_out=runs_dir / HELD_OUT_QUESTIONS,
+        general=runs_dir / OTHER_STORIES,
+        max_new_tokens=MAX_ANSWER_TOKENS,
+        thinking=False,
+        note=note,
+        bar=bar,
+    )
+    return comparison, write_comparison(comparison, runs_dir / "quickstart-comparison")
+
+
+def run_of(way: str, runs_dir: Path, settings: tuple[str, ...]) -> ResolvedRun:
+    """One of the quickstart's run files, with its places where the user wants them."""
+    with as_file(files("trivium.quickstart") / f"{way}.yaml") as run_file:
+        return load_run(run_file, (f"runs_dir={quote(str(runs_dir))}", *settings))
+
+
+def train_on_text(text_file: Path, runs_dir: Path, overrides: tuple[str, ...]) -> RunFolder:
+    """Train the model from nothing on the user's own text, about which nobody can ask exact questions."""
+    if not text_file.is_file():
+        raise ConfigError(f"There is no file {text_file}. Give a text file, or nothing to train on generated stories.")
+    name = f"quickstart-{re.sub(r'[^A-Za-z0-9._-]+', '-', text_file.stem)}"
+    settings = [f"name={name}", f"data.sources.0.path={quote(str(text_file))}"]
+    if text_file.suffix in (".txt", ".md"):
+        settings.append("data.sources.0.documents=paragraph")
+    return train_with_report(run_of("scratch", runs_dir, (*settings, *overrides)))
+
+
+def write_other_stories(path: Path) -> None:
+    """Stories that no run reads: the loss on them tells what a model has forgotten."""
+    rng = Random("other stories")
+    texts = (story(rng).text for _ in islice(iter(int, 1), NUM_GENERAL_STORIES))
+    atomic_write(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def write_floor(resolved: ResolvedRun, folder: RunFolder) -> None:
@@ -69,7 +130,7 @@ def write_floor(resolved: ResolvedRun, folder: RunFolder) -> None:
 
 
 def summary(folder: RunFolder) -> str:
-    """What was learnt, for the end of the terminal."""
+    """What the model from nothing learnt, for the end of the terminal."""
     losses = [record["eval/loss"] for record in folder.metrics if "eval/loss" in record]
     samples = list(folder.samples)
     floor = folder.read("floor.json")
