@@ -63,7 +63,7 @@ def test_a_quantised_adapter_says_so_and_works_on_both_bases(tmp_path: Path, ada
     assert len(said) == 1 and "NF4" in said[0]
     quantised = load(str(run), said.append, nf4=True)
     assert len(said) == 1
-    assert type(quantised.network.model.layers[0].mlp.gate_proj).__name__ == "Linear4bit"
+    assert type(quantised.network.model.layers[0].mlp.gate_proj).__name__ == "NF4Linear"
     with torch.no_grad():
         distance = (whole.network(IDS).logits - quantised.network(IDS).logits).abs().max()
     assert 1e-4 < distance < 5

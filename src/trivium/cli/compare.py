@@ -3,6 +3,7 @@
 The work is `trivium.use.compare`, the page `trivium.report.comparison`; here are flags and printing.
 """
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,11 +77,11 @@ def print_table(comparison: "Comparison") -> None:
     from trivium.report.comparison import table
 
     grid = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
-    grid.add_column("")
+    grid.add_column("", no_wrap=True)
     for model in comparison.models:
         grid.add_column(Text(model.name), justify="right", overflow="fold")
     for row in table(comparison):
         texts = [Text(row.text(v), style="bold" if v is not None and v == row.best else "") for v in row.values]
         grid.add_row(Text(row.label, style="dim"), *texts)
-    console = Console()
-    console.print(grid, width=None if console.is_terminal else 40 + 24 * len(comparison.models))
+    # A terminal has its width, a file takes what is needed.
+    Console(width=None if sys.stdout.isatty() else 40 + 24 * len(comparison.models)).print(grid)

@@ -107,6 +107,26 @@ def _quantise(weight: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Any]:
     return torch.cat([packed for packed, _ in pieces]), state
 
 
+def require_bitsandbytes() -> None:
+    """Raises: ConfigError when it is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "NF4 needs bitsandbytes, which is not installed. Install it with `pip install 'trivium[gpu]'`, or use the "
+            "unquantised weights (weights: pretrained), which take four times the memory."
+        )
+
+
+def quantise_projections(network: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Put every linear layer of a loaded transformers model but its head in NF4, as `load_quantised` would have.
+
+    Raises: ConfigError without bitsandbytes.
+    """
+    require_bitsandbytes()
+    for path, module in list(network.named_modules()):
+        if isinstance(module, nn.Linear) and path != "lm_head":
+            network.set_submodule(path, NF4Linear(module.weight.detach().float(), module.bias, compute_dtype))
+
+
 def load_quantised(model: Qwen, folder: Path, compute_dtype: torch.dtype, device: torch.device | str) -> Qwen:
     """Fill a model that is on the meta device from a folder: projections in NF4, the rest in the compute dtype.
 
@@ -114,11 +134,7 @@ def load_quantised(model: Qwen, folder: Path, compute_dtype: torch.dtype, device
 
     Raises: ConfigError as `hf.find_tensors`, and without bitsandbytes, before anything is read.
     """
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "weights: nf4 needs bitsandbytes, which is not installed. Install it with `pip install bitsandbytes`, or "
-            "set weights: pretrained, which takes four times the memory."
-        )
+    require_bitsandbytes()
     files = hf.find_tensors(model, folder)
 
     def read(name: str, parameter: Tensor, dtype: torch.dtype) -> nn.Parameter:

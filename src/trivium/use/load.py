@@ -19,6 +19,7 @@ from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError, TriviumError
 from trivium.model import hf
+from trivium.model.quantize import quantise_projections
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAFELY: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -218,10 +219,9 @@ def load_network(folder: Path, dtype: torch.dtype | Literal["auto"] = "auto", nf
     from transformers import AutoModelForCausalLM
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    options: dict[str, Any] = {"quantization_config": _nf4_config(), "device_map": device} if nf4 else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, dtype=dtype, output_loading_info=True, **options, **SAFELY
+            folder, use_safetensors=True, dtype=dtype, output_loading_info=True, **SAFELY
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
@@ -233,22 +233,9 @@ def load_network(folder: Path, dtype: torch.dtype | Literal["auto"] = "auto", nf
             f"{folder} cannot be loaded: {', '.join(missing[:3])} and perhaps more weights are missing from its "
             "safetensors files. Fetch the folder again."
         )
-    return model if nf4 else model.to(device)
-
-
-def _nf4_config() -> Any:
-    """bitsandbytes' NF4 with double quantisation, computing in fp32 so that no other rounding is measured with it."""
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
-    if not is_bitsandbytes_available():
-        raise ConfigError("NF4 needs bitsandbytes, which is not installed. Install it with: pip install bitsandbytes")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
+    if nf4:
+        quantise_projections(model, model.dtype)
+    return model.to(device)
 
 
 def load_adapter(model: Any, place: Place) -> Any:
