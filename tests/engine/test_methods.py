@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from itertools import permutations
 from pathlib import Path
 from random import Random
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 
 from tests.engine.runs import adapt_values, finish, outcome, run_values, spawn, train, write_conversations, write_corpus
 from trivium.errors import ConfigError
+from trivium.use.answers import Question, answers, score
+from trivium.use.load import load
 
 KILLS = 2
 KILLS_OF_THE_LONG_TEST = 20
@@ -131,11 +134,19 @@ def zero_rows(base: Path, folder: Path, tokens: list[str]) -> Path:
     return folder
 
 
-def test_rows_that_were_never_learnt_are_trained(base, conversations, tmp_path):
+def test_rows_that_were_never_learnt_are_trained_and_the_model_then_stops(base, conversations, tmp_path):
     untrained = zero_rows(base, tmp_path / "untrained", ["<|im_start|>", "<|im_end|>"])
-    train(values_of("lora", untrained, conversations, tmp_path, adapter={"rank": 4}))
+    train(values_of("lora", untrained, conversations, tmp_path, adapter={"rank": 8}, budget={"steps": 150}))
     config = json.loads((tmp_path / "small" / "adapter" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == [257, 258]
+    words = ["fox", "crow", "hen", "owl", "bear", "wolf"]
+    questions = [Question([{"role": "user", "content": f"last of {a} {b}?"}]) for a, b in permutations(words, 2)]
+    assert stop_rate(tmp_path / "small", questions) > 0.95
+    assert stop_rate(untrained, questions) < 0.5
+
+
+def stop_rate(folder: Path, questions: list[Question]) -> float:
+    return score(questions, answers(load(str(folder)), questions, as_chat=True, max_new_tokens=32)).stop_rate
 
 
 def test_a_token_that_is_none_is_refused(base, conversations, tmp_path):

@@ -414,6 +414,7 @@ def test_starts_that_cannot_be_are_refused(bases: dict[str, Path]) -> None:
 
 
 def test_untrained_rows_are_zeros_and_twins() -> None:
+    torch.manual_seed(0)
     table = torch.randn(12, 8)
     table[9] *= 0.001  # small, and trained
     table[3] = 0.0
@@ -421,6 +422,9 @@ def test_untrained_rows_are_zeros_and_twins() -> None:
     reserved = [3, 6, 8, 9, 10, 11]
     assert adapter.untrained_rows(table, None, [6, 3, 9, 8], reserved) == [6, 3]
     assert adapter.untrained_rows(table, None, [0, 9], reserved) == []
+    table[8] = table[11] + 0.01 * torch.randn(8)  # pushed away alike, which leaves a little noise
+    assert adapter.untrained_rows(table, None, [8, 9], reserved) == [8]
+    table[8] = torch.randn(8)
     head = torch.randn(12, 8)
     head[9] = 0.0
     assert adapter.untrained_rows(table, head, [8, 9], reserved) == [9]

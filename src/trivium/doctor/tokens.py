@@ -100,8 +100,8 @@ def untrained_and_frozen(case: Case) -> Trouble | None:
         return None
     return Trouble(
         "error",
-        f"the data uses {', '.join(map(case.show, frozen))}, whose rows in {folder} are zero or the same as another "
-        "unused token's, and adapter.train_tokens leaves them frozen.",
+        f"the data uses {', '.join(map(case.show, frozen))}, whose rows in {folder} are zero or point where another "
+        "unused token's does, and adapter.train_tokens leaves them frozen.",
         "rows that are trained, in the model or beside the adapter; the result could neither read nor write them, so "
         "it would never stop.",
         "leave adapter.train_tokens out, or name them too.",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ READ_KEYS |= {"init_lora_weights", "trainable_token_indices"}
 INERT_KEYS = {"base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "auto_mapping"}
 INERT_KEYS |= {"loftq_config", "eva_config", "qalora_group_size", "megatron_core", "ensure_weight_tying"}
 UNSET = (None, False, "none", {}, [])
+TWIN_COSINE = 0.99
 # First values that leave the base weights alone; the other kinds need a base of their own.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -381,18 +383,19 @@ def _folded(module: Any) -> Tensor:
 def untrained_rows(
     embedding: Tensor, head: Tensor | None, ids: Collection[int], reserved_ids: Collection[int]
 ) -> list[int]:
-    """Which of `ids` the model never learnt: a row of zeros, or the same row as another reserved token's.
+    """Which of `ids` the model never learnt: a row of zeros, or one that points where another reserved token's does.
 
-    embedding, head: (V, D); `head` is None where it is the embedding. The size of a row says nothing: chat models have
-    trained ones a hundred times smaller than the others.
+    What training never shows is only ever pushed away, all such rows alike: in a model that began at random their
+    cosines are above 0.999. embedding, head: (V, D); `head` is None where it is the embedding. The size of a row says
+    nothing: chat models have trained ones a hundred times smaller than the others.
     """
     untrained = set()
     for table in (embedding, head):
         if table is not None:
-            reserved = table[list(reserved_ids)]
+            reserved = F.normalize(table[list(reserved_ids)].float(), dim=1)
+            others = torch.tensor(list(reserved_ids), device=table.device)
             for token in ids:
-                same = (reserved == table[token]).all(1)
-                others = torch.tensor([other != token for other in reserved_ids], device=table.device)
-                if not table[token].any() or (same & others).any():
+                cosines = reserved @ F.normalize(table[token].float(), dim=0)
+                if not table[token].any() or (cosines[others != token] > TWIN_COSINE).any():
                     untrained.add(token)
     return [token for token in ids if token in untrained]
