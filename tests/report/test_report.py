@@ -144,7 +144,7 @@ def test_an_empty_run_folder_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("")
     page = read(write_report(tmp_path))
     assert "stopped" in page.text and "not recorded" in page.text and "svg" not in page.tags
-    assert "Not in the folder: provenance.json, metrics.jsonl, samples.jsonl, checkpoints, model." in page.text
+    assert "Not in the folder: provenance.json, metrics.jsonl, samples.jsonl, checkpoints, the result." in page.text
 
 
 def test_torn_and_odd_records_are_read_as_far_as_they_go(finished_run: Path) -> None:

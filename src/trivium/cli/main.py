@@ -19,10 +19,10 @@ import click
 from trivium.errors import TriviumError
 
 VERBS = {
-    "quickstart": "Watch a small model learn on this machine, from nothing to text, in minutes.",
+    "quickstart": "Watch small models learn on this machine, in every way, and compare them, in minutes.",
     "train": "Train as a run file says; the same command again goes on where it stopped.",
     "doctor": "Find what would make a run fail, or silently learn the wrong thing.",
-    "data": "Build and inspect token stores.",
+    "data": "Inspect data, build token stores, import those of others.",
     "tokenizer": "Train and inspect tokenizers.",
     "model": "List the models, and find one for a parameter budget.",
     "config": "Show, explain and check run files.",

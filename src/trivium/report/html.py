@@ -94,6 +94,8 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
     yield "Method", escape(str(record.config.get("method", "")))
     yield "Model", escape(_model_name(record.config.get("model"), model))
     yield "Parameters", _number(model.get("num_params"), "{:,.0f}")
+    if model.get("num_trained_params") not in (None, model.get("num_params")):
+        yield "Parameters trained", _number(model.get("num_trained_params"), "{:,.0f}")
     yield "Steps", _steps(record)
     yield "Tokens seen", _number(record.curve("train/num_tokens").last, "{:,.0f}")
     yield "Training loss", _number(record.curve("train/loss").last, "{:.4f} <small>nats a token</small>")

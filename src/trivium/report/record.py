@@ -14,7 +14,7 @@ import yaml
 
 from trivium.engine.runfolder import JsonLines, RunFolder
 
-RECORDS = ("run.yaml", "provenance.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model")
+RECORDS = ("run.yaml", "provenance.json", "metrics.jsonl", "samples.jsonl", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,10 @@ def read_record(path: Path) -> Record:
         floor=floor if floor and _is_finite(floor.get("nats_per_token")) and floor["nats_per_token"] > 0 else None,
         failure=_mapping(folder.read("failure.json")),
         checkpoints=sorted(entry.name for entry in folder.checkpoints.glob("step-*")),
-        missing=[name for name in RECORDS if not (path / name).exists()],
+        missing=[
+            *(name for name in RECORDS if not (path / name).exists()),
+            *(() if folder.result.exists() else ("the result",)),
+        ],
     )
 
 
