@@ -18,6 +18,7 @@ def figures() -> str:
     pretrain = json.loads((RESULTS / "pretrain.json").read_text())
     tokenise = json.loads((RESULTS / "tokenise.json").read_text())
     startup = json.loads((RESULTS / "startup.json").read_text())
+    sft = json.loads((RESULTS / "sft.json").read_text())
     rows = []
     for dtype, result in pretrain["results"].items():
         speed, memory = result["speed_ratio"], result["memory_ratio"]
@@ -28,6 +29,18 @@ def figures() -> str:
                 f"{speed:.1f}x its real tokens/s, {memory:.2f}x its peak memory",
             )
         )
+    ways = {"full": "full fine-tuning", "lora": "LoRA"}
+    others = {"trl_defaults": "its defaults", "trl_tuned": "tuned: packed, no checkpointing"}
+    for method, result in sft["results"].items():
+        for name, how in others.items():
+            against = result["against"][name]
+            rows.append(
+                (
+                    f"{ways[method]} on short conversations, bfloat16, vocabulary 151,936",
+                    f"SFTTrainer of TRL {sft['versions']['trl']}, {how}",
+                    f"{against['speed_ratio']:.1f}x its real tokens/s, {against['memory_ratio']:.2f}x its peak memory",
+                )
+            )
     rows.append(
         (
             f"tokenising JSONL with Qwen's tokenizer, {tokenise['workers']} workers",

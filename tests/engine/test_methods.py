@@ -27,6 +27,7 @@ METHODS = {
     "full-8bit": {"method": "full", "optimizer": {"learning_rate": 1e-2, "states": "8bit"}},
     "continue": {"method": "continue"},
 }
+CONTINUE_WITH_ADAPTER = {"method": "continue", "trainable": "adapter", "adapter": {"rank": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,12 @@ def test_every_method_learns_and_leaves_its_base_alone(method, base, conversatio
     losses = held_out_losses(tmp_path)
     assert losses[-1] < losses[0] - 0.05
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_an_adapter_learns_documents_too(base, tmp_path):
+    train(adapt_values(base, base.parents[1] / "stories.jsonl", tmp_path, **CONTINUE_WITH_ADAPTER))
+    losses = held_out_losses(tmp_path)
+    assert losses[-1] < losses[0] - 0.02
 
 
 def kill_and_finish(method: str, base: Path, conversations: Path, tmp_path: Path, kills: int) -> None:

@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
 )
 MODEL_FILES = ("config.json", "generation_config.json")
 WEIGHT_FILES = (INDEX, "model*.safetensors")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 PIECE_BYTES = 1 << 26
 MAX_SHARD_BYTES = 5 * 2**30
@@ -59,7 +60,8 @@ def find_folder(name: str, with_weights: bool = True) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    wanted = list(MODEL_FILES + WEIGHT_FILES + TOKENIZER_FILES if with_weights else MODEL_FILES + TOKENIZER_FILES)
+    weights = WEIGHT_FILES + ADAPTER_FILES if with_weights else ()
+    wanted = [*MODEL_FILES, *TOKENIZER_FILES, *weights]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the client lets errors of its HTTP library through, and which library that is varies
