@@ -17,7 +17,7 @@ import torch
 from trivium.data.order import Order
 
 NO_LABEL = -100
-SUPERVISED_MULTIPLE = 128
+SUPERVISED_MULTIPLE = 64
 
 
 class TokenStore(Protocol):

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-LOGITS_CHUNK_BYTES = 1 << 28
+# A trained head's gradient is passed over once a chunk, which makes small chunks slow; a frozen one has none.
+LOGITS_CHUNK_BYTES, FROZEN_HEAD_CHUNK_BYTES = 1 << 28, 1 << 26
 CPU_SLICE_ELEMENTS = 1 << 20
 
 
-def default_chunk_rows(vocab_size: int, dtype: torch.dtype) -> int:
-    """Rows whose logits fill LOGITS_CHUNK_BYTES in `dtype`, at least 64."""
-    return max(64, LOGITS_CHUNK_BYTES // (vocab_size * dtype.itemsize))
+def default_chunk_rows(vocab_size: int, dtype: torch.dtype, is_trained: bool) -> int:
+    """Rows whose logits in `dtype` fill a chunk of a head that is trained or frozen, at least 64."""
+    chunk_bytes = LOGITS_CHUNK_BYTES if is_trained else FROZEN_HEAD_CHUNK_BYTES
+    return max(64, chunk_bytes // (vocab_size * dtype.itemsize))
 
 
 def cross_entropy_sum(
@@ -40,7 +42,7 @@ def cross_entropy_sum(
     Returns: fp32 scalar in nats. Softmax and sums are fp32; the gradient of the head is accumulated in fp32.
     """
     ids_K, rows_KD = head_rows or (labels_M.new_empty(0), weight_VD.new_empty(0, weight_VD.shape[1]))
-    chunk_rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_MD.dtype)
+    chunk_rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_MD.dtype, weight_VD.requires_grad)
     return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, rows_KD, ids_K, labels_M, weights_M, chunk_rows)
 
 
