@@ -138,6 +138,6 @@ def test_a_frozen_head_gets_no_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_default_chunk_fits_its_bytes(dtype):
-    rows = default_chunk_rows(151_936, dtype)
+    rows = default_chunk_rows(151_936, dtype, is_trained=True)
     assert rows * 151_936 * dtype.itemsize <= LOGITS_CHUNK_BYTES
-    assert default_chunk_rows(10**9, dtype) == 64
+    assert default_chunk_rows(10**9, dtype, is_trained=True) == 64
