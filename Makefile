@@ -36,7 +36,7 @@ format: .venv/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# bench/tokenise.py compares with a checkout of Megatron-LM, which must be named: run it by hand.
+# bench/tokenise.py needs a checkout of Megatron-LM and bench/sft.py a folder with Qwen3's tokenizer: run them by hand.
 bench: .venv/dev.stamp
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/pretrain.py
