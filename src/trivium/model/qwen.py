@@ -16,7 +16,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from trivium.model.rows import TokenRows
 from trivium.model.shape import QwenShape
@@ -95,6 +94,8 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) ->
     """
     on_gpu = q_TNH.is_cuda and q_TNH.dtype != torch.float32
     if on_gpu and torch.cuda.get_device_capability(q_TNH.device) >= (8, 0):
+        from torch.nn.attention.varlen import varlen_attn  # a second of imports that no CPU needs
+
         cu, longest = documents.cu_seqlens, documents.max_len
         out = varlen_attn(q_TNH, k_TKH, v_TKH, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
         assert isinstance(out, Tensor)
