@@ -129,7 +129,10 @@ def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
             yield describe_conversations(built)
     if engine.model.head_rows is not None:
         tokens = ", ".join(job.tokenizer.convert_ids_to_tokens(engine.model.head_rows[0].tolist()))
-        yield f"the rows of {tokens} are trained beside the adapter"
+        yield (
+            f"the rows of {tokens} are trained beside the adapter; transformers and PEFT load that as it is, servers "
+            "that take low-rank matrices alone (vLLM) need the result merged: trivium export --merge"
+        )
     if not job.held_out:
         yield (
             "nothing is held out, so there is no evaluation: data.held_out is 0, every source is a ready store, or "
