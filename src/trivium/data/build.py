@@ -26,12 +26,12 @@ from trivium.data.blocks import BLOCK_BYTES, Block, Reading
 from trivium.data.chat import LongRows, describe_template
 from trivium.data.corpus import Corpus, open_corpus
 from trivium.data.encode import ChatReading, Tally, encode_blocks
-from trivium.data.formats import Document, parse
+from trivium.data.formats import Document, content_of
 from trivium.data.partial import REJECTS, Partial
 from trivium.data.progress import BuildProgress
 from trivium.data.publish import REASONING_FILE, publish
-from trivium.data.rows import Row, RowError, parse_piece
-from trivium.data.store import Store
+from trivium.data.rows import RowError, parse_piece
+from trivium.data.store import Store, has_mask
 from trivium.data.tokenizer import Encoding, TokenizerKind, document_encoding, token_dtype, train_tokenizer
 from trivium.errors import BadData, ConfigError, TriviumError
 from trivium.files import FolderLock, fsync_directory, require_free_space, sha256_file
@@ -68,7 +68,7 @@ class BuiltStore:
     @property
     def has_conversations(self) -> bool:
         """Whether its samples must stay whole, each in one row."""
-        return bool(self.report.get("conversations")) or self.open().mask is not None
+        return bool(self.report.get("conversations")) or has_mask(self.path)
 
     def reasoning(self) -> np.ndarray | None:
         """Which training samples have a reasoned answer, bool [documents]; None when none has."""
@@ -127,14 +127,10 @@ def build_sources(
             built.append(_ready_store(Path(source.store).expanduser(), encoding))
         else:
             corpus = open_corpus(source, max_document_mib, cache_dir)
-            chat = None
-            if corpus.has_conversations:
-                template = describe_template(tokenizer)
-                chat = ChatReading(tokenizer.name_or_path, template.sha256, **asdict(conversations))
             job = StoreJob(
                 corpus=corpus,
                 encoding=encoding,
-                chat=chat,
+                chat=chat_reading(corpus, tokenizer, conversations),
                 held_out=held_out,
                 max_reject_share=max_reject_share,
                 cache_dir=cache_dir,
@@ -143,6 +139,18 @@ def build_sources(
             )
             built.append(job.run())
     return built
+
+
+def chat_reading(
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerFast", conversations: ConversationSettings
+) -> ChatReading | None:
+    """How the conversations of a corpus become samples; None where it has none.
+
+    Raises: ConfigError or BadData when the tokenizer's chat template is of no use.
+    """
+    if not corpus.has_conversations:
+        return None
+    return ChatReading(tokenizer.name_or_path, describe_template(tokenizer).sha256, **asdict(conversations))
 
 
 @dataclass(frozen=True)
@@ -375,11 +383,6 @@ def _texts(block: Block, reading: Reading) -> Iterator[str]:
     """The documents of a block, and all that is said in its conversations."""
     for piece in block.pieces:
         for row in parse_piece(piece, reading.field, reading.max_row_bytes):
-            if not isinstance(row, Row):
-                continue
-            if piece.layout is None or row.record is None:
-                yield row.text
-                continue
             with suppress(RowError):
-                content = parse(row.record, piece.layout)
+                content = content_of(row, piece.layout)
                 yield from [content.text] if isinstance(content, Document) else (turn.content for turn in content.turns)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from trivium.data.layout import Format, Layout, detect, from_dataset_info
-from trivium.data.rows import Reason, RowError, json_type
+from trivium.data.rows import Reason, Reject, Row, RowError, json_type
 from trivium.data.turns import FULL_WEIGHT, Spelling, Turn, check_json, checked_text, load_json, parse_message
 
-__all__ = ["Conversation", "Document", "Format", "Layout", "Turn", "detect", "from_dataset_info", "parse"]
+__all__ = ["Conversation", "Document", "Format", "Layout", "Turn", "content_of", "detect", "from_dataset_info", "parse"]
 
 MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 
@@ -35,6 +35,16 @@ class Document:
     """A text that is learnt whole."""
 
     text: str
+
+
+def content_of(row: Row | Reject, layout: Layout | None) -> Conversation | Document:
+    """What a row of a file with that layout holds.
+
+    Raises: RowError with the reason when it cannot be learnt from.
+    """
+    if isinstance(row, Reject):
+        raise RowError(row.reason, row.detail)
+    return Document(row.text) if layout is None or row.record is None else parse(row.record, layout)
 
 
 def parse(record: object, layout: Layout) -> Conversation | Document:

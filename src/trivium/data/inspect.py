@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trivium.config import Data, Source
-from trivium.data.build import ConversationSettings
-from trivium.data.chat import ChatEncoder, describe_template
+from trivium.data.build import ConversationSettings, chat_reading
+from trivium.data.chat import ChatEncoder
 from trivium.data.corpus import Corpus, open_corpus
-from trivium.data.encode import ChatReading, RejectedRow, Tally, encode_blocks
-from trivium.data.formats import Conversation, Document, parse
+from trivium.data.encode import RejectedRow, Tally, encode_blocks
+from trivium.data.formats import Conversation, Document, content_of
 from trivium.data.publish import REASONING_FILE, describe_lengths, round_lengths
 from trivium.data.rows import Piece, Reject, Row, RowError, parse_piece
 from trivium.data.show import Shown, as_samples, as_spans, as_text
@@ -156,10 +156,7 @@ def _inspect_source(source: Source, look: Look) -> Inspection:
 def _encode(corpus: Corpus, look: Look, inspection: Inspection, tally: Tally) -> Iterator[np.ndarray]:
     """Yield the lengths of each block's samples, all as a build would make them."""
     assert look.tokenizer is not None
-    chat = None
-    if corpus.has_conversations:
-        template = describe_template(look.tokenizer)
-        chat = ChatReading(look.tokenizer.name_or_path, template.sha256, **asdict(look.conversations))
+    chat = chat_reading(corpus, look.tokenizer, look.conversations)
     for block in encode_blocks(corpus.blocks(), document_encoding(look.tokenizer), corpus.reading, chat, workers=1):
         tally.add(block.tally)
         inspection.note_rejects(block.rejected)
@@ -172,7 +169,7 @@ def _read(corpus: Corpus, _look: Look, inspection: Inspection, tally: Tally) -> 
         lengths = []
         for piece, row in _rows(block.pieces, corpus):
             try:
-                content = _content(row, piece)
+                content = content_of(row, piece.layout)
             except RowError as error:
                 tally.rejected[error.reason.value] += 1
                 inspection.note_rejects([RejectedRow(piece.file, row.line, error.reason.value, error.detail)])
@@ -196,7 +193,7 @@ def _first_rows(corpus: Corpus, look: Look) -> Iterator[Shown]:
             return
         where = f"{piece.file}:{row.line}"
         with suppress(RowError):
-            content = _content(row, piece)
+            content = content_of(row, piece.layout)
             if encoder is None or look.tokenizer is None or isinstance(content, Document):
                 yield Shown(where, as_text(content))
             else:
@@ -208,15 +205,6 @@ def _rows(pieces: Iterable[Piece], corpus: Corpus) -> Iterator[tuple[Piece, Row 
     for piece in pieces:
         for row in parse_piece(piece, corpus.reading.field, corpus.reading.max_row_bytes):
             yield piece, row
-
-
-def _content(row: Row | Reject, piece: Piece) -> Conversation | Document:
-    """Raises: RowError."""
-    if isinstance(row, Reject):
-        raise RowError(row.reason, row.detail)
-    if row.record is None or piece.layout is None:
-        return Document(row.text)
-    return parse(row.record, piece.layout)
 
 
 def _describe(inspection: Inspection, chunks: Iterator[np.ndarray]) -> None:

@@ -116,7 +116,7 @@ class Store:
 
         Raises: BadData when a file is missing, cut short, or says what cannot be.
         """
-        self.prefix = path / "tokens" if path.is_dir() else path
+        self.prefix = _prefix_of(path)
         self._index_path, self._bin_path = _file(self.prefix, ".idx"), _file(self.prefix, ".bin")
         for file in (self._index_path, self._bin_path):
             if not file.is_file():
@@ -134,9 +134,9 @@ class Store:
         """The loss weights as a store of their own; None where every token counts alike."""
 
     def _open_mask(self) -> "Store | None":
-        prefix = mask_prefix(self.prefix)
-        if not _file(prefix, ".idx").is_file():
+        if not has_mask(self.prefix):
             return None
+        prefix = mask_prefix(self.prefix)
         mask = Store(prefix)
         if mask.dtype != np.uint8 or not np.array_equal(mask.lengths, self.lengths):
             raise BadData(
@@ -282,6 +282,15 @@ class Selection:
 def mask_prefix(prefix: Path) -> Path:
     """Where the loss weights of the store at `prefix` lie."""
     return prefix.with_name(f"{prefix.name}_mask")
+
+
+def has_mask(path: Path) -> bool:
+    """Whether the store at `path`, see `Store`, has loss weights; does not open it."""
+    return _file(mask_prefix(_prefix_of(path)), ".idx").is_file()
+
+
+def _prefix_of(path: Path) -> Path:
+    return path / "tokens" if path.is_dir() else path
 
 
 def _file(prefix: Path, suffix: str) -> Path:

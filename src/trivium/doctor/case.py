@@ -18,8 +18,8 @@ import torch
 from trivium.config import Run, Source
 from trivium.data.chat import ChatTemplate, describe_template
 from trivium.data.corpus import open_corpus
-from trivium.data.formats import Conversation, parse
-from trivium.data.rows import Row, RowError, parse_piece
+from trivium.data.formats import Conversation, content_of
+from trivium.data.rows import RowError, parse_piece
 from trivium.engine.device import Machine
 from trivium.engine.engine import Engine
 from trivium.engine.setup import Job, build_engine, cache_folder
@@ -140,11 +140,10 @@ def _conversations(run: Run, source: Source) -> Iterator[Conversation]:
     pieces = (piece for block in corpus.blocks(block_bytes=READ_BLOCK_BYTES) for piece in block.pieces)
     for piece in pieces:
         for row in parse_piece(piece, corpus.reading.field, corpus.reading.max_row_bytes):
-            if isinstance(row, Row) and row.record is not None and piece.layout is not None:
-                with suppress(RowError):
-                    content = parse(row.record, piece.layout)
-                    if isinstance(content, Conversation):
-                        yield content
+            with suppress(RowError):
+                content = content_of(row, piece.layout)
+                if isinstance(content, Conversation):
+                    yield content
 
 
 @dataclass(frozen=True)
