@@ -6,20 +6,15 @@ makes impossible is checked all the same, so that a change of it would be caught
 
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import safe_open
 
 from trivium.data.pack import NO_LABEL, Batch
 from trivium.doctor.case import Case, Sample
 from trivium.doctor.findings import Rule, Trouble
+from trivium.engine.setup import untrained_tokens
 from trivium.errors import BadData, TriviumError
-from trivium.model import hf
-from trivium.model.adapter import untrained_rows
-from trivium.model.qwen import Qwen
 
 MIN_ENDED_SHARE = 0.99
 QWEN_ROWS = (151_936, 152_064)
@@ -95,7 +90,8 @@ def untrained_and_frozen(case: Case) -> Trouble | None:
     if adapter is None or adapter.train_tokens is None or folder is None:
         return None  # all rows are trained, or those that need it by themselves
     named = set(case.job.tokenizer.convert_tokens_to_ids(adapter.train_tokens))
-    frozen = [token for token in untrained_tokens(case, folder) if token not in named]
+    used = set(np.unique(np.concatenate([sample.ids for sample in case.samples])).tolist())
+    frozen = [token for token in untrained_tokens(case.job, used) if token not in named]
     if not frozen:
         return None
     return Trouble(
@@ -106,33 +102,6 @@ def untrained_and_frozen(case: Case) -> Trouble | None:
         "it would never stop.",
         "leave adapter.train_tokens out, or name them too.",
     )
-
-
-def untrained_tokens(case: Case, folder: Path) -> list[int]:
-    """Control tokens of the samples that the model never learnt; only their rows are read."""
-    job = case.job
-    control = sorted(job.tokenizer.get_added_vocab().values())
-    reserved = [*control, *range(len(job.tokenizer), job.shape.vocab_size)]
-    used = sorted(set(control) & set(np.unique(np.concatenate([sample.ids for sample in case.samples])).tolist()))
-    with torch.device("meta"):
-        files = hf.find_tensors(Qwen(job.shape), folder)
-    names = [hf.EMBEDDINGS] if job.shape.tie_word_embeddings else [hf.EMBEDDINGS, hf.HEAD]
-    embedding, *head = [_rows(files[name], name, reserved) for name in names]
-    places = {token: place for place, token in enumerate(reserved)}
-    untrained = untrained_rows(
-        embedding, head[0] if head else None, [places[token] for token in used], list(places.values())
-    )
-    return [reserved[place] for place in untrained]
-
-
-def _rows(path: Path, name: str, ids: list[int]) -> torch.Tensor:
-    """Some rows of a stored table, [ids, hidden]."""
-    with safe_open(path, framework="pt") as file:
-        table = file.get_slice(name)
-        first = min(ids)
-        if max(ids) - first < 2 * len(ids):
-            return table[first : max(ids) + 1][[token - first for token in ids]]
-        return torch.cat([table[token : token + 1] for token in ids])
 
 
 def generation_never_ends(case: Case) -> Trouble | None:

@@ -10,7 +10,7 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -302,7 +302,7 @@ def build_engine(job: Job, machine: Machine) -> Engine:
         model.compute_dtype = machine.compute_dtype
         return Engine(model.to(machine.device), run.optimizer)
     model = load_frozen(job, machine)
-    adapter.inject(model, run.adapter, run.seed, trained_tokens(job, model), job.weights_folder)
+    adapter.inject(model, run.adapter, run.seed, trained_tokens(job), job.weights_folder)
     return Engine(model, run.optimizer, run.adapter.b_rate_ratio)
 
 
@@ -319,7 +319,7 @@ def load_frozen(job: Job, machine: Machine) -> Qwen:
     return model
 
 
-def trained_tokens(job: Job, model: Qwen) -> list[int]:
+def trained_tokens(job: Job) -> list[int]:
     """Ids whose rows are trained beside the adapter: those the run names, else those the data needs and the model never
     learnt. Whether too few are named is the doctor's question.
 
@@ -328,7 +328,8 @@ def trained_tokens(job: Job, model: Qwen) -> list[int]:
     assert job.run.adapter is not None
     named = job.run.adapter.train_tokens
     if named is None:
-        return untrained_tokens(job, model)
+        control = control_tokens(job)
+        return untrained_tokens(job, {token for store in job.built for token in store.open().found_among(control)})
     known = job.tokenizer.get_vocab()
     if unknown := [token for token in named if token not in known]:
         raise ConfigError(
@@ -338,14 +339,28 @@ def trained_tokens(job: Job, model: Qwen) -> list[int]:
     return [known[token] for token in named]
 
 
-def untrained_tokens(job: Job, model: Qwen) -> list[int]:
-    """Control tokens that the data uses and the model has no knowledge of, by their rows in its embedding and head."""
-    control = sorted(job.tokenizer.get_added_vocab().values())
-    used = sorted({token for store in job.built for token in store.open().found_among(control)})
-    embedding = model.model.embed_tokens.weight
-    head = None if job.shape.tie_word_embeddings else model.head_weight
+def control_tokens(job: Job) -> list[int]:
+    """Ids of the tokens that steer a model, such as the one that ends a turn."""
+    return sorted(job.tokenizer.get_added_vocab().values())
+
+
+def untrained_tokens(job: Job, used: Collection[int]) -> list[int]:
+    """Which control tokens, of those that the data uses, the pretrained model never learnt.
+
+    Only the rows of reserved tokens are read, from the model's embedding and, where it is another tensor, its head.
+    """
+    assert job.weights_folder is not None
+    control = control_tokens(job)
     reserved = [*control, *range(len(job.tokenizer), job.shape.vocab_size)]
-    return adapter.untrained_rows(embedding, head, used, reserved)
+    places = [place for place, token in enumerate(control) if token in used]
+    if not places:
+        return []
+    with torch.device("meta"):
+        files = hf.find_tensors(Qwen(job.shape), job.weights_folder)
+    names = [hf.EMBEDDINGS] if job.shape.tie_word_embeddings else [hf.EMBEDDINGS, hf.HEAD]
+    embedding, *head = [hf.read_rows(files[name], name, reserved) for name in names]
+    untrained = adapter.untrained_rows(embedding, head[0] if head else None, places, range(len(reserved)))
+    return [reserved[place] for place in untrained]
 
 
 def provenance(job: Job, engine: Engine, machine: Machine) -> dict[str, Any]:

@@ -6,7 +6,6 @@ which run in the dtype of what comes in while the trained values stay fp32. Does
 `engine` and `use` import this file; it imports torch, and PEFT where it is needed.
 """
 
-import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +21,10 @@ from trivium.errors import ConfigError
 from trivium.files import atomic_write, write_safetensors
 from trivium.model import hf
 from trivium.model.quantize import NF4Linear
-from trivium.model.qwen import Linear, Qwen
+from trivium.model.qwen import Linear, Qwen, own_seed
 from trivium.model.rows import TokenRows
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = hf.ADAPTER_FILES
 PROJECTIONS = get_args(Projection)
 NAME = "default"  # PEFT's name for an adapter that is alone
 # Of adapter_config.json: what `load` reads, and what changes nothing that is computed. Anything else must be unset.
@@ -73,11 +72,11 @@ def inject(
     for path, layer in _adapted(model):
         _compute_in_the_dtype_of_the_input(layer)
         if config.init == "zero":
-            _start_uniform(layer, _key(seed, path))
+            _start_uniform(layer, own_seed(seed, path))
         elif config.init == "pissa":
-            _start_principal(layer, _key(seed, path))
+            _start_principal(layer, own_seed(seed, path))
         else:
-            _start_quantisation_error(layer, _key(seed, path), files[f"{path}.weight"], f"{path}.weight")
+            _start_quantisation_error(layer, own_seed(seed, path), files[f"{path}.weight"], f"{path}.weight")
         if config.dora:
             _start_magnitude(layer)
     if token_ids:
@@ -107,11 +106,6 @@ def _check_start(model: Qwen, config: Adapter) -> None:
 def _whole(number: float) -> Any:
     """32 rather than 32.0: what reads adapter_config.json elsewhere may insist on a whole number."""
     return int(number) if number.is_integer() else number
-
-
-def _key(seed: int, path: str) -> int:
-    """A layer's own seed: neither device nor order of construction changes its first values."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{path}".encode()).digest()[:8], "little")
 
 
 def _adapted(model: Qwen) -> Iterator[tuple[str, Any]]:

@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
 )
 MODEL_FILES = ("config.json", "generation_config.json")
 WEIGHT_FILES = (INDEX, "model*.safetensors")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 PIECE_BYTES = 1 << 26
 MAX_SHARD_BYTES = 5 * 2**30
@@ -108,6 +108,16 @@ def load_weights(model: Qwen, folder: Path) -> None:
     files = find_tensors(model, folder)
     for name, parameter in model.named_parameters():
         read_tensor(files[name], name, parameter)
+
+
+def read_rows(path: Path, name: str, ids: list[int]) -> Tensor:
+    """Some rows of a stored table, [ids, hidden]."""
+    with safe_open(path, framework="pt") as file:
+        table = file.get_slice(name)
+        first = min(ids)
+        if max(ids) - first < 2 * len(ids):
+            return table[first : max(ids) + 1][[token - first for token in ids]]
+        return torch.cat([table[token : token + 1] for token in ids])
 
 
 def find_tensors(model: Qwen, folder: Path) -> dict[str, Path]:

@@ -217,6 +217,11 @@ class Qwen(nn.Module):
         return self.model.norm(x_TD)
 
 
+def own_seed(seed: int, name: str) -> int:
+    """A tensor's own seed: its first values depend on neither device nor order of construction."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+
+
 @torch.no_grad()
 def init_weights(model: Qwen, seed: int) -> None:
     """Start from nothing: normal weights of deviation 0.02, norms 1, biases 0.
@@ -234,6 +239,5 @@ def init_weights(model: Qwen, seed: int) -> None:
             parameter.zero_()
         else:
             std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD
-            key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
+            generator = torch.Generator().manual_seed(own_seed(seed, name))
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

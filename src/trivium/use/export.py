@@ -24,7 +24,7 @@ from trivium.model import hf
 from trivium.report.record import read_record
 from trivium.use.answers import Question, prompt_text
 from trivium.use.held_out import Passage, passages_of_run
-from trivium.use.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Loaded, Place, find, load, load_network
+from trivium.use.load import Loaded, Place, find, load, load_network
 
 MAX_DIFFERENCE = 1e-4
 # All logits of a prompt are kept to be compared: 8 prompts of 128 tokens are 0.6 GB with Qwen's vocabulary.
@@ -158,7 +158,7 @@ def _copied(place: Place, beside: Path, note: Note) -> dict[str, Any]:
     dtype = str(loaded.network.dtype).removeprefix("torch.")
     del loaded
     gc.collect()
-    names = [*hf.MODEL_FILES, *hf.TOKENIZER_FILES, *hf.WEIGHT_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+    names = [*hf.MODEL_FILES, *hf.TOKENIZER_FILES, *hf.WEIGHT_FILES, *hf.ADAPTER_FILES]
     files = sorted({file for name in names for file in place.folder.glob(name)})
     require_free_space(beside.parent, sum(file.stat().st_size for file in files) + (64 << 20), "the copy")
     beside.mkdir()

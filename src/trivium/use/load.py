@@ -21,7 +21,6 @@ from trivium.errors import ConfigError, TriviumError
 from trivium.model import hf
 from trivium.model.quantize import quantise_projections
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAFELY: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
@@ -101,17 +100,17 @@ def find(name: str) -> Place:
     run_folder = next((place for place in (folder, folder.resolve().parent) if (place / "run.yaml").is_file()), None)
     if run_folder == folder:
         folder = _result_of(folder)
-    if (folder / ADAPTER_CONFIG).is_file():
-        if not (folder / ADAPTER_WEIGHTS).is_file():
+    if (folder / hf.ADAPTER_CONFIG).is_file():
+        if not (folder / hf.ADAPTER_WEIGHTS).is_file():
             raise ConfigError(
-                f"{folder} has no {ADAPTER_WEIGHTS}. Expected an adapter in safetensors; other formats are not read, "
-                "since they can run code. Save the adapter again with safetensors."
+                f"{folder} has no {hf.ADAPTER_WEIGHTS}. Expected an adapter in safetensors; other formats are not "
+                "read, since they can run code. Save the adapter again with safetensors."
             )
         return Place("adapter", folder, _base_of(folder), run_folder, _weights_of(run_folder) == "nf4")
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"{name} holds no model: {folder} has neither a config.json nor an {ADAPTER_CONFIG}. Name the folder of a "
-            "finished run, of a Hugging Face model or of an adapter."
+            f"{name} holds no model: {folder} has neither a config.json nor an {hf.ADAPTER_CONFIG}. Name the folder of "
+            "a finished run, of a Hugging Face model or of an adapter."
         )
     return Place("model" if run_folder else "base", folder, None, run_folder, False)
 
@@ -129,10 +128,10 @@ def _result_of(run_folder: Path) -> Path:
 
 def _base_of(adapter_folder: Path) -> Path:
     """The folder of the model that an adapter belongs to."""
-    name = hf.read_json(adapter_folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    name = hf.read_json(adapter_folder / hf.ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ConfigError(
-            f"{adapter_folder / ADAPTER_CONFIG} does not say which model the adapter belongs to. Set its "
+            f"{adapter_folder / hf.ADAPTER_CONFIG} does not say which model the adapter belongs to. Set its "
             "base_model_name_or_path to that model's folder or Hub id."
         )
     try:
@@ -140,7 +139,7 @@ def _base_of(adapter_folder: Path) -> Path:
     except ConfigError as error:
         raise ConfigError(
             f"The adapter {adapter_folder} belongs to the model {name}, which is not to be had: {error} If the model "
-            f"was moved, set base_model_name_or_path in {adapter_folder / ADAPTER_CONFIG} to where it is now."
+            f"was moved, set base_model_name_or_path in {adapter_folder / hf.ADAPTER_CONFIG} to where it is now."
         ) from error
 
 
@@ -252,12 +251,12 @@ def load_adapter(model: Any, place: Place) -> Any:
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ConfigError(
             f"The adapter {place.folder} does not fit its base {place.base_folder}: {_first_line(error)} Name the "
-            f"base it was trained on in {ADAPTER_CONFIG}."
+            f"base it was trained on in {hf.ADAPTER_CONFIG}."
         ) from error
     if any("missing adapter keys" in str(warning.message) for warning in caught):
         raise ConfigError(
-            f"The adapter {place.folder} lacks weights that its {ADAPTER_CONFIG} promises; PEFT would begin them anew. "
-            "Save or fetch the adapter again."
+            f"The adapter {place.folder} lacks weights that its {hf.ADAPTER_CONFIG} promises; PEFT would begin them "
+            "anew. Save or fetch the adapter again."
         )
     return adapted
 
