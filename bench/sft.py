@@ -27,18 +27,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from pretrain import SHAPE, peak_gib
+
 RESULT = Path(__file__).parent / "results" / "sft.json"
-SHAPE = {
-    "vocab_size": 151_936,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
-}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA = 16, 32
 CONVERSATIONS_PER_STEP = 8  # TRL's default batch; their mean of about 130 tokens fills a row of 1024
@@ -211,12 +202,6 @@ def train_trl(contender: str, method: str, folder: Path, steps: int) -> dict[str
     Head.forward, Head.backward = staticmethod(count.in_head(Head.forward)), staticmethod(count.in_head(Head.backward))
     trainer.train()
     return count.figures(steps)
-
-
-def peak_gib() -> float:
-    """The most memory this process has held, as the kernel counted it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
 
 
 def measure(contender: str, method: str, folder: Path, steps: int) -> dict[str, float]:

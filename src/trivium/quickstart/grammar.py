@@ -214,7 +214,7 @@ def floor_nats_per_token(texts: Iterable[str], tokens_per_text: Iterable[int]) -
     return math.fsum(costs) / sum(num_tokens - 1 for num_tokens in tokens_per_text)
 
 
-def write_corpus(path: Path, num_stories: int, seed: int) -> None:
+def write_corpus(path: Path, num_stories: int, seed: int | str) -> None:
     """Write `num_stories` stories as JSON lines `{"text": ...}`; the same seed writes the same bytes."""
     rng = Random(seed)
     lines = [json.dumps({"text": story(rng).text}) + "\n" for _ in range(num_stories)]

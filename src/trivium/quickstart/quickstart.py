@@ -6,20 +6,16 @@ full fine-tuning teach that model to answer questions about stories, and a compa
 All of it goes the way of `trivium train` and `trivium compare`. Used by the command line.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
-from random import Random
 
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.setup import prepare
 from trivium.errors import ConfigError
-from trivium.files import atomic_write
-from trivium.quickstart.grammar import floor_nats_per_token, story, write_corpus
+from trivium.quickstart.grammar import floor_nats_per_token, write_corpus
 from trivium.quickstart.questions import write_questions
 from trivium.report.comparison import write_comparison
 from trivium.report.watch import train_with_report
@@ -69,7 +65,7 @@ def train_all(runs_dir: Path, overrides: tuple[str, ...], note: Note) -> list[Ru
 
 def compare_all(folders: Sequence[RunFolder], runs_dir: Path, note: Note, bar: Bar) -> tuple[Comparison, Path]:
     """The quickstart's models side by side, on questions and stories that none has read; and the page that shows it."""
-    write_other_stories(runs_dir / OTHER_STORIES)
+    write_corpus(runs_dir / OTHER_STORIES, NUM_GENERAL_STORIES, "other stories")
     comparison = compare(
         [str(folder.path) for folder in folders],
         prompts=runs_dir / HELD_OUT_QUESTIONS,
@@ -98,13 +94,6 @@ def train_on_text(text_file: Path, runs_dir: Path, overrides: tuple[str, ...]) -
     if text_file.suffix in (".txt", ".md"):
         settings.append("data.sources.0.documents=paragraph")
     return train_with_report(run_of("scratch", runs_dir, (*settings, *overrides)))
-
-
-def write_other_stories(path: Path) -> None:
-    """Stories that no run reads: the loss on them tells what a model has forgotten."""
-    rng = Random("other stories")
-    texts = (story(rng).text for _ in islice(iter(int, 1), NUM_GENERAL_STORIES))
-    atomic_write(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def write_floor(resolved: ResolvedRun, folder: RunFolder) -> None:
