@@ -364,7 +364,20 @@ class BatchSize(Part):
     tokens: Count = 32_768
     """Tokens of one optimizer step."""
     micro_tokens: Count | None = None
-    """Tokens of one forward and backward. Default: as many rows as fit 8,192 tokens and divide the step."""
+    """Tokens of one forward and backward. Default: as many rows as fit 8,192 tokens and divide the step, or fewer where
+    the planner finds that those do not fit the device."""
+
+
+class Parallel(Part):
+    """Several devices, as `trivium plan` foresees them. Training on more than one is refused until it is built."""
+
+    devices: Count = 1
+    """Devices that train together."""
+    strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "fsdp2"
+    """How several devices share the work: `ddp` repeats everything on each; `zero2` (DeepSpeed) shards gradients and
+    moments; `fsdp2` and `zero3` shard the weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lies in the host's memory: nothing, moments and master weights (`optimizer`), or all sharded weights too."""
 
 
 class Eval(Part):
@@ -436,6 +449,11 @@ class Run(Part):
     """How long."""
     batch: BatchSize = BatchSize()
     """How much at a time."""
+    activation_checkpointing: bool | None = None
+    """Keep each layer's input only, and compute the rest of it again in backward: much less memory, a third more
+    arithmetic. Default: off, or on where the planner finds that the run does not fit the device otherwise."""
+    parallel: Parallel = Parallel()
+    """On how many devices."""
     eval: Eval = Eval()
     """Loss on held-out documents."""
     sample: Sample = Sample()

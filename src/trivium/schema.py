@@ -77,6 +77,7 @@ EXAMPLES: dict[str, Any] = {
     "budget.tokens": "500M",
     "budget.epochs": 3,
     "batch.micro_tokens": 8192,
+    "activation_checkpointing": True,
     "eval.every_steps": 100,
     "sample.every_steps": 100,
     "sample.prompts.N": "Once upon a time",

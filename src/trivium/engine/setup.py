@@ -300,8 +300,10 @@ def build_engine(job: Job, machine: Machine) -> Engine:
         else:
             hf.load_weights(model, job.weights_folder)
         model.compute_dtype = machine.compute_dtype
+        model.recompute = bool(run.activation_checkpointing)
         return Engine(model.to(machine.device), run.optimizer)
     model = load_frozen(job, machine)
+    model.recompute = bool(run.activation_checkpointing)
     adapter.inject(model, run.adapter, run.seed, trained_tokens(job), job.weights_folder)
     return Engine(model, run.optimizer, run.adapter.b_rate_ratio)
 

@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trivium.model.rows import TokenRows
 from trivium.model.shape import QwenShape
@@ -175,13 +176,15 @@ class Decoder(nn.Module):
 class Qwen(nn.Module):
     """A dense Qwen model. Its weights are unset until `init_weights` or `hf.load_weights` fills them.
 
-    Weights are fp32 masters by default; `compute_dtype` says what the arithmetic runs in.
+    Weights are fp32 masters by default; `compute_dtype` says what the arithmetic runs in. With `recompute` each layer
+    keeps its input only, and computes the rest again in backward. Source: Chen et al. 2016, arXiv:1604.06174.
     """
 
     def __init__(self, shape: QwenShape) -> None:
         super().__init__()
         self.shape = shape
         self.compute_dtype = torch.float32
+        self.recompute = False
         self.model = Decoder(shape)
         if not shape.tie_word_embeddings:
             self.lm_head = Linear(shape.hidden_size, shape.vocab_size, bias=False)
@@ -213,7 +216,10 @@ class Qwen(nn.Module):
         x_TD = self.model.embed_tokens(tokens_T).to(self.compute_dtype)
         rope = Rope.at(positions_T, self.shape.head_dim, self.shape.rope_theta, self.compute_dtype)
         for block in self.model.layers:
-            x_TD = block(x_TD, rope, documents)
+            if self.recompute and torch.is_grad_enabled():
+                x_TD = checkpoint(block, x_TD, rope, documents, use_reentrant=False)
+            else:
+                x_TD = block(x_TD, rope, documents)
         return self.model.norm(x_TD)
 
 
