@@ -1,0 +1,287 @@
+"""What fits a device, how a run's batch is portioned to fit it, and the cheapest changes that make a step fit.
+
+A step fits when its predicted peak takes at most `FIT_SHARE` of the memory; the rest is the margin for what no formula
+sees, such as the allocator's fragments or a display. Searches among whole plans: `search.py`. The verb `plan`, `train`
+and the engine's last words after running out of memory import this file; it never imports torch.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from trivium.config import METHOD_DEFAULTS, Adapter, Run
+from trivium.errors import ConfigError
+from trivium.model import catalog
+from trivium.model.shape import QwenShape
+from trivium.plan.devices import Device
+from trivium.plan.facts import DataFacts
+from trivium.plan.memory import GIB, Memory, peak_memory
+from trivium.plan.workload import ComputeDtype, Place, Workload, of_run, with_batch
+from trivium.runfile import to_yaml
+
+FIT_SHARE = 0.92
+"""Share of a device's memory that a predicted peak may take."""
+MIN_SEQ_LEN = 256
+MIN_RANK = 4
+ADAPTER_RATE = METHOD_DEFAULTS["lora"]["optimizer"]["learning_rate"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+Overrides = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A change that makes a step fit.
+
+    Attributes:
+        overrides: keys of the run file and their new values; none where the change is another device.
+        text: the change and its figures in one line.
+        memory: the peak with it.
+        time_factor: seconds of a step with it, over seconds without.
+    """
+
+    overrides: Overrides
+    text: str
+    memory: Memory
+    time_factor: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that could be changed.
+
+    Attributes:
+        workload: the step with it.
+        device: what it runs on.
+        memory_bytes: the memory there.
+        overrides: see `Fix`.
+        name: what is changed, where it is no key.
+        price: what an hour costs, over what it costs now; 1 where one of the two is unknown.
+    """
+
+    workload: Workload
+    device: Device
+    memory_bytes: int
+    overrides: Overrides = field(default_factory=dict)
+    name: str = ""
+    price: float = 1.0
+
+
+def fits(memory: Memory, memory_bytes: int) -> bool:
+    """Whether a predicted peak fits, with the margin."""
+    return memory.total <= FIT_SHARE * memory_bytes
+
+
+def portions(workload: Workload, most_tokens: int) -> list[int]:
+    """Tokens that a micro-batch of at most so many may have, largest first: rows that divide a device's share."""
+    rows = max(1, workload.step_tokens // workload.seq_len // workload.num_devices)
+    sizes = [rows // parts * workload.seq_len for parts in range(1, rows + 1) if rows % parts == 0]
+    return [size for size in sizes if size <= most_tokens] or [workload.seq_len]
+
+
+def settle_batch(
+    run: Run,
+    shape: QwenShape,
+    compute_dtype: ComputeDtype,
+    place: Place,
+    memory_bytes: int,
+    facts: DataFacts | None = None,
+) -> Run:
+    """Fill in `batch.micro_tokens` and `activation_checkpointing` where the run file leaves them open.
+
+    The default micro-batch without recomputation if that fits; else the largest portion that does, recomputing only
+    where no other does. Where nothing fits, the smallest portion, recomputed: whether to try that is the caller's.
+    """
+    workload = of_run(run, shape, facts, compute_dtype, place)
+    given = run.activation_checkpointing
+    sizes = [workload.micro_tokens] if run.batch.micro_tokens else portions(workload, workload.micro_tokens)
+    choices = [(size, recompute) for recompute in ((False, True) if given is None else (given,)) for size in sizes]
+    fitting = (choice for choice in choices if fits(peak_memory(with_batch(workload, *choice)), memory_bytes))
+    micro_tokens, recompute = next(fitting, choices[-1])
+    batch = run.batch.model_copy(update={"micro_tokens": micro_tokens})
+    return run.model_copy(update={"batch": batch, "activation_checkpointing": recompute})
+
+
+def cheapest_fixes(workload: Workload, device: Device, memory_bytes: int | None = None, count: int = 3) -> list[Fix]:
+    """The cheapest changes that make a step fit, each checked to do so; fewer where there are fewer.
+
+    What leaves the learning as it is stands first, then coarser numbers, other hardware, and what learns less; within
+    each the cheapest by time and price. Where no smaller portions suffice, the others come with smaller portions too.
+    """
+    here = Change(workload, device, memory_bytes or device.memory_bytes)
+    fixes = sorted(_portioned(here, here), key=lambda fix: fix.time_factor)
+    portions_suffice = bool(fixes)
+    for tier in (_coarser(here), _hardware(here), _learning_less(here)):
+        offers: list[tuple[float, Fix]] = []
+        for family in tier:  # of each the gentlest that suffices
+            for change in family:
+                found = _suffices(change, here)
+                fix = found if found or portions_suffice else next(iter(_portioned(change, here)), None)
+                if fix:
+                    offers.append((fix.time_factor * change.price, fix))
+                    break
+        fixes += [fix for _, fix in sorted(offers, key=lambda offer: offer[0])]
+    return fixes[:count]
+
+
+def _suffices(change: Change, here: Change) -> Fix | None:
+    """The change as a fix, or None where it does not make the step fit."""
+    from trivium.plan.speed import predict_speed
+
+    memory = peak_memory(change.workload)
+    if not fits(memory, change.memory_bytes):
+        return None
+    before = predict_speed(here.workload, here.device).seconds_per_step
+    factor = predict_speed(change.workload, change.device).seconds_per_step / before
+    keys = [f"{key}={to_yaml(value)}" for key, value in change.overrides.items()]
+    name = " ".join([change.name, *keys] if change.name else keys)
+    return Fix(change.overrides, f"{name}: {memory.total / GIB:.1f} GiB, {_pace(factor)}", memory, factor)
+
+
+def _portioned(change: Change, here: Change) -> list[Fix]:
+    """The change with the largest smaller micro-batch that fits, and with recomputation; with both where each fails."""
+    work = change.workload
+    smaller = [size for size in portions(work, work.micro_tokens) if size < work.micro_tokens]
+
+    def first(sizes: list[int], recompute: bool) -> list[Fix]:
+        tried = (_suffices(_with_portion(change, size, recompute), here) for size in sizes)
+        return list(itertools.islice(filter(None, tried), 1))
+
+    if work.recompute:
+        return first(smaller, True)
+    return first(smaller, False) + first([work.micro_tokens], True) or first(smaller, True)
+
+
+def _with_portion(change: Change, micro_tokens: int, recompute: bool) -> Change:
+    """The change, and less at a time."""
+    work, keys = change.workload, dict(change.overrides)
+    if micro_tokens != work.micro_tokens:
+        keys["batch.micro_tokens"] = micro_tokens
+    if recompute != work.recompute:
+        keys["activation_checkpointing"] = recompute
+    return replace(change, workload=with_batch(work, micro_tokens, recompute), overrides=keys)
+
+
+def _coarser(here: Change) -> Iterator[list[Change]]:
+    """The same learning with numbers kept in fewer bits, or in fewer places."""
+    work = here.workload
+    eight_bit: Overrides = {"optimizer.states": "8bit"}
+    packed: Overrides = {"weights": "nf4"}
+    if work.num_devices > 1 and work.strategy in ("ddp", "zero2"):
+        sharded = replace(work, strategy="fsdp2")
+        yield [replace(here, workload=sharded, overrides={"parallel.strategy": "fsdp2"})]
+    if work.states == "fp32":
+        yield [replace(here, workload=replace(work, states="8bit"), overrides=eight_bit)]
+    if work.adapter is not None and work.weights == "pretrained":
+        yield [
+            replace(here, workload=replace(work, weights="nf4"), overrides=packed),
+            replace(here, workload=replace(work, weights="nf4", states="8bit"), overrides=packed | eight_bit),
+        ]
+
+
+def _hardware(here: Change) -> Iterator[list[Change]]:
+    """More devices of the kind, and larger ones that can be rented."""
+    from trivium.plan import devices
+
+    work, device = here.workload, here.device
+    rows = work.step_tokens // work.seq_len
+    more = [count for count in (2, 4, 8) if work.num_devices < count and rows % count == 0]
+    if device.kind == "gpu":
+        yield [_spread(here, count) for count in more]
+    rented = [other for other in devices.catalog().values() if other.kind == "gpu" and other.price_per_hour]
+    yield [
+        Change(
+            moved(work, other),
+            other,
+            other.memory_bytes,
+            name=f"{other.name} ({other.memory_bytes / GIB:.0f} GiB, ${other.price_per_hour:.2f}/h)",
+            price=(other.price_per_hour or 0.0) / (device.price_per_hour or 1.0),
+        )
+        for other in sorted(rented, key=lambda other: other.price_per_hour or 0.0)
+        if other.memory_bytes > here.memory_bytes
+    ]
+
+
+def _spread(here: Change, num_devices: int) -> Change:
+    """The same step on more devices, each with no more rows at a time than are its own."""
+    work = here.workload
+    share = replace(work, num_devices=num_devices, strategy="fsdp2")
+    micro_tokens = portions(share, work.micro_tokens)[0]
+    keys: Overrides = {"parallel.devices": num_devices, "parallel.strategy": "fsdp2"}
+    price = num_devices / work.num_devices
+    changed = replace(here, workload=replace(share, micro_tokens=work.micro_tokens), overrides=keys, price=price)
+    return changed if micro_tokens == work.micro_tokens else _with_portion(changed, micro_tokens, work.recompute)
+
+
+def moved(work: Workload, device: Device) -> Workload:
+    """The same step on another kind of device, in the type that it is fast at."""
+    dtype: ComputeDtype = "bf16" if "bf16" in device.flops else "fp32"
+    return replace(work, compute_dtype=dtype, place="cpu" if device.kind == "cpu" else "gpu")
+
+
+def _learning_less(here: Change) -> Iterator[list[Change]]:
+    """What learns less, or something else: an adapter, a smaller one, a smaller model, shorter rows."""
+    work = here.workload
+
+    def changed(overrides: Overrides, to: Workload) -> Change:
+        return replace(here, workload=to, overrides=overrides)
+
+    if work.adapter is None and work.weights == "pretrained":
+        keys: Overrides = {"trainable": "adapter", "optimizer.learning_rate": ADAPTER_RATE}
+        lora = replace(work, adapter=Adapter())
+        yield [changed(keys, lora), changed(keys | {"weights": "nf4"}, replace(lora, weights="nf4"))]
+    if adapter := work.adapter:
+        ranks = [rank for halvings in range(1, 12) if (rank := adapter.rank >> halvings) >= MIN_RANK]
+        yield [
+            changed({"adapter.rank": rank}, replace(work, adapter=adapter.model_copy(update={"rank": rank})))
+            for rank in ranks
+        ]
+        if set(adapter.targets) > set(ATTENTION):
+            lighter = adapter.model_copy(update={"targets": ATTENTION})
+            yield [changed({"adapter.targets": ATTENTION}, replace(work, adapter=lighter))]
+    yield [changed({"model": name}, replace(work, shape=shape)) for name, shape in _smaller_models(work)]
+    lengths = [work.seq_len >> halvings for halvings in range(1, 12) if work.seq_len % (1 << halvings) == 0]
+    yield [changed({"data.seq_len": length}, _cut(work, length)) for length in lengths if length >= MIN_SEQ_LEN]
+
+
+def _cut(work: Workload, seq_len: int) -> Workload:
+    """The same step in shorter rows."""
+    document_tokens = min(work.document_tokens, seq_len) if work.document_tokens else None
+    return replace(work, seq_len=seq_len, document_tokens=document_tokens)
+
+
+def _smaller_models(work: Workload) -> list[tuple[str, QwenShape]]:
+    """Published sizes of the family where weights are needed, else halves and quarters of the budget; largest first."""
+    shape = work.shape
+    if work.weights == "random":
+        budgets = [f"{shape.num_params / parts / 1e6:.3g}M" for parts in (2, 4, 8) if shape.num_params > 1e6 * parts]
+        found = []
+        for budget in budgets:
+            try:
+                found.append((budget, catalog.size_for_budget(round(float(budget[:-1]) * 1e6), shape.vocab_size)))
+            except ConfigError:  # the vocabulary leaves nothing for the layers
+                break
+        return found
+    sizes = [(name, catalog.get(name)) for name in catalog.names() if name.startswith("Qwen")]
+    twins = [name for name, other in sizes if other == shape]
+    is_base = bool(twins) and all(map(_is_base, twins))
+    smaller = [
+        (f"Qwen/{name}", other)
+        for name, other in sizes
+        if other.family == shape.family and other.num_params < shape.num_params and _is_base(name) == is_base
+    ]
+    return sorted(smaller, key=lambda entry: -entry[1].num_params)
+
+
+def _is_base(name: str) -> bool:
+    """Whether a published name is a base model's: Qwen2.5 marks its chat models, Qwen3 its bases."""
+    return name.endswith("-Base") if name.startswith("Qwen3") else not name.endswith("-Instruct")
+
+
+def _pace(factor: float) -> str:
+    """How much slower or faster something is."""
+    if factor > 2:
+        return f"{factor:.1f} times as long"
+    if factor < 0.5:
+        return f"{1 / factor:.1f} times as fast"
+    return "as fast" if abs(factor - 1) < 0.005 else f"{abs(factor - 1):.0%} {'slower' if factor > 1 else 'faster'}"
