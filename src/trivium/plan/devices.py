@@ -169,7 +169,7 @@ def _device(name: str, values: dict[str, Any], path: Path) -> Device:
 def this_machine() -> Device:
     """What a run on this machine would train on: its first NVIDIA GPU, Apple's GPU, else the processor.
 
-    Memory is what this machine has. A GPU that is in no catalogue gets the rates of the slowest one with as much memory,
+    Memory is what this machine has. A GPU that is in no catalogue gets the rates of the slowest with as much memory,
     and its `source` says so. Other vendors' GPUs are not seen: name theirs.
     """
     return _nvidia() or _apple() or _processor()
