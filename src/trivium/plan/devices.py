@@ -172,7 +172,7 @@ def this_machine() -> Device:
     Memory is what this machine has. A GPU that is in no catalogue gets the rates of the slowest with as much memory,
     and its `source` says so. Other vendors' GPUs are not seen: name theirs.
     """
-    return _nvidia() or _apple() or _processor()
+    return _nvidia() or _apple() or processor()
 
 
 def host_memory_bytes() -> int:
@@ -240,7 +240,7 @@ def _apple() -> Device | None:
     return _with(best, memory_bytes=memory_bytes, price_per_hour=None)
 
 
-def _processor() -> Device:
+def processor() -> Device:
     """This processor by its cores and the instructions it promises; a guess that calibration replaces."""
     text = CPUINFO.read_text() if CPUINFO.is_file() else ""
     flags = set(found[1].split()) if (found := re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)) else set()
