@@ -21,7 +21,7 @@ from trivium.model.qwen import Qwen, init_weights
 from trivium.model.shape import QwenShape
 
 REAL = Path(os.environ.get("TRIVIUM_TOKENIZERS", Path(__file__).resolve().parents[3] / "shared" / "tokenizers"))
-MACHINE = Machine(torch.device("cpu"), torch.float32, 1e15)
+MACHINE = Machine(torch.device("cpu"), torch.float32, 1e15, memory_bytes=8 << 30)
 END_OF_TEXT, TURN_START, TURN_END = 256, 257, 258
 PAIRS = [(f"What does fox number {n} do?", f"It draws {n} red houses.") for n in range(40)]
 

@@ -66,7 +66,7 @@ def test_q20_scaling(base, chats, tmp_path, adapter, severity):
 
 
 def test_q22_bf16_on_a_device_that_only_imitates_it(case):
-    slow = Machine(torch.device("cpu"), torch.bfloat16, peak_flops=1.0)
+    slow = Machine(torch.device("cpu"), torch.bfloat16, peak_flops=1.0, memory_bytes=8 << 30)
     asked = with_run(replace(case, machine=slow), precision="bf16")
     assert severity_of(asked, "Q22") == "warning"
     assert severity_of(with_run(asked, precision="auto"), "Q22") is None

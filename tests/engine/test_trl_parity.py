@@ -127,7 +127,7 @@ def rows_of(batches: list[Batch]) -> Iterator[dict[str, list[int]]]:
 
 def train_here(job: Job, folder: Path) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of our engine; its first weights go to `folder`, as an adapter where one is trained."""
-    engine = build_engine(job, Machine(torch.device("cpu"), torch.float32, 1.0))
+    engine = build_engine(job, Machine(torch.device("cpu"), torch.float32, 1.0, memory_bytes=8 << 30))
     if job.run.adapter is not None:
         adapter.save(engine.model, folder, str(job.weights_folder), None, {})
     losses, norms = [], []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trivium.data.pack import Batch
-from trivium.engine.device import Machine, peak_memory_gib
+from trivium.engine.device import GIB, Machine, peak_memory_bytes
 from trivium.model.shape import QwenShape
 
 MFU_FORMULA = (
@@ -56,5 +56,5 @@ class Interval:
             "train/loss": self.loss / self.steps,
             "train/tokens_per_second": self.tokens / self.seconds,
             "train/mfu": self.flops / self.seconds / machine.peak_flops,
-            "train/peak_memory_gib": peak_memory_gib(machine.device),
+            "train/peak_memory_gib": peak_memory_bytes(machine.device) / GIB,
         }
