@@ -118,7 +118,7 @@ def _exponentiate(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         torch.amax(wide, dim=1, keepdim=True, out=maxima[rows])
         wide.sub_(maxima[rows]).exp_()
         torch.sum(wide, dim=1, keepdim=True, out=sums[rows])
-        if wide.data_ptr() != logits_CV[rows].data_ptr():
+        if wide.dtype != logits_CV.dtype:
             logits_CV[rows] = wide
     return maxima, sums
 

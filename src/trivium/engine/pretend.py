@@ -1,0 +1,175 @@
+"""Stand-ins for what a trace without a GPU cannot run: the same tensors are made and kept, nothing is computed.
+
+Three of the engine's parts need kernels that a CPU, or a tensor without values, does not have: what a GPU does in one
+kernel (attention, normalisation, dropout), weights in NF4, and 8-bit moments. Used by `trace` alone.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from trivium.engine import loss, optim
+from trivium.model import qwen
+from trivium.model.quantize import BLOCK_SIZE, NF4Linear
+from trivium.model.qwen import Documents, Linear, attend
+from trivium.plan.workload import Place
+
+FP32_STATE_VALUES = 4096  # bitsandbytes keeps the moments of smaller tensors in fp32
+PAGED_VALUES = 100_000  # and pages those of tensors that have as many
+FLASH_ROWS = 128  # rows by which flash attention's scratch tensors are longer for each document
+
+
+@contextmanager
+def pretending(place: Place) -> Iterator[None]:
+    """Inside, the engine makes the tensors that it would make on a CPU or on a GPU, whatever runs it."""
+    stand_ins: list[tuple[Any, str, Any]] = [(optim, "eight_bit_adamw", PretendAdamW8bit)]
+    if place == "gpu":
+        stand_ins += [
+            (qwen, "attend", _attend),
+            (F, "rms_norm", _rms_norm),
+            (F, "dropout", _dropout),
+            (loss, "CPU_SLICE_ELEMENTS", sys.maxsize),  # there the softmax takes a chunk at a time
+        ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in stand_ins]
+    try:
+        for owner, name, value in stand_ins:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
+
+
+def _attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -> Tensor:
+    """In 16 bits flash attention over the whole row; in fp32 no fused kernel knows shared key-value heads."""
+    if q_TNH.dtype != torch.float32:
+        return _FlashAttention.apply(q_TNH, k_TKH, v_TKH, documents.cu_seqlens.numel() - 1)
+    backend = SDPBackend.FLASH_ATTENTION if q_TNH.shape[1] == k_TKH.shape[1] else SDPBackend.MATH
+    with sdpa_kernel(backend):
+        return attend(q_TNH, k_TKH, v_TKH, documents)
+
+
+class _FlashAttention(torch.autograd.Function):
+    """What torch.nn.attention.varlen keeps, and the scratch of its backward.
+
+    Source: FlashAttention 2, arXiv:2307.08691, `mha_varlen_bwd` of its CUDA interface.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, num_documents: int) -> Tensor:
+        out = torch.empty_like(q_TNH)
+        log_sums_NT = q_TNH.new_empty(q_TNH.shape[1], q_TNH.shape[0], dtype=torch.float32)
+        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, out, log_sums_NT)
+        ctx.num_documents = num_documents
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, grad_out: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        q_TNH, k_TKH, v_TKH, _, _ = ctx.saved_tensors
+        num_tokens, num_heads, head_dim = q_TNH.shape
+        grad_out = grad_out.contiguous()
+        gradients = [torch.empty_like(x) for x in (q_TNH, k_TKH, v_TKH)]
+        num_rows = num_tokens + FLASH_ROWS * ctx.num_documents
+        scratch = [
+            q_TNH.new_empty(num_heads, num_rows, dtype=torch.float32),
+            q_TNH.new_empty(num_rows, num_heads, 32 * math.ceil(head_dim / 32), dtype=torch.float32),
+        ]
+        if num_heads != k_TKH.shape[1]:
+            scratch += [torch.empty_like(q_TNH), torch.empty_like(q_TNH)]  # keys' and values', a query head each
+        del scratch
+        return *gradients, None
+
+
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:
+    return _FusedRMSNorm.apply(x, weight)
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """One kernel, which keeps its input and an fp32 number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, grad_output: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        return torch.empty_like(x) if needs_x else None, torch.empty_like(weight) if needs_weight else None
+
+
+def _dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
+    """One kernel, which keeps a mask of a byte a value."""
+    return torch.native_dropout(x, p, training)[0]
+
+
+class PretendNF4Linear(NF4Linear):
+    """The size of an NF4 projection: its buffers without values, and a new `weight` each time, as unpacking makes."""
+
+    def __init__(self, layer: Linear, compute_dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = layer.out_features, layer.in_features
+        self.compute_dtype = compute_dtype
+        self.register_parameter("bias", layer.bias)
+        num_scales = math.ceil(layer.weight.numel() / BLOCK_SIZE)
+        sizes = {
+            "packed": (math.ceil(layer.weight.numel() / 2), torch.uint8),
+            "scales": (num_scales, torch.uint8),
+            "scales_of_scales": (math.ceil(num_scales / 256), torch.float32),
+            "tables": (16 + 256 + 1, torch.float32),
+        }
+        for name, (num_values, dtype) in sizes.items():
+            self.register_buffer(name, layer.weight.new_empty(num_values, dtype=dtype), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:  # pyrefly: ignore[bad-override]
+        """The fp32 scales are unpacked first, and let go when the weight is."""
+        scales = self.packed.new_empty(self.scales.numel(), dtype=torch.float32)
+        weight = self.packed.new_empty(self.out_features, self.in_features, dtype=self.compute_dtype)
+        del scales
+        return weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PretendNF4Linear":
+        nn.Module._apply(self, fn, recurse)
+        return self
+
+
+class PretendAdamW8bit(torch.optim.Optimizer):
+    """The moments of bitsandbytes' AdamW: a byte a value and an fp32 scale for 256 of them; its step makes nothing.
+
+    Small tensors and tables of embeddings have fp32 moments. Paged moments are not the allocator's: they have no size.
+    """
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], numbers: dict[str, Any], is_paged: bool) -> None:
+        super().__init__(groups, numbers)
+        self.is_paged = is_paged
+        self.wide = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+    def init_state(self, group: dict[str, Any], parameter: Tensor, group_index: int, index: int) -> None:
+        """Begin the two moments of a tensor."""
+        state, num_values = self.state[parameter], parameter.numel()
+        is_wide = id(parameter) in self.wide or num_values < FP32_STATE_VALUES
+        state["step"] = 0
+        for moment in ("1", "2"):
+            if not (self.is_paged and num_values >= PAGED_VALUES):
+                state[f"state{moment}"] = torch.zeros_like(parameter, dtype=torch.float32 if is_wide else torch.uint8)
+            if not is_wide:
+                state[f"absmax{moment}"] = parameter.new_zeros(math.ceil(num_values / 256))
+
+    def step(self, closure: Any = None) -> None:
+        """In place: nothing to be seen."""
