@@ -13,9 +13,11 @@ from trivium.config import METHOD_DEFAULTS, Adapter, Run
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
+from trivium.plan import devices
 from trivium.plan.devices import Device
 from trivium.plan.facts import DataFacts
 from trivium.plan.memory import GIB, Memory, peak_memory
+from trivium.plan.speed import predict_speed
 from trivium.plan.workload import ComputeDtype, Place, Workload, of_run, with_batch
 from trivium.runfile import to_yaml
 
@@ -126,8 +128,6 @@ def cheapest_fixes(workload: Workload, device: Device, memory_bytes: int | None 
 
 def _suffices(change: Change, here: Change) -> Fix | None:
     """The change as a fix, or None where it does not make the step fit."""
-    from trivium.plan.speed import predict_speed
-
     memory = peak_memory(change.workload)
     if not fits(memory, change.memory_bytes):
         return None
@@ -135,11 +135,11 @@ def _suffices(change: Change, here: Change) -> Fix | None:
     factor = predict_speed(change.workload, change.device).seconds_per_step / before
     keys = [f"{key}={to_yaml(value)}" for key, value in change.overrides.items()]
     name = " ".join([change.name, *keys] if change.name else keys)
-    return Fix(change.overrides, f"{name}: {memory.total / GIB:.1f} GiB, {_pace(factor)}", memory, factor)
+    return Fix(change.overrides, f"{name}: {memory.total / GIB:.1f} GiB, {pace(factor)}", memory, factor)
 
 
 def _portioned(change: Change, here: Change) -> list[Fix]:
-    """The change with the largest smaller micro-batch that fits, and with recomputation; with both where each fails."""
+    """The change with the largest smaller micro-batch that fits, and with recomputation; with both if neither does."""
     work = change.workload
     smaller = [size for size in portions(work, work.micro_tokens) if size < work.micro_tokens]
 
@@ -181,8 +181,6 @@ def _coarser(here: Change) -> Iterator[list[Change]]:
 
 def _hardware(here: Change) -> Iterator[list[Change]]:
     """More devices of the kind, and larger ones that can be rented."""
-    from trivium.plan import devices
-
     work, device = here.workload, here.device
     rows = work.step_tokens // work.seq_len
     more = [count for count in (2, 4, 8) if work.num_devices < count and rows % count == 0]
@@ -278,8 +276,8 @@ def _is_base(name: str) -> bool:
     return name.endswith("-Base") if name.startswith("Qwen3") else not name.endswith("-Instruct")
 
 
-def _pace(factor: float) -> str:
-    """How much slower or faster something is."""
+def pace(factor: float) -> str:
+    """How much slower or faster something is, from its time over the other's."""
     if factor > 2:
         return f"{factor:.1f} times as long"
     if factor < 0.5:
