@@ -1,13 +1,29 @@
 """The most memory that a step needs on each device, item by item, in closed form.
 
-Follows the engine tensor by tensor; `engine/trace.py` is the referee. Never imports torch.
+Follows the engine tensor by tensor: what autograd keeps of a layer, what the loss holds, what a backward needs for a
+moment. The peak is the largest of a few instants. `engine/trace.py` runs the real step without values and is the
+referee; `bench/memory.py` measures both against the allocator. What several devices share is in `sharding.py`.
+Never imports torch.
+
+Shapes: T tokens of a micro-batch, M of them supervised, D hidden, F feed-forward, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trivium.plan.workload import Workload
+from trivium.plan.sharding import Share, share_of
+from trivium.plan.workload import FP32_BYTES as FP32
+from trivium.plan.workload import Workload, moment_bytes, projections
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
+# As in engine/loss.py and data/pack.py, with which a test compares them.
+LOGITS_CHUNK_BYTES, FROZEN_HEAD_CHUNK_BYTES, LEAST_CHUNK_ROWS = 1 << 28, 1 << 26, 64
+CPU_SLICE_VALUES, SUPERVISED_MULTIPLE = 1 << 20, 64
+# What a process needs before it allocates a tensor: on a GPU the context, kernels and the workspace of its products,
+# on a CPU the libraries. Measured on the latter; on the former 0.3 to 1 GB by what is published (see docs/planner.md).
+FRAMEWORK_BYTES = {"cpu": 480 * MIB, "gpu": 900 * MIB}
+# What the allocator holds beyond what it has given out: 1.02 to 1.14 of it in replays of whole steps.
+LEAST_SLACK, MOST_SLACK = 0.0, 0.12
 
 
 @dataclass(frozen=True)
@@ -16,7 +32,7 @@ class Memory:
 
     Attributes:
         items: bytes by what they are for, at the instant of the peak; they add up to `total`.
-        instant: when that is: in the loss, in backward, in the optimizer's step.
+        instant: when that is.
         framework: of these, what is not the allocator's: the runtime, its kernels and libraries.
     """
 
@@ -34,17 +50,258 @@ class Memory:
         """What the allocator has given out: all but the framework."""
         return self.total - self.framework
 
+    @property
+    def low(self) -> int:
+        """The least that a system monitor will show: with half the framework."""
+        return round(self.allocated * (1 + LEAST_SLACK)) + self.framework // 2
+
+    @property
+    def high(self) -> int:
+        """The most: with what an allocator cannot use again."""
+        return round(self.allocated * (1 + MOST_SLACK)) + self.framework
+
 
 def peak_memory(workload: Workload) -> Memory:
     """Predict the peak of one optimizer step, with as many micro-batches as it has."""
-    trained = workload.num_trained_params
-    moment_bytes = 8 if workload.states == "fp32" else 2
-    activations = workload.micro_tokens * workload.shape.num_hidden_layers * workload.shape.hidden_size * 16
-    items = {
-        "weights": trained * 4,
-        "frozen weights": workload.frozen_bytes,
-        "gradients": trained * 4,
-        "moments": trained * moment_bytes,
-        "activations": activations,
+    framework = FRAMEWORK_BYTES[workload.place]
+    found = instants(workload)
+    name = max(found, key=lambda name: sum(found[name].values()))
+    items = {key: round(size) for key, size in found[name].items() if size >= 1}
+    return Memory({**items, "framework": framework}, name, framework)
+
+
+def instants(workload: Workload) -> dict[str, dict[str, float]]:
+    """What is there at each instant that can be the peak, in bytes by item."""
+    w, share = workload, share_of(workload)
+    states: dict[str, float] = {
+        "weights": 0 if w.adapter else w.num_trained_params * share.weight_bytes,
+        "frozen weights": w.frozen_bytes * share.frozen,
+        "adapter": w.num_trained_params * share.weight_bytes if w.adapter else 0,
+        "moments": moment_bytes(w) * share.moments,
+        "communication": share.buffer_bytes,
     }
-    return Memory(items, "backward", 0)
+    stages = {
+        "in the loss": _in_loss(w, share),
+        "in the final norm's backward": _in_final_norm(w, share),
+        "in the last layer's backward": _in_last_layer(w, share),
+        "in the first layer's backward": _in_first_layer(w, share),
+        "at the embedding's gradient": _at_embedding(w, share),
+        "in the optimizer's step": _in_optimizer(w, share),
+    }
+    return {name: states | items for name, items in stages.items()}
+
+
+def _in_loss(w: Workload, share: Share) -> dict[str, float]:
+    """The last chunk of logits, while everything is kept for backward."""
+    vocab, hidden, size, rows = w.shape.vocab_size, w.shape.hidden_size, w.dtype_bytes, num_supervised_rows(w)
+    is_trained, is_wide = w.adapter is None, size == FP32
+    chunk_bytes = LOGITS_CHUNK_BYTES if is_trained else FROZEN_HEAD_CHUNK_BYTES
+    chunk = min(max(LEAST_CHUNK_ROWS, chunk_bytes // (vocab * size)), rows)
+    carried = FP32 * chunk * hidden if chunk < rows else 0  # the product of the chunk before
+    slice_rows = min(chunk, max(1, CPU_SLICE_VALUES // vocab)) if w.place == "cpu" else chunk
+    softmax = 0 if is_wide else FP32 * vocab * slice_rows * (1 if slice_rows == chunk else 2)
+    hidden_gradient = (FP32 + size + FP32) * chunk * hidden
+    head_gradient = 0
+    if is_trained and not is_wide:
+        # The product in 16 bits, and on a CPU the same in fp32 before it is added.
+        product = (size + (FP32 if w.place == "cpu" else 0)) * vocab * hidden
+        head_gradient = (FP32 + size) * chunk * hidden + product
+    final_norm = w.micro_tokens * (_kept_by_norm(w, hidden, 1) + size * hidden)
+    return {
+        "gradients": _earlier_gradients(w, share) + (vocab * hidden * FP32 if is_trained else 0),
+        "activations": _kept_by_layers(w, w.shape.num_hidden_layers) + final_norm + 2 * size * rows * hidden,
+        "16-bit copies": _copies_of_layers(w) + (vocab * hidden * size if is_trained and not is_wide else 0),
+        "logits": chunk * vocab * size,
+        "temporaries": max(carried + softmax, carried + hidden_gradient, head_gradient),
+    }
+
+
+def _in_final_norm(w: Workload, share: Share) -> dict[str, float]:
+    """Everything is still kept but the logits."""
+    per_token = 20 if w.place == "cpu" else FP32 + 2 * w.dtype_bytes
+    hidden, size = w.shape.hidden_size, w.dtype_bytes
+    return {
+        "gradients": _earlier_gradients(w, share) + _waiting_head_gradient(w),
+        "activations": _kept_by_layers(w, w.shape.num_hidden_layers),
+        "16-bit copies": _copies_of_layers(w),
+        "temporaries": w.micro_tokens * hidden * (per_token + size) + num_supervised_rows(w) * hidden * size,
+    }
+
+
+def _in_last_layer(w: Workload, share: Share) -> dict[str, float]:
+    """The feed-forward of the last layer; where activations are computed again, they have just been."""
+    recomputed = _kept_by_layer(w) if w.recompute else 0
+    return {
+        "gradients": _earlier_gradients(w, share) + _waiting_head_gradient(w),
+        "activations": _kept_by_layers(w, w.shape.num_hidden_layers) + recomputed,
+        "16-bit copies": _copies_of_layers(w) + (_copies_of_layer(w) if w.recompute else 0),
+        "temporaries": _feed_forward_temporaries(w),
+    }
+
+
+def _in_first_layer(w: Workload, share: Share) -> dict[str, float]:
+    """The same in the first layer, with the gradients of all others."""
+    shape = w.shape
+    to_come = 0.0
+    if w.num_micro_batches == 1:
+        to_come = FP32 * (shape.num_layer_matmul_params - shape.hidden_size * shape.intermediate_size)
+        if not shape.tie_word_embeddings:
+            to_come += FP32 * shape.vocab_size * shape.hidden_size
+        if w.adapter:
+            to_come = FP32 * w.num_trained_params / shape.num_hidden_layers
+    gradients = w.num_trained_params * share.gradient_bytes
+    pending = _waiting_head_gradient(w) if w.num_micro_batches > 1 and shape.tie_word_embeddings else 0
+    return {
+        "gradients": gradients + pending - to_come * share.gradient_bytes / FP32,
+        "activations": _kept_by_layers(w, 1) + (_kept_by_layer(w) if w.recompute else 0) - _never_kept(w),
+        "16-bit copies": _copies_of_layer(w),
+        "temporaries": _feed_forward_temporaries(w),
+    }
+
+
+def _at_embedding(w: Workload, share: Share) -> dict[str, float]:
+    """The embedding's gradient is a table of its own, added to the head's where they are one."""
+    table = w.shape.vocab_size * w.shape.hidden_size * FP32 if w.adapter is None else 0
+    tables = (1 if w.shape.tie_word_embeddings else 0) + (1 if w.num_micro_batches > 1 else 0)
+    return {
+        "gradients": w.num_trained_params * share.gradient_bytes + tables * table,
+        "temporaries": w.micro_tokens * w.shape.hidden_size * FP32 if w.adapter is None else 0,
+    }
+
+
+def _in_optimizer(w: Workload, share: Share) -> dict[str, float]:
+    """AdamW itself needs nothing; bitsandbytes' on a CPU, which updates one tensor at a time, a few of that."""
+    slack = 0
+    if w.states != "fp32" and w.place == "cpu":
+        table = w.shape.vocab_size if w.adapter is None else 0
+        slack = 3 * FP32 * w.shape.hidden_size * max(table, w.shape.intermediate_size)
+    return {"gradients": w.num_trained_params * share.gradient_bytes, "temporaries": slack}
+
+
+def num_supervised_rows(w: Workload) -> int:
+    """Rows that the head sees: the supervised tokens of a micro-batch, padded."""
+    rows = round(w.supervised_share * w.micro_tokens)
+    return -(-rows // SUPERVISED_MULTIPLE) * SUPERVISED_MULTIPLE
+
+
+def _earlier_gradients(w: Workload, share: Share) -> float:
+    """Gradients that are there before a backward begins: those of the micro-batches before."""
+    return w.num_trained_params * share.gradient_bytes if w.num_micro_batches > 1 else 0
+
+
+def _waiting_head_gradient(w: Workload) -> float:
+    """The head's gradient, from the loss on; an untied one is added to those before at once."""
+    if w.adapter is not None or (w.num_micro_batches > 1 and not w.shape.tie_word_embeddings):
+        return 0
+    return w.shape.vocab_size * w.shape.hidden_size * FP32
+
+
+def _kept_by_layers(w: Workload, num_layers: int) -> float:
+    """What is kept of layers from the first on, and the rotary cosines and sines."""
+    rotary = w.micro_tokens * w.shape.head_dim * w.dtype_bytes
+    if w.recompute:
+        return num_layers * w.micro_tokens * w.shape.hidden_size * w.dtype_bytes + rotary
+    return num_layers * _kept_by_layer(w) - (_never_kept(w) if num_layers > 1 else 0) + rotary
+
+
+def _never_kept(w: Workload) -> float:
+    """The input of the first norm is not kept where nothing before it is trained."""
+    if w.adapter is None or w.num_token_rows or w.recompute:
+        return 0
+    return w.micro_tokens * _kept_by_norm(w, w.shape.hidden_size, 1)
+
+
+def _kept_by_norm(w: Workload, width: int, num_groups: int) -> float:
+    """Bytes a token that an RMSNorm keeps: its input, on a CPU in fp32, there also normalised if its weight trains."""
+    if w.place == "gpu":
+        return w.dtype_bytes * width + FP32 * num_groups
+    return FP32 * (width * (2 if w.adapter is None else 1) + num_groups)
+
+
+def _kept_by_layer(w: Workload) -> float:
+    """Bytes that autograd keeps of a whole layer for a micro-batch."""
+    return w.micro_tokens * (_kept_by_attention(w) + _kept_by_feed_forward(w) + _kept_by_adapter(w))
+
+
+def _kept_by_attention(w: Workload) -> float:
+    """Bytes a token: norms, queries, keys, values, what attention gives, inputs of the projections that need them."""
+    shape, size, learns = w.shape, w.dtype_bytes, _learning_projections(w)
+    query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    kept = _kept_by_norm(w, shape.hidden_size, 1)
+    if learns & {"q_proj", "k_proj", "v_proj"}:
+        kept += size * shape.hidden_size
+    if shape.qk_norm:
+        kept += _kept_by_norm(w, query, shape.num_attention_heads)
+        kept += _kept_by_norm(w, key_value, shape.num_key_value_heads)
+    in_attention = FP32 if w.place == "cpu" else size
+    kept += in_attention * (2 * query + 2 * key_value) + FP32 * shape.num_attention_heads
+    # On a CPU documents are attended to one by one and laid together again.
+    is_copied = w.place == "cpu" and (size != FP32 or w.micro_tokens > (w.document_tokens or w.seq_len))
+    return kept + (size * query if is_copied and "o_proj" in learns else 0)
+
+
+def _kept_by_feed_forward(w: Workload) -> float:
+    """Bytes a token: the norm, gate before and after SiLU, up, and their product if down_proj needs it."""
+    shape, size, learns = w.shape, w.dtype_bytes, _learning_projections(w)
+    kept = _kept_by_norm(w, shape.hidden_size, 1) + 3 * size * shape.intermediate_size
+    if learns & {"gate_proj", "up_proj"}:
+        kept += size * shape.hidden_size
+    return kept + (size * shape.intermediate_size if "down_proj" in learns else 0)
+
+
+def _kept_by_adapter(w: Workload) -> float:
+    """Bytes a token: the low-rank inner values; DoRA's two outputs; dropout's masks and what they leave."""
+    if w.adapter is None:
+        return 0
+    sides, targets, size = projections(w.shape), set(w.adapter.targets), w.dtype_bytes
+    kept = size * w.adapter.rank * len(targets)
+    if w.adapter.dora:
+        kept += 2 * size * sum(sides[target][0] for target in targets)
+    if w.adapter.dropout:
+        mask_bytes = size if w.place == "cpu" else 1
+        kept += (mask_bytes + size) * sum(sides[target][1] for target in targets)
+    return kept
+
+
+def _learning_projections(w: Workload) -> set[str]:
+    """Projections whose input is kept as it is; dropout keeps what it leaves of it instead."""
+    if w.adapter is None:
+        return set(projections(w.shape))
+    return set() if w.adapter.dropout else set(w.adapter.targets)
+
+
+def _copies_of_layer(w: Workload) -> float:
+    """A layer's trained fp32 weights in 16 bits, which autograd keeps as long as what they were multiplied with."""
+    if w.dtype_bytes == FP32:
+        return 0
+    if w.adapter is None:
+        return w.dtype_bytes * w.shape.num_layer_matmul_params
+    return w.dtype_bytes * w.num_trained_params / w.shape.num_hidden_layers
+
+
+def _copies_of_layers(w: Workload) -> float:
+    return 0 if w.recompute else w.shape.num_hidden_layers * _copies_of_layer(w)
+
+
+def _feed_forward_temporaries(w: Workload) -> float:
+    """What a feed-forward's backward needs for a moment beyond what was kept.
+
+    Two gradients as wide as the feed-forward beside two of the residual stream, or a weight's gradient in two types;
+    a packed weight is unpacked, DoRA measures its rows.
+    """
+    size, hidden, wide = w.dtype_bytes, w.shape.hidden_size, w.shape.intermediate_size
+    matrix = hidden * wide
+    stream = 2 * size * hidden * w.micro_tokens
+    moment = 2 * size * wide * w.micro_tokens
+    if w.adapter is None and size != FP32:
+        moment = max(moment, (size + FP32) * matrix, size * wide * w.micro_tokens + size * matrix)
+    if w.weights == "nf4":
+        moment = max(moment, size * wide * w.micro_tokens + size * matrix)
+    if w.adapter and w.adapter.dora:
+        moment = max(moment, 3 * FP32 * matrix)
+    return stream + moment
+
+
+def as_gib(items: Mapping[str, float]) -> dict[str, float]:
+    """The same in GiB, for people."""
+    return {name: size / GIB for name, size in items.items()}

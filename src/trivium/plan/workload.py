@@ -5,6 +5,7 @@ Also the exact counts of parameters that are trained, frozen and packed. Reads n
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +18,7 @@ Place = Literal["cpu", "gpu"]
 
 DTYPE_BYTES: dict[ComputeDtype, int] = {"fp32": 4, "bf16": 2}
 FP32_BYTES = 4
+LEAST_8BIT_VALUES, MOMENT_BLOCK = 4096, 256
 NF4_BLOCK, NF4_SCALES_BLOCK = 64, 256  # values a scale of one byte, scales an fp32 scale of their own
 
 
@@ -122,6 +124,49 @@ def nf4_bytes(num_values: int) -> int:
     scales = math.ceil(num_values / NF4_BLOCK)
     tables = 16 * FP32_BYTES + 256 * FP32_BYTES + FP32_BYTES  # NF4's values, the scales' values, their mean
     return math.ceil(num_values / 2) + scales + FP32_BYTES * math.ceil(scales / NF4_SCALES_BLOCK) + tables
+
+
+def moment_bytes(w: Workload) -> int:
+    """Both of AdamW's moments of everything trained, as `engine/optim.py` keeps them.
+
+    In 8 bits: a byte each and an fp32 scale a block, but fp32 for embeddings and small tensors.
+    Source: bitsandbytes' Optimizer2State.
+    """
+    if w.states == "fp32":
+        return 2 * FP32_BYTES * w.num_trained_params
+    return sum(count * _moment_bytes_8bit(size, is_wide) for size, count, is_wide in _trained_tensors(w))
+
+
+def _moment_bytes_8bit(num_values: int, is_wide: bool) -> int:
+    if is_wide or num_values < LEAST_8BIT_VALUES:
+        return 2 * FP32_BYTES * num_values
+    return 2 * (num_values + FP32_BYTES * math.ceil(num_values / MOMENT_BLOCK))
+
+
+def _trained_tensors(w: Workload) -> Iterator[tuple[int, int, bool]]:
+    """Values of each trained tensor, how many there are, and whether it is an embedding."""
+    shape, layers, hidden = w.shape, w.shape.num_hidden_layers, w.shape.hidden_size
+    sides = projections(shape)
+    if w.adapter is not None:
+        for target in sorted(set(w.adapter.targets)):
+            rows, columns = sides[target]
+            yield w.adapter.rank * columns, layers, False
+            yield w.adapter.rank * rows, layers, False
+            if w.adapter.dora:
+                yield rows, layers, False
+        tables = 1 if shape.tie_word_embeddings else 2
+        yield w.num_token_rows * hidden, tables, False
+        return
+    yield shape.vocab_size * hidden, 1, True
+    if not shape.tie_word_embeddings:
+        yield shape.vocab_size * hidden, 1, False
+    for target, (rows, columns) in sides.items():
+        yield rows * columns, layers, False
+        if shape.qkv_bias and target in ("q_proj", "k_proj", "v_proj"):
+            yield rows, layers, False
+    yield hidden, 2 * layers + 1, False
+    if shape.qk_norm:
+        yield shape.head_dim, 2 * layers, False
 
 
 def of_run(run: Run, shape: QwenShape, facts: DataFacts | None, compute_dtype: ComputeDtype, place: Place) -> Workload:

@@ -1,0 +1,217 @@
+"""Predicted against measured peak memory of a training step, in every way to train. Writes bench/results/memory-*.json.
+
+On a CPU the allocator's own events are summed up (torch.profiler); on a GPU it keeps the peak itself. Two optimizer
+steps are measured, so that moments and accumulated gradients are there. `--trace` also runs each step without values.
+
+    python bench/memory.py [--device cuda] [--trace] [--only WORD]
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivium.config import Adapter
+from trivium.engine.engine import Engine
+from trivium.engine.rehearsal import rehearsal_engine, rehearsal_step
+from trivium.model import catalog
+from trivium.model.quantize import NF4Linear
+from trivium.model.shape import QwenShape
+from trivium.plan.memory import peak_memory
+from trivium.plan.workload import Workload
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = 2
+
+
+def small_shape(family: Any, hidden: int, layers: int, heads: tuple[int, int, int], wide: int, vocab: int) -> QwenShape:
+    """A network of a few million parameters; heads are query heads, key-value heads and their size."""
+    return QwenShape(
+        family=family,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=heads[2],
+        tie_word_embeddings=vocab < 100_000,
+    )
+
+
+SMALL = {
+    "qwen3 256 x 6, 16K": small_shape("qwen3", 256, 6, (4, 2, 64), 768, 16_000),
+    "qwen2 384 x 4, 2K": small_shape("qwen2", 384, 4, (6, 2, 64), 1024, 2_048),
+    "qwen3 192 x 3, 152K untied": small_shape("qwen3", 192, 3, (4, 4, 48), 512, 151_936),
+    "qwen2 512 x 8, 4K": small_shape("qwen2", 512, 8, (8, 8, 64), 1365, 4_096),
+}
+LARGE = ("Qwen3-0.6B", "Qwen2.5-0.5B", "Qwen3-1.7B", "Qwen2.5-1.5B", "Qwen3-4B", "Qwen2.5-7B", "Qwen3-8B")
+WAYS: dict[str, dict[str, Any]] = {
+    "scratch": {"weights": "random", "adapter": None},
+    "full": {"weights": "pretrained", "adapter": None, "supervised_share": 0.5},
+    "lora": {"weights": "pretrained", "adapter": Adapter(), "supervised_share": 0.5},
+    "qlora": {"weights": "nf4", "adapter": Adapter(rank=32), "supervised_share": 0.6},
+}
+
+
+def workload(shape: QwenShape, way: str, place: str, **changes: Any) -> Workload:
+    """A step of 2,048 tokens in rows of 1,024, unless something else is asked for."""
+    values: dict[str, Any] = {
+        "shape": shape,
+        "states": "fp32",
+        "seq_len": 1024,
+        "micro_tokens": 2048,
+        "step_tokens": 2048,
+        "recompute": False,
+        "compute_dtype": "bf16",
+        "place": place,
+        "document_tokens": 256,
+    }
+    return Workload(**values | WAYS[way] | changes)
+
+
+def cpu_workloads() -> Iterator[tuple[str, Workload]]:
+    """Every way on every small network, with and without recomputation, and each setting that moves memory."""
+    for shape_name, shape in SMALL.items():
+        for way in WAYS:
+            for recompute in (False, True):
+                name = f"{way}, {shape_name}{', recompute' if recompute else ''}"
+                yield name, workload(shape, way, "cpu", recompute=recompute)
+    first, second, wide, deep = SMALL.values()
+    for way in ("scratch", "lora"):
+        for name, changes in {
+            "fp32": {"compute_dtype": "fp32"},
+            "fp32, recompute": {"compute_dtype": "fp32", "recompute": True},
+            "accumulated": {"step_tokens": 8192},
+            "fp32, accumulated, recompute": {"compute_dtype": "fp32", "step_tokens": 8192, "recompute": True},
+            "one document a row": {"document_tokens": None},
+            "one row": {"micro_tokens": 1024, "step_tokens": 1024, "document_tokens": None},
+            "long rows": {"seq_len": 4096, "micro_tokens": 4096, "step_tokens": 4096, "document_tokens": None},
+            "few tokens": {"seq_len": 128, "micro_tokens": 256, "step_tokens": 256, "document_tokens": None},
+        }.items():
+            shape = {"one row": second, "long rows": deep, "few tokens": wide}.get(name, first)
+            yield f"{way}, {name}", workload(shape, way, "cpu", **changes)
+    yield "scratch, 8-bit moments", workload(deep, "scratch", "cpu", states="8bit", recompute=True)
+    yield (
+        "scratch, 8-bit moments, few tokens",
+        workload(deep, "scratch", "cpu", states="8bit", micro_tokens=1024, step_tokens=1024, recompute=True),
+    )
+    some = Adapter(rank=8, targets=["q_proj", "v_proj"])
+    yield "lora, two targets", workload(first, "lora", "cpu", adapter=some)
+    yield "lora, rank 64", workload(deep, "lora", "cpu", adapter=Adapter(rank=64), recompute=True)
+    yield "lora, dropout", workload(first, "lora", "cpu", adapter=Adapter(dropout=0.05))
+    yield "lora, DoRA", workload(first, "lora", "cpu", adapter=Adapter(dora=True))
+    yield "lora, token rows", workload(first, "lora", "cpu", num_token_rows=2)
+
+
+def gpu_workloads() -> Iterator[tuple[str, Workload]]:
+    """Published sizes up to 8B in every way, as they would be run on one large GPU."""
+    for size in LARGE:
+        shape = catalog.get(size)
+        for way in WAYS:
+            tokens = 8192 if way != "scratch" else 4096
+            changes = {"seq_len": 2048, "micro_tokens": tokens, "document_tokens": 512}
+            for recompute in (False, True):
+                if way in ("lora", "qlora") or shape.num_params < 5e9:
+                    made = workload(shape, way, "gpu", recompute=recompute, step_tokens=2 * tokens, **changes)
+                    yield f"{way}, {size}{', recompute' if recompute else ''}", made
+
+
+def measured_on_cpu(work: Workload) -> int:
+    """The most bytes that the allocator had given out at once, weights and all."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gc.collect()
+    engine = rehearsal_engine(work)
+    before = resident_bytes(engine)
+    batches = rehearsal_step(work)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        for _ in range(STEPS):
+            engine.forward_backward(batches)
+            engine.optimizer_step(1e-5, batches)
+    assert events.profiler is not None and events.profiler.kineto_results is not None
+    found = [event for event in events.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = before
+    for event in sorted(found, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def resident_bytes(engine: Engine) -> int:
+    """What weights and their tables take before the first step."""
+    tensors = [*engine.model.parameters(), *engine.model.buffers()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    packed = [module for module in engine.model.modules() if isinstance(module, NF4Linear)]
+    return sum(storages.values()) + sum(module.num_bytes - module.packed.numel() for module in packed)
+
+
+def measured_on_gpu(work: Workload) -> int:
+    """The CUDA allocator's own peak."""
+    engine = rehearsal_engine(work, "cuda")
+    batches = rehearsal_step(work)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(STEPS):
+        engine.forward_backward(batches)
+        engine.optimizer_step(1e-5, batches)
+    peak = torch.cuda.max_memory_allocated()
+    del engine, batches
+    gc.collect()
+    torch.cuda.empty_cache()
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    on_cpu = options.device == "cpu"
+    rows = []
+    for name, work in cpu_workloads() if on_cpu else gpu_workloads():
+        if options.only not in name:
+            continue
+        peak = measured_on_cpu(work) if on_cpu else measured_on_gpu(work)
+        predicted = peak_memory(work)
+        row = {
+            "name": name,
+            "measured_bytes": peak,
+            "predicted_bytes": predicted.allocated,
+            "error": predicted.allocated / peak - 1,
+            "instant": predicted.instant,
+        }
+        if options.trace:
+            from trivium.engine.trace import trace_peak
+
+            row["traced_bytes"] = trace_peak(work).peak_bytes
+        rows.append(row)
+        traced = f"  traced {row['traced_bytes'] / peak - 1:+.1%}" if options.trace else ""
+        print(f"{row['error']:+7.2%}  {peak / 2**20:9,.1f} MiB  {name}  ({predicted.instant}){traced}", file=sys.stderr)
+    errors = [abs(row["error"]) for row in rows]
+    summary = {"num": len(rows), "median": statistics.median(errors), "worst": max(errors)}
+    print(json.dumps(summary))
+    if not options.only:
+        packages = ("torch", "peft", "bitsandbytes", "trivium")
+        device = torch.cuda.get_device_name() if not on_cpu else "cpu"
+        content = {
+            "date": datetime.date.today().isoformat(),
+            "device": device,
+            "versions": {package: version(package) for package in packages},
+            "summary": summary,
+            "rows": rows,
+        }
+        path = RESULTS / f"memory-{options.device}.json"
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
