@@ -55,6 +55,13 @@ def shape_of_name(name: str) -> QwenShape | None:
     return catalog.get(name)
 
 
+def hub_id(name: str) -> str:
+    """Where a published model's weights are found; any other name stays as it is."""
+    published = {known.lower(): known for known in catalog.names() if known.startswith("Qwen")}
+    known = published.get(name.rpartition("/")[2].lower())
+    return f"Qwen/{known}" if known and not Path(name).is_dir() and shape_of_name(name) is not None else name
+
+
 def _shape_of_folder(folder: Path) -> QwenShape:
     file = folder / "config.json"
     if not file.is_file():

@@ -54,7 +54,7 @@ def _versus(goal: Goal, plan: Plan, other: Workload) -> str:
 def _why_method(goal: Goal, plan: Plan) -> str:
     others = [run for run in goal.runs if run.method != plan.run.method]
     if not others:
-        return GIVEN
+        return "what the data and the model ask for"
     work, other = plan.workload, others[0]
     return f"{other.method} {_versus(goal, plan, replace(work, weights=other.weights, adapter=other.adapter))}"
 

@@ -4,19 +4,21 @@ What the method says by itself is left out, so that the file stays short and `me
 Decides nothing. The verb `plan` and the generator of the recipes import this file; it never imports torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from trivium.config import METHOD_DEFAULTS, Run
+from trivium.errors import ConfigError
 from trivium.files import atomic_write
 from trivium.plan.goal import Plan
 from trivium.plan.memory import GIB
 from trivium.plan.speed import Cost
 from trivium.runfile import quote, to_yaml
 
+FIRST_LINE = "Planned by `trivium plan`; the figures are predictions, each choice has its reason beside it."
 ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
-    "data": ("seq_len",),
+    "data": ("sources", "seq_len"),
     "optimizer": ("states",),
     "batch": ("tokens", "micro_tokens"),
     "adapter": ("rank", "targets"),
@@ -25,18 +27,23 @@ ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
 """What a plan decides or stands on, also where it is the default."""
 
 
-def write_run(plan: Plan, path: Path, header: list[str] | None = None) -> None:
-    """Write the run file, whole or not at all; `load_run` reads the same run back."""
+def write_run(plan: Plan, path: Path, notes: Sequence[str] = ()) -> None:
+    """Write the run file, whole or not at all; `load_run` reads the same run back.
+
+    Raises: ConfigError when there is a file that no plan wrote.
+    """
+    if path.exists() and not (path.is_file() and path.read_bytes().startswith(f"# {FIRST_LINE}\n".encode())):
+        raise ConfigError(f"{path} is there already, and no plan wrote it. Give another name, or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, run_text(plan, path.stem, header))
+    atomic_write(path, run_text(plan, path.stem, [FIRST_LINE, *notes]))
 
 
-def run_text(plan: Plan, name: str, header: list[str] | None = None) -> str:
-    """The run file's text; a run of another name than the file keeps it. Lines of a header come before the figures."""
+def run_text(plan: Plan, name: str, notes: Sequence[str] = ()) -> str:
+    """The run file's text; a run of another name than the file keeps it. Notes come before the figures."""
     values = written_values(plan.run)
     if plan.run.name == name:
         values.pop("name", None)
-    comments = [*(header or []), *figures(plan)]
+    comments = [*notes, *figures(plan)]
     return "".join(
         f"{line}\n" for line in [*(f"# {line}".rstrip() for line in comments), *_lines(values, plan.reasons)]
     )
@@ -87,7 +94,7 @@ def written_values(run: Run) -> dict[str, Any]:
     everything = run.model_dump()
     for part, names in ALWAYS_WRITTEN.items():
         if everything[part] is not None and (part != "parallel" or run.parallel.devices > 1):
-            written[part] = written.get(part, {}) | {name: everything[part][name] for name in names}
+            written[part] = {name: everything[part][name] for name in names} | written.get(part, {})
     return {key: written[key] for key in everything if key in written}
 
 

@@ -1,0 +1,255 @@
+"""`trivium plan`: which way, will it fit, how long, what will it cost, before anything is rented or trained.
+
+Flags to a request, and the answer to stdout; the planning is `trivium.plan`, the page `trivium.report.plan_page`.
+Torch is imported for --trace and --calibrate alone, and for a model that only the Hub knows.
+"""
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trivium.config import METHOD_DEFAULTS, parse_count
+from trivium.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trivium.config import Source
+    from trivium.model.shape import QwenShape
+    from trivium.plan.facts import DataFacts
+    from trivium.plan.goal import Plan
+    from trivium.plan.request import Request
+
+FILE = click.Path(path_type=Path)
+GIB = 1 << 30
+
+
+class Amount(click.ParamType):
+    """A number above zero, counts as run files write them: 0.5, 24, 10K, 1.5B."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).replace(",", "").replace("_", "")
+        count = parse_count(text)
+        try:
+            number = float(text if isinstance(count, str) or not count else str(count))
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            name = param.opts[0] if param else "A number"
+            raise ConfigError(f"{name} is {value!r}; give a number above zero such as 0.5, 24, 10K or 1.5B.")
+        return number
+
+
+AMOUNT = Amount()
+
+
+@click.command()
+@click.argument("words", nargs=-1, metavar="[RUN_FILE_OR_MODEL] [KEY=VALUE]...")
+@click.option("--data", type=FILE, multiple=True, help="A file or folder to learn from; repeatable.")
+@click.option("--rows", type=AMOUNT, help="Instead of files: how many conversations or documents, such as 5K.")
+@click.option("--tokens", type=AMOUNT, help="Instead of files, or beside --rows: how many tokens, such as 1B.")
+@click.option("--kind", type=click.Choice(["conversations", "documents"]), help="What --rows and --tokens count.")
+@click.option("--device", help="What to train on, such as l40s; `any`: the best to rent. Default: this machine.")
+@click.option("--devices", type=click.IntRange(1, 4096), help="How many. Default: one; of rented ones, up to 8.")
+@click.option("--memory", type=AMOUNT, help="GiB of a device that count, instead of all.")
+@click.option("--method", type=click.Choice(list(METHOD_DEFAULTS)), help="The way to train. Default: as the data asks.")
+@click.option("--prefer", type=click.Choice(["cheapest", "fastest"]), default="cheapest", show_default=True)
+@click.option("--purse", type=AMOUNT, help="US dollars that the run may cost.")
+@click.option("--hours", type=AMOUNT, help="Hours that the run may take.")
+@click.option("--adapter-only", is_flag=True, help="Only an adapter may be shared, apart from the model's licence.")
+@click.option("--general", type=click.Choice(["yes", "no"]), help="Whether a general model already does the task.")
+@click.option("--write", "run_file", type=FILE, help="Write the plan as a run file.")
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+@click.option("--trace", is_flag=True, help="Check the memory against a step of the engine itself; needs no device.")
+@click.option("--calibrate", is_flag=True, help="Measure this machine once, in minutes; used from then on.")
+@click.option("--check", "is_check", is_flag=True, help="The words are run folders: what was predicted, what came.")
+def plan(
+    words: tuple[str, ...],
+    run_file: Path | None,
+    as_json: bool,
+    trace: bool,
+    calibrate: bool,
+    is_check: bool,
+    **flags: Any,
+) -> None:
+    """Find out which way to train fits the data, the hardware and the purse.
+
+    Plans a RUN_FILE, a MODEL (a name, a folder, or a size such as 25M), or without either what fits the data: memory,
+    time, money, and why. What is set stays; the rest is searched. On a terminal with nothing given, asks. Exit codes:
+    0 a plan, or the advice not to train; 2 usage; 3 nothing fits, with the cheapest changes that would.
+
+    \b
+    Examples:
+      trivium plan lora.yaml
+      trivium plan Qwen/Qwen3-8B --rows 5K --kind conversations --device any --write plan.yaml
+      trivium plan 25M --tokens 500M --kind documents
+      trivium plan --check runs/one runs/two
+    """
+    if calibrate:
+        _calibrate()
+    elif is_check:
+        _check([Path(word) for word in words], as_json)
+    else:
+        _plan(_request(words, run_file, **flags), run_file, as_json, trace)
+
+
+def _request(
+    words: tuple[str, ...],
+    run_file: Path | None,
+    data: tuple[Path, ...],
+    rows: float | None,
+    tokens: float | None,
+    kind: str | None,
+    general: str | None,
+    devices: int | None,
+    memory: float | None,
+    **flags: Any,
+) -> "Request":
+    """The flags as one value; the first word is the target unless it is an override."""
+    from trivium.plan.request import Request
+
+    has_target = bool(words) and "=" not in words[0]
+    return Request(
+        target=words[0] if has_target else None,
+        overrides=words[1:] if has_target else words,
+        sources=tuple(map(str, data)),
+        facts=_given_facts(rows, tokens, kind, data),
+        num_devices=devices,
+        memory_bytes=None if memory is None else int(memory * GIB),
+        is_general=None if general is None else general == "yes",
+        name=run_file.stem if run_file else "plan",
+        **flags,
+    )
+
+
+def _given_facts(rows: float | None, tokens: float | None, kind: Any, data: tuple[Path, ...]) -> "DataFacts | None":
+    """The data in numbers, where that is how it is given."""
+    from trivium.plan.facts import given_facts
+
+    if rows is None and tokens is None:
+        if kind is not None:
+            raise ConfigError(
+                f"--kind {kind} of how much? Give --rows, --tokens or both; --data finds its kind itself."
+            )
+        return None
+    if data or kind is None:
+        given = "--data as well" if data else "no --kind"
+        raise ConfigError(
+            f"Found --rows or --tokens and {given}. Numbers stand for files, and need a --kind of their own."
+        )
+    return given_facts(kind, *(None if count is None else round(count) for count in (rows, tokens)))
+
+
+def _plan(request: "Request", run_file: Path | None, as_json: bool, trace: bool) -> None:
+    from trivium.plan.answer import answer, as_record
+    from trivium.plan.request import of_answers, understand
+    from trivium.plan.write import write_run
+
+    if request.target or request.sources or request.facts or request.is_general:
+        understood = understand(request, _survey, _read_hub)
+    else:
+        understood = of_answers(_ask(), request, _survey, _read_hub)
+    given = answer(understood.situation, understood.way, understood.goal)
+    record = as_record(given)
+    if trace and given.plan:
+        record["trace"] = _trace(given.plan)
+    if run_file and given.plan:
+        write_run(given.plan, run_file, _notes(given.plan))
+        click.echo(f"written: {run_file}", err=True)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+        return
+    from trivium.report.plan_page import print_page
+
+    print_page(given, _next_commands(given.plan, request.target, run_file), record.get("trace"))
+
+
+def _ask() -> Any:
+    """The answers to the questions. Raises: ConfigError where there is nobody to ask."""
+    from trivium.plan.questions import ask
+
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ConfigError(
+            "There is nothing to plan. Expected a run file, a model such as Qwen/Qwen3-0.6B, or data: --data FILE, or "
+            "--rows 5K --kind conversations, or --tokens 1B --kind documents. On a terminal `trivium plan` asks."
+        )
+    return ask(lambda text, default: click.prompt(text, default=default, err=True))
+
+
+def _notes(plan: "Plan") -> list[str]:
+    """What the reader of a written run file has to know beside its figures."""
+    from trivium.plan.request import NO_DATA_YET
+
+    waits = [source.path for source in plan.run.data.sources] == [NO_DATA_YET]
+    return [f"{NO_DATA_YET} stands for the data: put its path there."] if waits else []
+
+
+def _next_commands(plan: "Plan | None", target: str | None, run_file: Path | None) -> list[str]:
+    """What to run after reading the page."""
+    again = shlex.join(["trivium", *sys.argv[1:]])
+    if plan is None:
+        return [f"{again} --method lora"] if target else []
+    if run_file:
+        commands = [f"trivium doctor {run_file}", f"trivium train {run_file}"]
+    else:
+        commands = [f"{again} --write plan.yaml"]
+    is_guess = plan.device.name == "this-cpu" and plan.speed.high > 1.5 * plan.speed.seconds_per_step
+    return [*commands, *(["trivium plan --calibrate"] if is_guess else [])]
+
+
+def _survey(sources: "Sequence[Source]") -> "DataFacts":
+    """What files hold, their tokens estimated, since counting takes the tokenizer and with it torch."""
+    from dataclasses import fields
+
+    from trivium.data.survey import survey
+    from trivium.plan.facts import DataFacts
+
+    found = survey(sources)
+    click.echo(f"data: {found.how}", err=True)
+    return DataFacts(**{field.name: getattr(found, field.name) for field in fields(DataFacts)})
+
+
+def _read_hub(name: str) -> "QwenShape":
+    """The shape of a model on the Hub; its weights stay there."""
+    from trivium.model import hf
+
+    return hf.read_shape(hf.find_folder(name, with_weights=False))
+
+
+def _trace(plan: "Plan") -> dict[str, Any]:
+    """The memory of the plan's step in the engine itself, beside what was predicted."""
+    from dataclasses import asdict
+
+    from trivium.engine.trace import trace_peak
+
+    if plan.workload.num_devices > 1:
+        raise ConfigError("A trace is of one device; plan with --devices 1 to trace it.")
+    found = trace_peak(plan.workload)
+    return asdict(found) | {"predicted_bytes": plan.memory.allocated}
+
+
+def _calibrate() -> None:
+    """Measure this machine, and keep the figures."""
+    from trivium.engine.calibrate import calibrate
+    from trivium.plan import calibration
+
+    measured = calibrate(lambda text: click.echo(text, err=True))
+    for dtype, error in measured.error.items():
+        click.echo(f"{dtype}: every step within {error:.0%} of what the figures say", err=True)
+    click.echo(f"written: {calibration.save(measured)}", err=True)
+
+
+def _check(folders: list[Path], as_json: bool) -> None:
+    """Print the errors of the plans of some runs."""
+    from trivium.plan import check
+
+    if not folders:
+        raise ConfigError("--check needs run folders, such as runs/lora.")
+    outcomes = check.check(folders)
+    click.echo(json.dumps(check.as_json(outcomes), indent=2) if as_json else check.as_table(outcomes))

@@ -1,0 +1,145 @@
+"""The planner's answer as a page in the terminal: which way, the memory in bars, time and money, every choice's reason.
+
+Plain text where stdout is no terminal, and without colour where NO_COLOR is set. Formats only, what `plan/answer.py`
+says; the verb `plan` imports this file when it prints.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import click
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from trivium.plan.answer import Answer
+from trivium.plan.fit import FIT_SHARE
+from trivium.plan.goal import Plan
+from trivium.plan.memory import GIB
+from trivium.plan.path import Path
+from trivium.plan.write import time_and_money
+from trivium.runfile import flatten, to_yaml
+
+MAX_COLUMNS = 100
+BAR_COLUMNS = 40
+EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def print_page(answer: Answer, next_commands: Iterable[str], trace: dict[str, Any] | None = None) -> None:
+    """Print all of it to stdout, with what a traced step took where there was one."""
+    columns = min(shutil.get_terminal_size().columns, MAX_COLUMNS) if sys.stdout.isatty() else MAX_COLUMNS
+    console = Console(width=columns, highlight=False)
+    plan = answer.plan
+    parts = [*_path(answer.path)] if answer.path else []
+    if plan:
+        parts += [_title(plan), *_memory(plan), *_trace(trace), *_speed(plan), *_choices(plan)]
+    parts += _section("Settle before training", [(point.question, point.answer) for point in answer.checklist])
+    parts += _section("Beware", [("!", text) for text in answer.warnings])
+    parts += _section("Next", [("$", command) for command in next_commands])
+    with console.capture() as capture:
+        console.print(Group(*parts))
+    for line in capture.get().rstrip().splitlines():
+        click.echo(line.rstrip())
+
+
+def bar(share: float, columns: int = BAR_COLUMNS) -> str:
+    """A share of the columns, filled to an eighth of one."""
+    eighths = round(max(0.0, min(1.0, share)) * columns * 8)
+    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).rstrip()
+
+
+def _section(title: str, rows: Iterable[tuple[str, ...]]) -> list[Any]:
+    """A heading and rows of a label and texts; nothing where there are no rows."""
+    rows = list(rows)
+    if not rows:
+        return []
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, style="cyan")
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    return [Text(title, style="bold"), Padding(grid, (0, 0, 1, 2))]
+
+
+def _path(path: Path) -> list[Any]:
+    rows = [("why", reason) for reason in path.reasons]
+    rows += [("unless", text) for text in path.would_change]
+    rows += [("rule of thumb", text) for text in path.rules_of_thumb]
+    seen: set[str] = set()
+    labelled = [("" if label in seen or seen.add(label) else label, text) for label, text in rows]
+    return _section(f"The way: {path.title}", labelled)
+
+
+def _title(plan: Plan) -> Text:
+    work, run = plan.workload, plan.run
+    name = run.model.name or f"a model of {work.shape.num_params / 1e6:,.3g}M parameters"
+    count = f"{work.num_devices} x " if work.num_devices > 1 else ""
+    trained = f"{work.num_trained_params:,} of {work.shape.num_params:,} parameters are trained"
+    return Text.assemble((f"{run.method} of {name} on {count}{plan.device.title}", "bold"), f"\n  {trained}\n")
+
+
+def _memory(plan: Plan) -> list[Any]:
+    memory, device = plan.memory, plan.device.memory_bytes
+    title = Text.assemble(
+        ("Memory", "bold"),
+        f"  {_gib(memory.total)} of {_gib(device)} at the peak ({memory.instant}); {_gib(plan.allowed_bytes)} may be "
+        f"used, {1 - FIT_SHARE:.0%} stay free",
+    )
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="cyan", no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(no_wrap=True)
+    for item, size in sorted(memory.items.items(), key=lambda entry: -entry[1]):
+        grid.add_row(Text(item), _gib(size), Text(bar(size / device)))
+    color = "green" if memory.total <= plan.allowed_bytes else "red"
+    grid.add_row(Text("total", style="bold"), _gib(memory.total), Text(bar(memory.total / device), style=color))
+    grid.add_row(Text("device"), _gib(device), Text("█" * BAR_COLUMNS, style="dim"))
+    return [title, Padding(grid, (0, 0, 1, 2))]
+
+
+def _trace(trace: dict[str, Any] | None) -> list[Any]:
+    """How far the formula is from a step of the engine on tensors without values."""
+    if trace is None:
+        return []
+    traced, predicted = trace["peak_bytes"], trace["predicted_bytes"]
+    text = f"{_gib(traced)} in a step of the engine itself; the formula is {predicted / traced - 1:+.1%} off"
+    return [Padding(Text(f"traced  {text}"), (0, 0, 1, 2))]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:,.1f} MiB"
+
+
+def _speed(plan: Plan) -> list[Any]:
+    speed = plan.speed
+    between = f"{speed.step_tokens / speed.high:,.0f} to {speed.step_tokens / speed.low:,.0f}"
+    rows = [
+        ("speed", f"{speed.tokens_per_second:,.0f} tokens/s ({between})"),
+        ("a step", f"{speed.seconds_per_step:,.3g} s for {speed.step_tokens:,} tokens: {_shares(speed.items)}"),
+    ]
+    if plan.cost and plan.num_tokens:
+        rows.append(("the run", f"{time_and_money(plan.cost)} for {plan.num_tokens:,} tokens"))
+    else:
+        rows.append(("the run", "as long as the data, which is not known: give --data, or --rows and --tokens"))
+    device = plan.device
+    if device.price_per_hour is not None:
+        seen = f", seen {device.price_date}" if device.price_date else ""
+        rows.append(("price", f"${device.price_per_hour:.2f} an hour for one{seen}"))
+    return _section("Time and money", rows)
+
+
+def _shares(items: dict[str, float]) -> str:
+    total = sum(items.values())
+    largest = sorted(items.items(), key=lambda entry: -entry[1])[:4]
+    return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in largest if seconds > 0.005 * total)
+
+
+def _choices(plan: Plan) -> list[Any]:
+    values = flatten(plan.run)
+    chosen = {"device": plan.device.name, "adapter": f"rank {plan.run.adapter.rank}" if plan.run.adapter else ""}
+    return _section(
+        "Choices",
+        [(key, chosen.get(key) or to_yaml(values[key]), reason) for key, reason in plan.reasons.items()],
+    )
