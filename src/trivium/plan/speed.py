@@ -85,13 +85,14 @@ def predict_speed(workload: Workload, device: Device, calibration: Calibration |
     """The time of an optimizer step on a device, or on the machine that was measured.
 
     A GPU computes while the next operations are begun, so that of the two the slower counts; a processor does one
-    after the other. A calibration without the workload's compute dtype is of no use, and the data sheet is taken.
+    after the other. A calibration of another device, or without the workload's compute dtype, is not used.
     """
-    measured = calibration.seconds_per_unit.get(workload.compute_dtype) if calibration else None
-    rates = measured or seconds_per_unit(workload, device)
+    is_of_this = calibration is not None and calibration.device == device.name
+    measured = calibration.seconds_per_unit.get(workload.compute_dtype) if calibration and is_of_this else None
+    rates: dict[str, float] = {**seconds_per_unit(workload, device), **(measured or {})}
     items: dict[str, float] = {}
     for term in step_work(workload):
-        items[term.item] = items.get(term.item, 0.0) + term.amount * rates.get(term.kind, 0.0)
+        items[term.item] = items.get(term.item, 0.0) + term.amount * rates[term.kind]
     if workload.place == "gpu":
         items["launches"] = max(0.0, 2 * items["launches"] - sum(items.values()))
     computing = sum(items.values())
@@ -121,6 +122,7 @@ def seconds_per_unit(workload: Workload, device: Device) -> dict[Kind, float]:
         "flops": 1.0 / products,
         "head_flops": 1.0 / products,
         "attention_flops": 1.0 / attention,
+        "attention_scores": 0.0,  # their time is in attention's share of the peak
         "bytes": second_per_byte,
         "weight_bytes": second_per_byte,
         "logits": LOGIT_BYTES * second_per_byte,
