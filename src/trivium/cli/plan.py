@@ -47,16 +47,36 @@ class Amount(click.ParamType):
 
 
 AMOUNT = Amount()
+GROUPS = {
+    "Data": ("data", "rows", "tokens", "kind"),
+    "Hardware": ("device", "devices", "memory"),
+    "Wishes": ("method", "prefer", "purse", "hours", "adapter_only", "general"),
+    "Output": ("run_file", "as_json", "trace"),
+    "Instead of a plan": ("calibrate", "is_check"),
+}
+"""The options by what they are about, as `--help` shows them."""
 
 
-@click.command()
+class GroupedCommand(click.Command):
+    """A command whose help shows its options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in GROUPS.items():
+            records = [param.get_help_record(ctx) for param in self.params if param.name in names]
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record])
+
+
+@click.command(cls=GroupedCommand)
 @click.argument("words", nargs=-1, metavar="[RUN_FILE_OR_MODEL] [KEY=VALUE]...")
 @click.option("--data", type=FILE, multiple=True, help="A file or folder to learn from; repeatable.")
 @click.option("--rows", type=AMOUNT, help="Instead of files: how many conversations or documents, such as 5K.")
 @click.option("--tokens", type=AMOUNT, help="Instead of files, or beside --rows: how many tokens, such as 1B.")
 @click.option("--kind", type=click.Choice(["conversations", "documents"]), help="What --rows and --tokens count.")
 @click.option("--device", help="What to train on, such as l40s; `any`: the best to rent. Default: this machine.")
-@click.option("--devices", type=click.IntRange(1, 4096), help="How many. Default: one; of rented ones, up to 8.")
+@click.option(
+    "--devices", type=click.IntRange(1, 4096), metavar="NUMBER", help="How many. Default: one; of rented ones, up to 8."
+)
 @click.option("--memory", type=AMOUNT, help="GiB of a device that count, instead of all.")
 @click.option("--method", type=click.Choice(list(METHOD_DEFAULTS)), help="The way to train. Default: as the data asks.")
 @click.option("--prefer", type=click.Choice(["cheapest", "fastest"]), default="cheapest", show_default=True)
