@@ -1,7 +1,10 @@
 """Stand-ins for what a trace without a GPU cannot run: the same tensors are made and kept, nothing is computed.
 
 Three of the engine's parts need kernels that a CPU, or a tensor without values, does not have: what a GPU does in one
-kernel (attention, normalisation, dropout), weights in NF4, and 8-bit moments. Used by `trace` alone.
+kernel (attention, normalisation, dropout), weights in NF4, and 8-bit moments. Also what other kernels take inside
+themselves, where that is much: operands cast on a CPU, the sums of an embedding's gradient on a GPU. Left out are
+scratch of matrix libraries and sorts, the norm's partial sums, and a CPU's unpacking of 8-bit moments: a few MiB each,
+or long after the peak. Used by `trace` alone.
 """
 
 import math
@@ -24,6 +27,7 @@ from trivium.plan.workload import Place
 
 FP32_STATE_VALUES = 4096  # bitsandbytes keeps the moments of smaller tensors in fp32
 PAGED_VALUES = 100_000  # and pages those of tensors that have as many
+ONE_PASS_TOKENS, ROWS_PER_SUM = 3072, 10  # of an embedding's gradient on a GPU
 FLASH_ROWS = 128  # rows by which flash attention's scratch tensors are longer for each document
 
 
@@ -118,6 +122,29 @@ def _dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tens
     return torch.native_dropout(x, p, training)[0]
 
 
+def scratch_of_a_cpu(operator: Any, operands: Sequence[Any]) -> int:
+    """Bytes an elementwise kernel takes to have all its floating-point operands in the widest of their types."""
+    if torch.Tag.pointwise not in operator.tags:
+        return 0
+    tensors = [x for x in operands if isinstance(x, Tensor) and x.is_floating_point() and x.dim()]
+    widest = max((x.itemsize for x in tensors), default=0)
+    return sum(x.numel() * widest for x in tensors if x.itemsize < widest)
+
+
+def scratch_of_a_gpu(operator: Any, operands: Sequence[Any]) -> int:
+    """Bytes in which the gradient rows of an embedding are added up, where there are more than a few tokens.
+
+    Source: `embedding_dense_backward_cuda` in PyTorch: sums of at most ten rows each, in fp32.
+    """
+    if operator is not torch.ops.aten.embedding_dense_backward.default:
+        return 0
+    grad, tokens, num_rows = operands[:3]
+    num_tokens = tokens.numel()
+    if num_tokens <= ONE_PASS_TOKENS:
+        return 0
+    return 4 * grad.shape[-1] * (num_tokens // ROWS_PER_SUM + min(num_tokens, num_rows))
+
+
 class PretendNF4Linear(NF4Linear):
     """The size of an NF4 projection: its buffers without values, and a new `weight` each time, as unpacking makes."""
 
@@ -139,8 +166,8 @@ class PretendNF4Linear(NF4Linear):
     @property
     def weight(self) -> Tensor:  # pyrefly: ignore[bad-override]
         """The fp32 scales are unpacked first, and let go when the weight is."""
-        scales = self.packed.new_empty(self.scales.numel(), dtype=torch.float32)
-        weight = self.packed.new_empty(self.out_features, self.in_features, dtype=self.compute_dtype)
+        scales = torch.empty(math.ceil(self.in_features * self.out_features / BLOCK_SIZE))
+        weight = torch.empty(self.out_features, self.in_features, dtype=self.compute_dtype)
         del scales
         return weight
 
@@ -171,5 +198,5 @@ class PretendAdamW8bit(torch.optim.Optimizer):
             if not is_wide:
                 state[f"absmax{moment}"] = parameter.new_zeros(math.ceil(num_values / 256))
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
         """In place: nothing to be seen."""

@@ -2,8 +2,8 @@
 
 The network, the adapter, the loss and the optimizer are the real ones; each storage is counted from when an operator
 first returns it until nothing refers to it. Needs neither the memory nor the device, and is the referee of
-`plan.memory`. Does not see what a kernel takes and gives back inside itself, but for the operands that a CPU casts
-first, nor what is not the allocator's. One device only. Imports torch, so the planner's search never waits for it.
+`plan.memory`. Of what kernels take and give back inside themselves it knows the large parts only (see `pretend`), and
+nothing of what is not the allocator's. One device only. Imports torch, so the planner's search never waits for it.
 """
 
 import time
@@ -12,24 +12,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from trivium.config import Optimizer
-from trivium.data.pack import Batch, pack
+from trivium.data.pack import Batch
 from trivium.engine import optim
+from trivium.engine.allocator import GRANULE_BYTES, reserved_bytes
 from trivium.engine.engine import Engine
-from trivium.engine.pretend import PretendNF4Linear, pretending
+from trivium.engine.pretend import PretendNF4Linear, pretending, scratch_of_a_cpu, scratch_of_a_gpu
+from trivium.engine.rehearsal import DTYPES, rehearsal_step
 from trivium.model import adapter
 from trivium.model.qwen import Linear, Qwen
 from trivium.plan.workload import Place, Workload
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GPU_GRANULE_BYTES = 512  # a GPU's allocator gives out multiples of this
 LEARNING_RATE = 1e-4  # any
 REST = "activations and temporaries"
 
@@ -40,12 +38,14 @@ class Trace:
 
     Attributes:
         peak_bytes: the most at one time.
+        reserved_bytes: what a GPU's allocator has of the device for it; on a CPU there is none, and it is the peak.
         phases: the most in each phase: forward (with the loss), backward, optimizer.
         items: bytes by what they are for, at the peak; they add up to it.
         seconds: how long the trace took.
     """
 
     peak_bytes: int
+    reserved_bytes: int
     phases: dict[str, int]
     items: dict[str, int]
     seconds: float
@@ -62,6 +62,7 @@ def trace_peak(workload: Workload) -> Trace:
         raise ValueError(f"a trace is of one device, and the workload has {workload.num_devices}")
     start = time.perf_counter()
     model = _model_without_storage(workload)
+    batches = rehearsal_step(replace(workload, step_tokens=min(workload.step_tokens, 2 * workload.micro_tokens)))
     ledger = _Ledger(workload.place)
     with FakeTensorMode() as fake, ledger, pretending(workload.place):
         _give_storage(model)
@@ -70,12 +71,18 @@ def trace_peak(workload: Workload) -> Trace:
         ledger.name("frozen weights", [*model.parameters(), *model.buffers()])
         ledger.name("weights", engine.parameters.values())
         ledger.name("moments", optim.state_tensors(engine.optimizer, engine.parameters).values())
-        batches = [_on_fake(batch, fake) for batch in _batches(workload)]
+        batches = [_on_fake(batch, fake) for batch in batches]
         engine.forward_backward(batches)
         ledger.name("gradients", [p.grad for p in engine.parameters.values() if p.grad is not None])
         ledger.phase = "optimizer"
         engine.optimizer_step(LEARNING_RATE, batches)
-    return Trace(ledger.peak_bytes, ledger.phases, ledger.items(), time.perf_counter() - start)
+    return Trace(
+        peak_bytes=ledger.peak_bytes,
+        reserved_bytes=reserved_bytes(ledger.changes) if workload.place == "gpu" else ledger.peak_bytes,
+        phases=ledger.phases,
+        items=ledger.items(),
+        seconds=time.perf_counter() - start,
+    )
 
 
 class _Ledger(TorchDispatchMode):
@@ -83,8 +90,8 @@ class _Ledger(TorchDispatchMode):
 
     def __init__(self, place: Place) -> None:
         super().__init__()
-        self.granule_bytes = GPU_GRANULE_BYTES if place == "gpu" else 1
-        self.casts_operands = place == "cpu"
+        self.granule_bytes = GRANULE_BYTES if place == "gpu" else 1
+        self.scratch_bytes = scratch_of_a_gpu if place == "gpu" else scratch_of_a_cpu
         self.phase = "forward"
         self.phases: dict[str, int] = {}
         self.changes: list[tuple[int, int]] = []  # a storage's number, and bytes more or less
@@ -98,11 +105,10 @@ class _Ledger(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0  # a loss or a norm that is read on the host
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+        for leaf in out if isinstance(out, tuple | list) else (out,):
             if isinstance(leaf, FakeTensor):
                 self._see(leaf.untyped_storage())
-        if self.casts_operands and torch.Tag.pointwise in func.tags:
-            self._pass(_cast_bytes(args))
+        self._pass(self.scratch_bytes(func, args))
         return out
 
     def name(self, name: str, tensors: Iterable[Tensor]) -> None:
@@ -153,13 +159,6 @@ class _Ledger(TorchDispatchMode):
         self.total_bytes -= num_bytes
 
 
-def _cast_bytes(operands: Iterable[Any]) -> int:
-    """What a CPU's elementwise kernel takes to have all its floating-point operands in the widest of their types."""
-    tensors = [x for x in operands if isinstance(x, Tensor) and x.is_floating_point() and x.dim()]
-    widest = max((x.itemsize for x in tensors), default=0)
-    return sum(x.numel() * widest for x in tensors if x.itemsize < widest)
-
-
 def _model_without_storage(workload: Workload) -> Qwen:
     """The network on the meta device, adapted where that is asked for."""
     dtype = DTYPES[workload.compute_dtype]
@@ -183,7 +182,7 @@ def _model_without_storage(workload: Workload) -> Qwen:
 def _remember_start(model: Qwen) -> None:
     """Beside an adapter that began as a part of the weights lie its first values."""
     for path, module in model.named_modules():
-        if path.endswith((f"lora_A.{adapter.NAME}", f"lora_B.{adapter.NAME}")):
+        if isinstance(module, Linear) and path.endswith((f"lora_A.{adapter.NAME}", f"lora_B.{adapter.NAME}")):
             module.register_buffer("start", torch.empty_like(module.weight), persistent=False)
 
 
@@ -197,35 +196,9 @@ def _give_storage(model: Qwen) -> None:
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-@dataclass(frozen=True)
-class _SameDocuments:
-    """A store of documents that are all alike, the last of their tokens carrying loss."""
-
-    num_tokens: int
-    num_supervised: int
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([self.num_tokens + 1])  # the piece that is read has a label for its last token too
-
-    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        return np.zeros(stop - start, dtype=np.int64)
-
-    def weights(self, document: int, start: int, stop: int) -> np.ndarray:
-        return np.where(np.arange(start, stop) > self.num_tokens - self.num_supervised, 100, 0).astype(np.uint8)
-
-
-def _batches(workload: Workload) -> list[Batch]:
-    """Micro-batches of rows full of documents of the mean length, the last of a row being shorter."""
-    mean_tokens = round(workload.document_tokens or workload.seq_len)
-    num_whole, rest = divmod(workload.seq_len, mean_tokens)
-    lengths = ([mean_tokens] * num_whole + [rest] * bool(rest)) * (workload.micro_tokens // workload.seq_len)
-    stores = [_SameDocuments(length, round(workload.supervised_share * length)) for length in lengths]
-    spans = np.array([(source, 0, 0, length) for source, length in enumerate(lengths)])
-    return [pack(stores, spans, workload.micro_tokens)] * min(2, workload.num_micro_batches)
-
-
 def _on_fake(batch: Batch, fake: FakeTensorMode) -> Batch:
     """The batch without values; what the host alone reads stays."""
-    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **{name: fake.from_tensor(tensor) for name, tensor in tensors.items()})
+    fields: dict[str, Any] = {
+        name: fake.from_tensor(value) for name, value in vars(batch).items() if isinstance(value, Tensor)
+    }
+    return replace(batch, **fields)
