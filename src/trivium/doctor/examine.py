@@ -45,7 +45,7 @@ def examine(run: Run, allowed: frozenset[str], note: Callable[[str], None]) -> I
     if stopping(found, allowed):
         return
     the_machine = probe(run.device, run.precision)
-    job = prepare(run, note)
+    job = prepare(run, note, the_machine)
     case = Case(job, the_machine, read_conversations(run, with_hub=True))
     found = look(CASE_RULES, case)
     yield from found

@@ -1,7 +1,6 @@
 """Rules about the machine: what is installed, what may be written, what fits. Looks at no data.
 
-A need that is computed here is less than what training takes, so a refusal is never wrong; that nothing is found does
-not promise that all fits. Imported by `examine.py`.
+What a step needs is the planner's prediction; what a run writes is counted. Imported by `examine.py`.
 """
 
 import os
@@ -10,22 +9,19 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from trivium.config import Run
 from trivium.doctor.case import Case
 from trivium.doctor.findings import Rule, Trouble
+from trivium.engine.forecast import suggest_fixes
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.setup import cache_folder
 from trivium.errors import DoesNotFit
-from trivium.model.shape import QwenShape
+from trivium.plan.fit import FIT_SHARE, fits
+from trivium.plan.memory import peak_memory
+from trivium.plan.workload import FP32_BYTES
 
 MIB, GIB = 1 << 20, 1 << 30
-FP32_BYTES = 4
 MOMENT_BYTES = {"fp32": 4, "8bit": 1, "paged-8bit": 1}
-NF4_BYTES = 0.5  # without the scales, which only add to it
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-MEMINFO = Path("/proc/meminfo")
 
 
 def needed_packages(run: Run) -> dict[str, str]:
@@ -109,89 +105,26 @@ def may_write(run: Run) -> Trouble | None:
     )
 
 
-def num_trained_params(run: Run, shape: QwenShape) -> int:
-    """Parameters that are trained, but for the few of token rows and DoRA's magnitudes."""
-    if run.adapter is None:
-        return shape.num_params
-    hidden, wide = shape.hidden_size, shape.intermediate_size
-    query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    sides = {
-        "q_proj": hidden + query,
-        "k_proj": hidden + key_value,
-        "v_proj": hidden + key_value,
-        "o_proj": query + hidden,
-        "gate_proj": hidden + wide,
-        "up_proj": hidden + wide,
-        "down_proj": wide + hidden,
-    }
-    return shape.num_hidden_layers * run.adapter.rank * sum(sides[target] for target in set(run.adapter.targets))
-
-
-def frozen_bytes(case: Case) -> int:
-    """What the weights that stay as they are take in memory."""
-    if case.run.adapter is None:
-        return 0
-    shape, value_bytes = case.job.shape, case.machine.compute_dtype.itemsize
-    if case.run.weights != "nf4":
-        return shape.num_params * value_bytes
-    packed = shape.num_hidden_layers * shape.num_layer_matmul_params
-    return int(packed * NF4_BYTES) + (shape.num_params - packed) * value_bytes
-
-
-def memory_parts(case: Case) -> dict[str, int]:
-    """What must be in the device's memory at once, in bytes, activations and the system left out."""
-    num_trained = num_trained_params(case.run, case.job.shape)
-    states = case.run.optimizer.states
-    return {
-        "frozen weights": frozen_bytes(case),
-        "trained weights": num_trained * FP32_BYTES,
-        "gradients": num_trained * FP32_BYTES,
-        # Paged moments may lie elsewhere while they are not needed.
-        "moments": 0 if states == "paged-8bit" else 2 * num_trained * MOMENT_BYTES[states],
-    }
-
-
-def memory_bytes(device: torch.device) -> int:
-    """All memory that a device can ever give: of a CPU with swap, and no more than the container's limit."""
-    if device.type != "cpu":
-        return torch.accelerator.get_memory_info(device)[1]
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if CGROUP_LIMIT.is_file() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
-        total = min(total, int(limit))
-    return total + _swap_bytes()
-
-
-def _swap_bytes() -> int:
-    lines = MEMINFO.read_text().splitlines() if MEMINFO.is_file() else []
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("SwapTotal:"))
-
-
 def memory(case: Case) -> Trouble | None:
-    """Q21: weights, gradients and moments alone are more than the device has."""
-    parts, there = memory_parts(case), memory_bytes(case.machine.device)
-    needed = sum(parts.values())
-    if needed <= there:
+    """Q21: a step needs more than the device has, or so much that the margin is gone."""
+    needed, there = peak_memory(case.workload), case.machine.memory_bytes
+    if fits(needed, there):
         return None
-    table = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in parts.items() if size)
-    if case.run.adapter is None:
-        change = "train an adapter (method: lora or qlora), set optimizer.states: paged-8bit, or take a smaller model"
-    elif case.run.weights == "nf4":
-        change = "take a smaller model"
-    else:
-        change = "quantise the base (method: qlora), or take a smaller model"
+    items = sorted(needed.items.items(), key=lambda item: -item[1])
+    table = ", ".join(f"{name} {size / GIB:,.2f}" for name, size in items if size >= GIB / 100)
     return Trouble(
-        "error",
-        f"the run needs more than {needed / GIB:,.1f} GiB ({table}) before any activation, and {case.machine.device} "
-        f"has {there / GIB:,.1f} GiB.",
-        "weights, gradients and moments that fit, with room for activations.",
-        f"{change}.",
+        "error" if needed.total > there else "warning",
+        f"a step needs {needed.total / GIB:,.2f} GiB at its peak, {needed.instant} ({table}), and "
+        f"{case.machine.device} has {there / GIB:,.2f} GiB.",
+        f"at most {FIT_SHARE:.0%} of the memory; the rest is the margin for what no formula sees.",
+        f"one of the cheapest changes that fit: {suggest_fixes(case.workload, case.machine, there)}.",
     )
 
 
 def disk_parts(case: Case) -> dict[str, int]:
     """What the run will hold on disk at its fullest, in bytes: one checkpoint more than it keeps, and the result."""
     run, shape = case.run, case.job.shape
-    num_trained = num_trained_params(run, shape)
+    num_trained = case.workload.num_trained_params
     checkpoint = num_trained * (FP32_BYTES + 2 * MOMENT_BYTES[run.optimizer.states])
     result = shape.num_params * case.machine.compute_dtype.itemsize if run.adapter is None else num_trained * FP32_BYTES
     num_checkpoints = min(run.checkpoint.keep + 1, case.job.num_steps)

@@ -15,9 +15,12 @@ import torch
 from trivium.data.pack import Batch, pack
 from trivium.doctor.case import Trial, spread
 from trivium.doctor.findings import Rule, Trouble
+from trivium.engine.device import is_out_of_memory
 from trivium.engine.engine import Engine, NonFinite
+from trivium.engine.forecast import suggest_fixes
 from trivium.errors import TriviumError
 from trivium.model.qwen import Documents
+from trivium.plan.memory import peak_memory
 
 LOOKED_AT_DOCUMENTS = 64
 LEAK_TOKENS = 64
@@ -32,13 +35,17 @@ def one_step(trial: Trial) -> Trouble | None:
     try:
         loss = engine.forward_backward([batch])
         norm = math.sqrt(sum(float(g.float().pow(2).sum()) for g in gradients(engine).values()))
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        workload, machine = trial.case.workload, trial.case.machine
+        limit = min(machine.memory_bytes, peak_memory(workload).total)
         return Trouble(
             "error",
             f"the first micro-batch does not fit into the memory of {engine.device} "
-            f"({str(error).splitlines()[0][:200]}).",
+            f"({(str(error) or type(error).__name__).splitlines()[0][:200]}).",
             "room for the activations of one micro-batch.",
-            "set batch.micro_tokens lower, or data.seq_len, or train an adapter (method: lora or qlora).",
+            f"one of the cheapest changes that need less: {suggest_fixes(workload, machine, limit)}.",
         )
     except NonFinite as error:
         return _no_step(f"the first micro-batch gives no numbers: {error}.", "use other weights, or precision: fp32.")

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from trivium.data.pack import step_digest
-from trivium.engine import checkpoint
+from trivium.engine import checkpoint, forecast
 from trivium.engine.device import Machine
 from trivium.engine.engine import Engine, NonFinite
 from trivium.engine.metrics import Interval
@@ -265,7 +265,8 @@ def sample(job: Job, engine: Engine, folder: RunFolder, progress: Progress, obse
 
 
 def save(engine: Engine, folder: RunFolder, progress: Progress, keep: int) -> None:
-    """Commit a checkpoint, then remove those it makes superfluous."""
+    """Commit a checkpoint, then remove those it makes superfluous; and say what became of the plan so far."""
+    forecast.record_measured(folder)
     for records in (folder.metrics, folder.ledger, folder.samples):
         records.sync()
     engine.save(checkpoint.step_folder(folder.checkpoints, progress.step), asdict(progress))

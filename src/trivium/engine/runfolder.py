@@ -2,6 +2,7 @@
 
     run.yaml          resolved configuration, with where each value came from
     provenance.json   versions, hashes, hardware, every start and resume
+    plan.json         what the planner predicted, and what was measured so far
     metrics.jsonl     one line a log step or evaluation
     ledger.jsonl      one line an optimizer step: a hash chain over the tokens it read
     samples.jsonl     what the model wrote along the way

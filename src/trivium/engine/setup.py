@@ -7,12 +7,8 @@ provenance. Used by `start`, `verify` and the quickstart.
 import hashlib
 import json
 import math
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,7 @@ from trivium.data.order import Order
 from trivium.data.pack import Batch, Rows, sequential_batches
 from trivium.data.store import Selection, Store
 from trivium.data.tokenizer import load_tokenizer
-from trivium.engine.device import Machine, describe
+from trivium.engine.device import GIB, Machine
 from trivium.engine.engine import Engine
 from trivium.engine.sample import end_ids
 from trivium.errors import ConfigError
@@ -35,9 +31,10 @@ from trivium.files import sha256_file
 from trivium.model import adapter, catalog, hf, quantize
 from trivium.model.qwen import Qwen, init_weights
 from trivium.model.shape import QwenShape
+from trivium.plan.facts import DataFacts
+from trivium.plan.fit import settle_batch
 
 VOCAB_MULTIPLE = 64
-RECORDED_PACKAGES = ("trivium", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,7 @@ class Job:
         num_steps: optimizer steps of the whole run.
         stop_ids: the tokens at which the result stops writing, the first being its own end token.
         inputs: hex digest of all that is read: tokenizer, data, order, and weights that stay as they are.
+        facts: the data in numbers, as the planner takes them.
     """
 
     run: Run
@@ -89,6 +87,7 @@ class Job:
     num_steps: int
     stop_ids: list[int]
     inputs: str
+    facts: DataFacts
 
     @property
     def has_conversations(self) -> bool:
@@ -101,15 +100,18 @@ def cache_folder(run: Run) -> Path:
     return Path(run.data.cache_dir) if run.data.cache_dir else Path(run.runs_dir) / "cache"
 
 
-def prepare(run: Run, note: Callable[[str], None]) -> Job:
+def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = None) -> Job:
     """Find the model, tokenizer and data of a run, and build what is not there yet.
 
     Args:
         run: the run.
-        note: is told in one line what takes long.
+        note: is told in one line what takes long, and what the planner chose.
+        machine: for whose memory the planner settles the micro-batch where the run file does not; None where nothing
+            is to be trained, and the default is taken.
 
     Raises: ConfigError, BadData.
     """
+    require_one_device(run)
     known_shape, model_folder = find_shape(run)
     tokenizer_folder = find_tokenizer(run, model_folder, note)
     tokenizer = load_tokenizer(str(tokenizer_folder))
@@ -117,6 +119,9 @@ def prepare(run: Run, note: Callable[[str], None]) -> Job:
     built = build_data(run, tokenizer)
     parts = find_parts(run, built)
     has_conversations = any(store.has_conversations for store in built)
+    facts = count_facts(parts)
+    if machine is not None:
+        run = settle_portions(run, shape, facts, machine, note)
     stores = [part.store for part in parts]
     weights = [part.weight for part in parts if part.weight is not None]
     order = Order([store.lengths for store in stores], weights or None, run.data.seq_len, run.seed, has_conversations)
@@ -135,7 +140,63 @@ def prepare(run: Run, note: Callable[[str], None]) -> Job:
         num_steps=count_steps(run, num_rows),
         stop_ids=stop_ids(tokenizer, has_conversations),
         inputs=digest_inputs(run, tokenizer_folder, built, order, frozen_folder),
+        facts=facts,
     )
+
+
+def require_one_device(run: Run) -> None:
+    """Refuse what the planner foresees and training does not do yet.
+
+    Raises: ConfigError.
+    """
+    asked = {"parallel.devices": run.parallel.devices, "parallel.offload": run.parallel.offload}
+    known = {"parallel.devices": 1, "parallel.offload": "none"}
+    if asked != known:
+        found = " and ".join(f"{key} is {asked[key]}" for key in known if asked[key] != known[key])
+        raise ConfigError(
+            f"{found}, and this version trains on one device that holds everything; `trivium plan` shows what others "
+            f"would need. Set {' and '.join(f'{key}: {value}' for key, value in known.items())}."
+        )
+
+
+def settle_portions(run: Run, shape: QwenShape, facts: DataFacts, machine: Machine, note: Callable[[str], None]) -> Run:
+    """The run with its micro-batch and its recomputation settled: as set, else the default, else what fits."""
+    settled = settle_batch(run, shape, machine.precision, machine.place, machine.memory_bytes, facts)
+    chosen = []
+    if settled.rows_per_micro_batch != run.rows_per_micro_batch:
+        chosen.append(f"batch.micro_tokens: {settled.batch.micro_tokens}")
+    if settled.activation_checkpointing and run.activation_checkpointing is None:
+        chosen.append("activation_checkpointing: true")
+    if chosen:
+        there = f"{machine.memory_bytes / GIB:,.1f} GiB"
+        note(f"the planner chose {' and '.join(chosen)}, since the default does not fit the {there} of memory")
+    return settled
+
+
+def count_facts(parts: Sequence[Part]) -> DataFacts:
+    """The data in numbers, from the stores and their reports; all of a ready store is taken to carry loss."""
+    num_rows = sum(len(part.store.lengths) for part in parts)
+    tokens = [int(part.store.lengths.sum(dtype=np.int64)) for part in parts]
+    supervised = sum(supervised_share(part.built) * count for part, count in zip(parts, tokens, strict=True))
+    reports = {part.built.path: part.built.report for part in parts if part.built.report}.values()
+    samples = sum(report["kept"] + report["split"] for report in reports)
+    return DataFacts(
+        num_rows=num_rows,
+        num_tokens=sum(tokens),
+        kind="conversations" if any(part.built.has_conversations for part in parts) else "documents",
+        mean_tokens=sum(tokens) / max(1, num_rows),
+        supervised_share=supervised / max(1, sum(tokens)),
+        reasoning_share=sum(report["reasoning_documents"] for report in reports) / max(1, samples),
+        is_measured=True,
+    )
+
+
+def supervised_share(built: BuiltStore) -> float:
+    """Share of a source's tokens that carry loss."""
+    report = built.report
+    if not report.get("conversations"):
+        return 1.0
+    return min(1.0, report["supervised_tokens"] / max(1, report["tokens"] + report["held_out_tokens"]))
 
 
 def find_parts(run: Run, built: Sequence[BuiltStore]) -> list[Part]:
@@ -363,51 +424,3 @@ def untrained_tokens(job: Job, used: Collection[int]) -> list[int]:
     embedding, *head = [hf.read_rows(files[name], name, reserved) for name in names]
     untrained = adapter.untrained_rows(embedding, head[0] if head else None, places, range(len(reserved)))
     return [reserved[place] for place in untrained]
-
-
-def provenance(job: Job, engine: Engine, machine: Machine) -> dict[str, Any]:
-    """What a run was made of: versions, hashes of data and tokenizer, hardware, the commit of the working folder."""
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
-        "hardware": {
-            "platform": platform.platform(),
-            "device": describe(machine.device),
-            "compute_dtype": str(machine.compute_dtype).removeprefix("torch."),
-            "peak_flops": machine.peak_flops,
-            "num_threads": torch.get_num_threads(),
-        },
-        "model": {
-            **asdict(job.shape),
-            "num_params": job.shape.num_params,
-            "num_trained_params": sum(parameter.numel() for parameter in engine.parameters.values()),
-        },
-        "tokenizer_sha256": sha256_file(job.tokenizer_folder / "tokenizer.json"),
-        "data": [
-            {
-                **source_name(part.source),
-                **({} if part.kind == "all" else {"kind": part.kind}),
-                "fingerprint": part.built.open().fingerprint,
-                "num_tokens": int(part.store.lengths.sum(dtype=np.int64)),
-                "token_share": share,
-            }
-            for part, share in zip(job.parts, job.rows.order.token_shares(epoch=0), strict=True)
-        ],
-        "inputs": job.inputs,
-        "num_steps": job.num_steps,
-        "git_commit": git_commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
-
-
-def source_name(source: Source) -> dict[str, Any]:
-    """How a source is named in records."""
-    return {key: value for key, value in source.model_dump().items() if key in ("path", "hub", "store") and value}
-
-
-def git_commit() -> str | None:
-    """The commit of the folder the command runs in; None outside a repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()

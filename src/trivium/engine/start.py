@@ -7,22 +7,28 @@ through here.
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from trivium.config import Run
 from trivium.data.build import BuiltStore
-from trivium.engine import loop
-from trivium.engine.device import Machine, describe, probe
+from trivium.engine import forecast, loop
+from trivium.engine.device import Machine, begin_peak, describe, is_out_of_memory, probe
 from trivium.engine.engine import Engine
 from trivium.engine.loop import Observer
+from trivium.engine.provenance import provenance, versions
 from trivium.engine.runfolder import RunFolder, now
-from trivium.engine.setup import Job, build_engine, prepare, provenance
+from trivium.engine.setup import Job, build_engine, prepare, supervised_share
 from trivium.engine.trackers import open_trackers, require_trackers
 from trivium.errors import ConfigError, Stopped
 from trivium.files import atomic_write
-from trivium.runfile import ResolvedRun, differences, dump_run, load_run
+from trivium.plan.check import PLAN_FILE
+from trivium.runfile import ResolvedRun, differences, dump_run, flatten, load_run
 
 DTYPE_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+PORTIONS = ("batch.micro_tokens", "activation_checkpointing")
+"""How a step is portioned: all that a resumed run may change, since it reads the same samples in the same order."""
 
 
 def start(
@@ -41,20 +47,21 @@ def start(
         ConfigError: the run cannot be as it is set, or its folder belongs to a different run; no folder was changed.
         BadData: the data cannot be used; no folder was changed.
         Stopped: a signal came and everything was saved.
+        DoesNotFit: memory ran out; what was saved is as it was.
         TriviumError: the run could not go on; `failure.json` and the records say why.
     """
-    run = resolved.run
-    folder = RunFolder(Path(run.runs_dir) / run.name)
-    if is_finished(folder, resolved, observer):
+    folder = RunFolder(Path(resolved.run.runs_dir) / resolved.run.name)
+    run = as_begun(folder, resolved.run)
+    if is_finished(folder, run, observer):
         return folder
     require_trackers(run.log.trackers)
     machine = probe(run.device, run.precision)
-    job = prepare(run, observer.note)
+    job = prepare(run, observer.note, machine)
     examine(job, machine)
     folder.open()
     try:
         # Another process may have had the folder while this one prepared.
-        if not is_finished(folder, resolved, observer):
+        if not is_finished(folder, run, observer):
             train(resolved, job, machine, folder, observer)
     except (Stopped, ConfigError):
         raise
@@ -68,15 +75,27 @@ def start(
     return folder
 
 
-def is_finished(folder: RunFolder, resolved: ResolvedRun, observer: Observer) -> bool:
+def as_begun(folder: RunFolder, run: Run) -> Run:
+    """A run that goes on, portioned as its folder records where the run file leaves that open: on a machine with other
+    memory it computes what it would have computed where it began."""
+    if not folder.has_progress:
+        return run
+    begun = load_run(folder.run_yaml, []).run
+    batch = run.batch.model_copy(update={"micro_tokens": run.batch.micro_tokens or begun.batch.micro_tokens})
+    given = run.activation_checkpointing
+    recompute = begun.activation_checkpointing if given is None else given
+    return run.model_copy(update={"batch": batch, "activation_checkpointing": recompute})
+
+
+def is_finished(folder: RunFolder, run: Run, observer: Observer) -> bool:
     """Whether this very run has ended; a folder that holds anything of another run is refused.
 
     Raises: ConfigError naming every field that differs.
     """
     if not folder.has_progress:
         return False
-    changed = differences(load_run(folder.run_yaml, []).run, resolved.run)
-    if changed:
+    changes = differences(load_run(folder.run_yaml, []).run, run)
+    if changed := [change for change in changes if not change.startswith(PORTIONS)]:
         raise ConfigError(
             f"{folder.path} was begun with other settings: {'; '.join(changed)}. Resuming would mix two runs, so "
             "nothing was changed. Put the settings back to go on with it, or give this run another name."
@@ -87,30 +106,54 @@ def is_finished(folder: RunFolder, resolved: ResolvedRun, observer: Observer) ->
 
 
 def train(resolved: ResolvedRun, job: Job, machine: Machine, folder: RunFolder, observer: Observer) -> None:
-    """Record what the run is made of, build the engine, and run the loop."""
+    """Record what the run is made of and what the planner expects of it, build the engine, and run the loop.
+
+    Raises: DoesNotFit with the planner's fixes when memory runs out, beside all that the loop raises.
+    """
     previous = (folder.read("provenance.json") or {}) if folder.has_progress else {}
     if previous:
         # The type a run began with is kept, whatever a probe says in a busier moment.
         machine = probe(job.run.device, DTYPE_PRECISIONS[previous["hardware"]["compute_dtype"]])
-    else:
-        atomic_write(folder.run_yaml, dump_run(job.run, resolved.origins))
+        if changes := differences(load_run(folder.run_yaml, []).run, job.run):
+            changed = "; ".join(changes)
+            observer.note(f"goes on in other portions ({changed}): the same samples in the same order, but rounding")
+    held_bytes = begin_peak(machine.device)
+    if not previous:
+        folder.write(PLAN_FILE, {"predicted": forecast.predict(job, machine, versions(), held_bytes)})
+    left_open = [key for key in PORTIONS if flatten(resolved.run)[key] is None]
+    atomic_write(folder.run_yaml, dump_run(job.run, resolved.origins | dict.fromkeys(left_open, "planner")))
     torch.manual_seed(job.run.seed)
-    engine = build_engine(job, machine)
+    try:
+        engine = build_engine(job, machine)
+        record_start(job, engine, machine, folder, previous)
+        for line in describe_job(job, engine, machine):
+            observer.note(line)
+        config = {**job.run.model_dump(mode="json"), "inputs": job.inputs}
+        with closing(open_trackers(job.run.log.trackers, folder.path, job.run.name, config, observer)) as watched:
+            loop.train(job, engine, machine, folder, watched)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise forecast.ran_out(job, machine, error, held_bytes) from error
+        raise
+
+
+def record_start(job: Job, engine: Engine, machine: Machine, folder: RunFolder, previous: dict[str, Any]) -> None:
+    """Write provenance.json: what the run is made of stays as at its first start, and this start is added."""
     record = provenance(job, engine, machine)
-    this_start = {"time": now(), "versions": record["versions"], "hardware": record["hardware"]}
+    settled = flatten(job.run)
+    this_start = {
+        "time": now(),
+        "versions": record["versions"],
+        "hardware": record["hardware"],
+        "portions": {key: settled[key] for key in PORTIONS},
+    }
     folder.write("provenance.json", {**record, **previous, "starts": [*previous.get("starts", []), this_start]})
     (folder.path / "failure.json").unlink(missing_ok=True)
-    for line in describe_job(job, engine, machine):
-        observer.note(line)
-    config = {**job.run.model_dump(mode="json"), "inputs": job.inputs}
-    with closing(open_trackers(job.run.log.trackers, folder.path, job.run.name, config, observer)) as watched:
-        loop.train(job, engine, machine, folder, watched)
 
 
 def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
     """What is about to happen, in a line, and what the user may have overlooked."""
     run = job.run
-    num_tokens = sum(int(part.store.lengths.sum()) for part in job.parts)
     num_trained = sum(parameter.numel() for parameter in engine.parameters.values())
     shares = [
         f"{part.built.name if part.kind == 'all' else part.kind} {share:.1%}"
@@ -119,7 +162,7 @@ def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
     yield (
         f"{job.shape.num_params:,} parameters"
         + (f", {num_trained:,} of an adapter trained, scaled by {run.adapter.scaling:g}" if run.adapter else "")
-        + f", {num_tokens:,} training tokens"
+        + f", {job.facts.num_tokens:,} training tokens"
         + (f" ({', '.join(shares)})" if len(job.parts) > 1 else "")
         + f", {job.num_steps:,} steps of {run.batch.tokens:,} tokens, {describe(machine.device)}, "
         + str(machine.compute_dtype).removeprefix("torch.")
@@ -153,7 +196,6 @@ def describe_conversations(built: BuiltStore) -> str:
     }
     notes = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
     share = report["reasoning_documents"] / max(1, report["kept"] + report["split"])
-    supervised = report["supervised_tokens"] / max(1, report["tokens"] + report["held_out_tokens"])
-    return f"{built.name}: {report['rows']:,} rows{notes}; {supervised:.1%} of the tokens carry loss" + (
+    return f"{built.name}: {report['rows']:,} rows{notes}; {supervised_share(built):.1%} of the tokens carry loss" + (
         f"; {share:.1%} of the samples reason" if share else ""
     )

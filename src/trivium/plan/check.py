@@ -106,7 +106,7 @@ def read_outcome(folder: Path) -> Outcome:
         return Outcome(folder, "no plan")
 
 
-def _figure(record: dict[str, Any], key: str, measured: object) -> Figure:
+def _figure(record: dict[str, Any], key: str, measured: Any) -> Figure:
     return Figure(
         float(record[key]), float(record["low"]), float(record["high"]), None if measured is None else float(measured)
     )

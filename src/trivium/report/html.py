@@ -4,12 +4,14 @@ Whatever comes out of the run folder is escaped: samples are a model's words and
 is `record`, drawing is `plots`. Used by the command line, and by whoever ends a run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from trivium.files import atomic_write
+from trivium.plan.check import Figure
+from trivium.plan.memory import GIB
 from trivium.report import plots
 from trivium.report.record import Record, read_record
 from trivium.report.style import CSS
@@ -42,7 +44,8 @@ def write_report(run_folder: Path) -> Path:
 
 def render(record: Record) -> str:
     """The whole page."""
-    sections = [_header(record), _failure(record), _summary(record), _curves(record), _samples(record), _origin(record)]
+    parts = (_header, _failure, _summary, _plan, _curves, _samples, _origin)
+    sections = [part(record) for part in parts]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -154,6 +157,40 @@ def _mfu_note(record: Record) -> str:
     from trivium.engine.metrics import MFU_FORMULA
 
     return f'<p class="note">MFU = {escape(MFU_FORMULA)}</p>\n'
+
+
+def _plan(record: Record) -> str:
+    """What the planner promised at the start, and what was measured."""
+    plan = record.plan
+    if plan.status == "no plan":
+        return ""
+    figures = {
+        "Peak memory": (plan.peak_bytes, lambda size: f"{size / GIB:,.2f} GiB"),
+        "Speed": (plan.tokens_per_second, lambda rate: f"{rate:,.0f} tokens a second"),
+        "Training time": (plan.hours, lambda hours: _duration(3600 * hours)),
+    }
+    rows = "\n".join(
+        f"<div><dt>{label}</dt><dd>{_promise(figure, show)}</dd></div>" for label, (figure, show) in figures.items()
+    )
+    items = sorted((plan.memory_items or {}).items(), key=lambda item: -item[1])
+    table = ", ".join(f"{name} {size / GIB:,.2f}" for name, size in items)
+    rates = "rates measured on this machine" if plan.is_calibrated else "rates of a data sheet, not measured"
+    return (
+        f"<section>\n<h2>Plan</h2>\n<dl>\n{rows}\n</dl>\n"
+        f'<p class="note">Predicted at the first start for {escape(plan.device)}, with {rates}; in brackets the bounds '
+        "of the prediction, and by how much it was over or under what was measured. Memory is "
+        f"{escape(plan.measured_how)}; predicted {escape(plan.instant)}, in GiB: {escape(table)}.</p>\n</section>"
+    )
+
+
+def _promise(figure: Figure | None, show: Callable[[float], str]) -> str:
+    """A prediction with its bounds, then the measured value with the error."""
+    if figure is None:
+        return ABSENT
+    predicted = f"{show(figure.predicted)} <small>predicted ({show(figure.low)} to {show(figure.high)})</small>"
+    if figure.measured is None or figure.error is None:
+        return predicted
+    return f"{predicted}<br>{show(figure.measured)} <small>measured ({figure.error:+.1%})</small>"
 
 
 def _curves(record: Record) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from trivium.engine.runfolder import JsonLines, RunFolder
+from trivium.plan.check import Outcome, read_outcome
 
 RECORDS = ("run.yaml", "provenance.json", "metrics.jsonl", "samples.jsonl", "checkpoints")
 
@@ -49,6 +50,7 @@ class Record:
         config, provenance: what run.yaml and provenance.json hold; empty where they are missing or torn.
         run_yaml, provenance_json: the same as text, to show.
         metrics, samples: the lines of the JSONL files up to a torn one.
+        plan: what was predicted and what became of it.
         floor: the least loss possible, in nats a token, and what it is; None where nobody computed one.
         failure: why the run stopped by itself; None where it did not.
         checkpoints: names of the folders, oldest first.
@@ -63,6 +65,7 @@ class Record:
     provenance_json: str
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    plan: Outcome
     floor: dict[str, Any] | None
     failure: dict[str, Any] | None
     checkpoints: list[str]
@@ -102,6 +105,7 @@ def read_record(path: Path) -> Record:
         provenance_json=provenance_json,
         metrics=_lines(folder.metrics),
         samples=_lines(folder.samples),
+        plan=read_outcome(path),
         floor=floor if floor and _is_finite(floor.get("nats_per_token")) and floor["nats_per_token"] > 0 else None,
         failure=_mapping(folder.read("failure.json")),
         checkpoints=sorted(entry.name for entry in folder.checkpoints.glob("step-*")),
