@@ -151,7 +151,7 @@ def _read_file(
     with _file_errors(file.path):
         if kind == "parquet":
             yield from _read_parquet(file, reading, start, block_bytes)
-        elif kind == "json" and _is_list(file.path):
+        elif kind == "json" and is_list(file.path):
             yield from _read_list(file, reading, start, block_bytes)
         elif kind == "text" and reading.documents == "file":
             yield from _read_whole(file, reading, start)
@@ -195,7 +195,8 @@ def _refuse_all_rows(file: SourceFile) -> Reason | None:
         return Reason.UTF16 if stream.read(2) in UTF16_BOMS else None
 
 
-def _is_list(path: Path) -> bool:
+def is_list(path: Path) -> bool:
+    """Whether a .json file is one list, and not an object a line."""
     with open_decompressed(path) as stream:
         return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 

@@ -1,10 +1,11 @@
 """Corpora: what a source consists of, what identifies it, and its blocks.
 
 A store is named by the hash of its inputs, so a corpus knows the hash of each of its files, or the revision of its
-Hub data set. Reading and cutting is `blocks.py`'s business. Imported by `build.py` and `inspect.py`.
+Hub data set. Reading and cutting is `blocks.py`'s business. Imported by `build.py`, `inspect.py` and `survey.py`.
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -80,17 +81,24 @@ def open_corpus(source: Source, max_document_mib: float, cache_dir: Path) -> Cor
 
     Raises: ConfigError or BadData when it is not there or cannot be read.
     """
-    reading = Reading(source.field, source.documents, int(max_document_mib * 2**20))
     hashes = FileHashes(cache_dir)
+    corpus = find_corpus(source, max_document_mib, hashes)
+    hashes.save()
+    return corpus
+
+
+def find_corpus(source: Source, max_document_mib: float, hashes: "FileHashes") -> Corpus:
+    """Find what a source names; `NoHashes` where nothing is built of it.
+
+    Raises: ConfigError or BadData when it is not there or cannot be read.
+    """
+    reading = Reading(source.field, source.documents, int(max_document_mib * 2**20))
     layout = None
     if source.dataset is not None:
         source, layout = from_dataset_info(source)
     if source.path is not None:
-        corpus: Corpus = FileCorpus.open(Path(source.path).expanduser(), source, layout, reading, hashes)
-    else:
-        corpus = HubCorpus.open(source, layout, reading, hashes)
-    hashes.save()
-    return corpus
+        return FileCorpus.open(Path(source.path).expanduser(), source, layout, reading, hashes)
+    return HubCorpus.open(source, layout, reading, hashes)
 
 
 def find_layout(source: Source, records: list[dict[str, Any]], where: str) -> Layout | None:
@@ -146,6 +154,20 @@ class FileHashes:
         if self._changed:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self._path, json.dumps(self._known, indent=0, sort_keys=True))
+
+
+class NoHashes(FileHashes):
+    """For whoever only looks: no file is read through just to be named, and nothing is remembered."""
+
+    def __init__(self, cache_dir: Path = Path(os.devnull)) -> None:
+        super().__init__(cache_dir)
+
+    def sha256(self, path: Path) -> str:
+        """None."""
+        return ""
+
+    def save(self) -> None:
+        """Nothing was learnt."""
 
 
 def stamp(path: Path) -> str:

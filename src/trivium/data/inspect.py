@@ -6,7 +6,6 @@ A source is encoded as a build would encode it when a tokenizer is given, and el
 
 import itertools
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ import numpy as np
 from trivium.config import Data, Source
 from trivium.data.build import ConversationSettings, chat_reading
 from trivium.data.chat import ChatEncoder
-from trivium.data.corpus import Corpus, open_corpus
+from trivium.data.corpus import Corpus, NoHashes, find_corpus
 from trivium.data.encode import RejectedRow, Tally, encode_blocks
 from trivium.data.formats import Conversation, Document, content_of
 from trivium.data.publish import REASONING_FILE, describe_lengths, round_lengths
@@ -141,8 +140,7 @@ def _num_supervised(store: Store) -> int | None:
 
 
 def _inspect_source(source: Source, look: Look) -> Inspection:
-    with tempfile.TemporaryDirectory() as hashes_dir:  # nothing is built, so nothing is remembered
-        corpus = open_corpus(source, Data.model_fields["max_document_mib"].default, Path(hashes_dir))
+    corpus = find_corpus(source, Data.model_fields["max_document_mib"].default, NoHashes())
     inspection, tally = Inspection(corpus.name, "bytes" if look.tokenizer is None else "tokens"), Tally()
     _describe(inspection, (_read if look.tokenizer is None else _encode)(corpus, look, inspection, tally))
     inspection.num_supervised = tally.num_supervised_tokens if look.tokenizer and tally.num_conversations else None
