@@ -34,7 +34,7 @@ CHINESE = (
 )
 
 
-def chat(number: int) -> list[dict[str, object]]:
+def chat(number):
     """Conversations of several lengths; every third reasons, every fifth has two answers of which one is learnt."""
     thought = "" if number % 3 else "<think>\nWhiskers and claws.\n</think>\n\n"
     answer = thought + "It is a cat. " * (1 + number % 7)

@@ -53,38 +53,26 @@ def size_below_all(situation: Situation) -> int | None:
 
 
 def choose(situation: Situation, facts: DataFacts, rung: Rung) -> Choice | Bar:
-    """The model and method for that rung, or the first thing that forbids it."""
-    for forbid in (_licence, _laptop, _named_model):
-        if (bar := forbid(situation, rung)) is not None:
-            return bar
-    return _within_means(situation, facts, rung)
+    """The model and method for that rung, or all that forbids it outright, or that no model is within the means."""
+    reasons = _forbidden(situation, rung)
+    if not reasons:
+        return _within_means(situation, facts, rung)
+    why, unless = "; ".join(reasons), " and ".join(reasons.values())
+    return Bar(f"Not {rung.title}: {why}.", f"If {unless}: {rung.title}.")
 
 
-def _licence(situation: Situation, rung: Rung) -> Bar | None:
-    if not situation.adapter_only or rung.name == "adapter":
-        return None
-    return Bar(
-        f"Not {rung.title}: only the adapter may be shared, and this changes the weights themselves.",
-        f"If the whole model may be shared: {rung.title}.",
-    )
-
-
-def _laptop(situation: Situation, rung: Rung) -> Bar | None:
-    if not situation.is_laptop or rung.name == "adapter":
-        return None
-    return Bar(
-        f"Not {rung.title}: it has to fit on a laptop.",
-        f"If it may run on a rented GPU: {rung.title}.",
-    )
-
-
-def _named_model(situation: Situation, rung: Rung) -> Bar | None:
-    if rung.name != "scratch" or situation.model is None:
-        return None
-    return Bar(
-        f"Not from scratch: {situation.model} was asked for, and this would throw its weights away.",
-        "If no published model's weights are wanted: from scratch.",
-    )
+def _forbidden(situation: Situation, rung: Rung) -> dict[str, str]:
+    """What forbids it, whatever the model and the means -> what would have to be otherwise."""
+    reasons = {}
+    if situation.adapter_only and rung.name != "adapter":
+        reasons["only the adapter may be shared, and this changes the weights themselves"] = (
+            "the whole model may be shared"
+        )
+    if situation.is_laptop and rung.name != "adapter":
+        reasons["it has to fit on a laptop"] = "it may run on a rented GPU"
+    if situation.model is not None and rung.name == "scratch":
+        reasons[f"{situation.model} was asked for, and this would throw its weights away"] = "its weights do not matter"
+    return reasons
 
 
 def _within_means(situation: Situation, facts: DataFacts, rung: Rung) -> Choice | Bar:

@@ -12,7 +12,7 @@ from trivium.config import parse_count
 from trivium.plan.choice import Bar, Choice, choose, size_below_all
 from trivium.plan.facts import DataFacts
 from trivium.plan.ladder import LADDER, TOKENS_PER_PARAM, UNITS, Rung, RungName, amount, short
-from trivium.plan.situation import Situation
+from trivium.plan.situation import Situation, shape_of
 
 UNTRIED = "Nobody has tried yet whether a general model does it: try that first, it costs nothing."
 TRIED = "A general model was tried and does not do it."
@@ -79,23 +79,35 @@ def _chosen(
     ladder = LADDER[facts.kind]
     rung = ladder[index]
     below = f"With fewer than {short(rung.start)} {UNITS[facts.kind]}: {ladder[index - 1].title}."
-    others = [other for other in ladder[1:] if other.methods[0] == rung.other]
+    other = next((other for other in ladder[1:] if other.methods[0] == rung.other), None)
+    other_choice = choose(situation, facts, other) if other else None
     return Path(
         name=rung.name,
         title="QLoRA" if choice.method == "qlora" else rung.title,
         method=choice.method,
         model=choice.model,
-        other_method=next((rung.other for o in others if isinstance(choose(situation, facts, o), Choice)), None),
+        other_method=other_choice.method if isinstance(other_choice, Choice) else None,
         reasons=(tried, _why_amount(facts, wanted), *(bar.why for bar in bars), choice.why),
         would_change=(
             *(() if situation.is_general is False else (IF_GENERAL,)),
             *(bar.unless for bar in bars),
             *map(_start_of, ladder[wanted + 1 : wanted + 2]),
             below,
+            *_larger_by(other, other_choice, choice),
             *choice.would_change,
         ),
         rules_of_thumb=_rules(facts, (index, wanted)),
     )
+
+
+def _larger_by(other: Rung | None, other_choice: Choice | Bar | None, choice: Choice) -> tuple[str, ...]:
+    """Where the other way can take a larger model on the same hardware."""
+    if other is None or not isinstance(other_choice, Choice):
+        return ()
+    shape, other_shape = shape_of(choice.model), shape_of(other_choice.model)
+    if shape is None or other_shape is None or other_shape.num_params <= shape.num_params:
+        return ()
+    return (f"If a larger model does more than a deeper change: {other.title}, which can take {other_choice.model}.",)
 
 
 def _small_from_scratch(num_params: int, facts: DataFacts, tried: str) -> Path:
