@@ -158,21 +158,33 @@ def test_more_memory_is_never_slower(method: str, model: str, device: Device, si
     assert large.speed.seconds_per_step <= TIE * small.speed.seconds_per_step
 
 
-@pytest.mark.parametrize("prefer", ["cheapest", "fastest"])
-def test_an_open_device_is_the_best_of_those_it_could_be(prefer: str):
-    """Each device and number alone, against all of them at once."""
-    everything = goal("full", "Qwen3-4B-Base", *RENTED, prefer=prefer, num_devices=(1, 2, 4, 8))
+def alone(everything: Goal, count: int) -> list[Plan]:
+    """The plan for each device by itself, where there is one."""
+    plans = []
+    for device in everything.devices:
+        with suppress(DoesNotFit):
+            plans.append(search(replace(everything, devices=(device,), num_devices=(count,))))
+    return plans
 
-    def price(plan: Plan) -> float:
-        rent = (plan.device.price_per_hour or 0.0) * plan.workload.num_devices if prefer == "cheapest" else 1.0
-        return plan.speed.seconds_per_step * rent
 
-    alone = []
-    for device in RENTED:
-        for count in everything.num_devices:
-            with suppress(DoesNotFit):
-                alone.append(price(search(replace(everything, devices=(device,), num_devices=(count,)))))
-    assert alone and price(search(everything)) <= TIE * min(alone)
+@pytest.mark.parametrize(("model", "is_one_enough"), [("Qwen3-4B-Base", True), ("Qwen2.5-32B", False)])
+def test_the_cheapest_of_all_devices_is_one_alone_where_that_does(model: str, is_one_enough: bool):
+    everything = goal("full", model, *RENTED, num_devices=(1, 4, 8))
+    counts = (1,) if is_one_enough else (4, 8)
+    each = [plan for count in counts for plan in alone(everything, count)]
+    assert bool(alone(everything, 1)) == is_one_enough
+
+    def dollars(plan: Plan) -> float:
+        return plan.speed.seconds_per_step * (plan.device.price_per_hour or 0.0) * plan.workload.num_devices
+
+    plan = search(everything)
+    assert plan.workload.num_devices in counts and dollars(plan) <= TIE * min(map(dollars, each))
+
+
+def test_the_fastest_of_all_devices():
+    everything = goal("full", "Qwen3-4B-Base", *RENTED, prefer="fastest", num_devices=(1, 4, 8))
+    each = [plan.speed.seconds_per_step for count in everything.num_devices for plan in alone(everything, count)]
+    assert search(everything).speed.seconds_per_step <= TIE * min(each)
 
 
 def test_what_is_set_is_kept():

@@ -25,7 +25,7 @@ class Goal:
         runs: the ways to train that are open, the preferred one first; they differ in their method alone.
         shape: the network.
         devices: what it may run on, each with the memory that counts.
-        num_devices: how many of them may work together, the fewest first.
+        num_devices: how many of them may work together, the fewest first; see `search` for which is taken.
         set_keys: dotted keys that the user has set, which stay as they are.
         facts: the data, where it is known.
         prefer: less money (less time, where nothing is rented), or less time.

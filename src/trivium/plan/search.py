@@ -50,27 +50,38 @@ class Candidate:
 def search(goal: Goal) -> Plan:
     """The cheapest or fastest plan that fits; of those within 2 %, the plainest and then the one with least memory.
 
-    Devices are taken in the order of what they would cost with memory without end, so that the search ends at the
-    first that even so costs more than a plan already found.
+    For the cheapest, several devices are taken only where one does not do, since that is one thing to rent and to run.
 
     Raises: DoesNotFit when no plan fits the memory, the purse or the hours; the message names what would.
     """
-    groups = [Group(goal, device, count) for device in goal.devices for count in goal.num_devices]
-    within: list[Candidate] = []
+    one_first = goal.prefer == "cheapest" and goal.num_devices[0] == 1
+    together = [goal.num_devices[:1], goal.num_devices[1:]] if one_first else [goal.num_devices]
     beyond: list[Candidate] = []
+    for counts in together:
+        within = _best_groups([Group(goal, device, count) for device in goal.devices for count in counts], beyond)
+        if within:
+            best = min(candidate.price for candidate in within)
+            ties = [candidate for candidate in within if candidate.price <= TIE * best]
+            plan = _plan(goal, min(ties, key=lambda candidate: (candidate.deviations, candidate.memory.total)))
+            return replace(plan, reasons=reasons(goal, plan))
+    if beyond:
+        raise DoesNotFit(too_dear(goal, [_plan(goal, candidate) for candidate in beyond]))
+    raise DoesNotFit(_too_large(goal))
+
+
+def _best_groups(groups: "list[Group]", beyond: list[Candidate]) -> list[Candidate]:
+    """Plans within purse and hours, the best of all groups among them; those that are not are put `beyond`.
+
+    Groups are taken in the order of what they would cost with memory without end, so that the search ends at the first
+    that even so costs more than a plan already found.
+    """
+    within: list[Candidate] = []
     for least, group in sorted(((group.least_price(), group) for group in groups), key=lambda entry: entry[0]):
         if within and least > TIE * min(candidate.price for candidate in within):
             break
         for candidate in group.candidates():
-            (within if _is_affordable(goal, candidate) else beyond).append(candidate)
-    if beyond and not within:
-        raise DoesNotFit(too_dear(goal, [_plan(goal, candidate) for candidate in beyond]))
-    if not within:
-        raise DoesNotFit(_too_large(goal, groups))
-    best = min(candidate.price for candidate in within)
-    ties = [candidate for candidate in within if candidate.price <= TIE * best]
-    plan = _plan(goal, min(ties, key=lambda candidate: (candidate.deviations, candidate.memory.total)))
-    return replace(plan, reasons=reasons(goal, plan))
+            (within if _is_affordable(group.goal, candidate) else beyond).append(candidate)
+    return within
 
 
 @dataclass(frozen=True)
@@ -149,9 +160,9 @@ class Group:
         return self.goal.runs.index(run) + STATES.index(work.states) + work.recompute + shared
 
 
-def _too_large(goal: Goal, groups: list[Group]) -> str:
+def _too_large(goal: Goal) -> str:
     """What to say when nothing fits: what the largest hardware would need to have."""
-    largest = max(groups, key=lambda group: (group.device.memory_bytes, group.num_devices))
+    largest = Group(goal, max(goal.devices, key=lambda device: device.memory_bytes), max(goal.num_devices))
     least: dict[str, int] = {}
     for run, work in largest.works():
         recomputed = run.activation_checkpointing is not False
