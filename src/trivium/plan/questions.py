@@ -18,7 +18,7 @@ from trivium.plan.facts import DataFacts, given_facts
 from trivium.plan.situation import Situation
 
 MAX_TRIES = 3
-AMOUNT = re.compile(r"(\d[\d,]*(?:\.\d+)?\s*[KMBT]?)\s*([a-z]*)", re.IGNORECASE)
+AMOUNT = re.compile(r"(\d[\d,]*(?:\.\d+)?\s*(?:[KMBT]\b)?)\s*([a-z]*)", re.IGNORECASE)
 ROW_WORDS = ("conversation", "conversations", "pair", "pairs", "example", "examples", "row", "rows")
 TOKEN_WORDS = ("token", "tokens")
 NUMBERED = re.compile(r"(\d{1,6})\s*x\s*(\S.*)", re.IGNORECASE)

@@ -1,0 +1,287 @@
+"""The way to train: the tables that are taught are kept to, every situation has an answer, more never means less."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trivium.cli.main import VERBS
+from trivium.config import METHOD_DEFAULTS
+from trivium.errors import ConfigError
+from trivium.model import catalog
+from trivium.plan import devices
+from trivium.plan.checklist import checklist, warnings
+from trivium.plan.facts import DataFacts, given_facts
+from trivium.plan.fit import FIT_SHARE
+from trivium.plan.path import decide
+from trivium.plan.questions import ask, questions
+from trivium.plan.situation import Situation
+
+HEIGHTS = {"none": 0, "adapter": 1, "full": 2, "continue": 3, "scratch": 4}
+DEVICES = devices.catalog()
+BIG = {"device": DEVICES["h200"], "num_devices": 64, "is_general": False}
+LAPTOP = {"device": DEVICES["apple-m2"], "is_laptop": True, "is_general": False}
+
+
+def pairs(count: int, **known) -> DataFacts:
+    return DataFacts(count, count * 500, "conversations", 500.0, **known)
+
+
+def text(num_tokens: int) -> DataFacts:
+    return DataFacts(max(1, num_tokens // 1000), num_tokens, "documents", 1000.0)
+
+
+# The table of four paths: data needed, and what is taken where hardware, licence and purse forbid nothing.
+@pytest.mark.parametrize(
+    ("facts", "name", "method"),
+    [
+        (pairs(99), "none", None),
+        (pairs(100), "adapter", "lora"),
+        (pairs(9_999), "adapter", "lora"),
+        (pairs(10_000), "full", "full"),
+        (pairs(1_000_000), "full", "full"),
+        (text(20_000), "none", None),
+        (text(10**9), "continue", "continue"),
+        (text(10**10), "continue", "continue"),
+        (text(10**11), "scratch", "scratch"),
+    ],
+)
+def test_the_table_of_four_paths(facts, name, method):
+    path = decide(Situation(facts, **BIG))
+    assert (path.name, path.method) == (name, method)
+    assert not any("gap" in reason for reason in path.reasons)
+
+
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        (pairs(1_000_001), "full"),
+        (text(10**8), "adapter"),
+        (text(10**10 + 1), "continue"),
+        (text(10**11 - 1), "continue"),
+    ],
+)
+def test_between_the_tables_rows_it_is_said_that_there_is_a_gap(facts, name):
+    path = decide(Situation(facts, **BIG))
+    assert path.name == name and any("gap" in reason for reason in path.reasons)
+
+
+@pytest.mark.parametrize("num_pairs", [5_000, 20_000, 50_000])
+def test_the_teller_of_fairy_tales(num_pairs):
+    """Synthetic tales in Korean, trained on a laptop, of which only the adapter is published."""
+    path = decide(Situation(pairs(num_pairs), adapter_only=True, **LAPTOP))
+    assert (path.method, path.model) == ("lora", "Qwen/Qwen2.5-0.5B-Instruct")
+    if num_pairs >= 10_000:
+        assert any("laptop" in reason and "adapter may be shared" in reason for reason in path.reasons)
+
+
+def test_what_a_general_model_does_needs_no_training():
+    for facts in (None, pairs(50_000), text(10**12)):
+        path = decide(Situation(facts, **{**BIG, "is_general": True}))
+        assert (path.name, path.method, path.model) == ("none", None, None)
+
+
+def test_a_laptop_adapts_whatever_the_data():
+    assert decide(Situation(text(10**12), **LAPTOP)).method == "lora"
+
+
+@pytest.mark.parametrize(("device", "method"), [("t4", "qlora"), ("a100-80", "lora")])
+def test_7b_is_adapted_as_the_memory_allows(device, method):
+    """Taught as: 7B by QLoRA on 16 GB, by LoRA on 25 GB and more."""
+    situation = Situation(pairs(5_000), False, DEVICES[device], model="Qwen/Qwen2.5-7B-Instruct")
+    path = decide(situation)
+    assert (path.method, path.model) == (method, "Qwen/Qwen2.5-7B-Instruct")
+    shape = catalog.get("Qwen2.5-7B-Instruct")
+    needed = situation.least_memory(shape, method).total
+    assert needed <= FIT_SHARE * DEVICES[device].memory_bytes
+    if method == "qlora":  # the weights alone, in 16 bits
+        assert 2 * shape.num_params > FIT_SHARE * DEVICES[device].memory_bytes
+
+
+def test_full_fine_tuning_of_7b_needs_more_than_one_a100():
+    situation = Situation(pairs(50_000), False, DEVICES["a100-80"], model="Qwen2.5-7B-Instruct")
+    alone, eight = decide(situation), decide(replace(situation, num_devices=8))
+    assert alone.method == "lora" and any("GiB" in reason for reason in alone.reasons)
+    assert any("GiB or more" in change for change in alone.would_change)
+    assert eight.method == "full"
+
+
+def test_the_purse_forbids_by_arithmetic():
+    """From scratch takes 6 x parameters x tokens: with the smallest model and the least text, 3.6e20 FLOP."""
+    device = DEVICES["h100-80"]
+    assert device.price_per_hour is not None
+    hours = 6 * catalog.get("Qwen3-0.6B-Base").num_params * 1e11 / (0.4 * device.flops["bf16"]) / 3600
+    dollars = hours * device.price_per_hour
+    situation = Situation(text(10**11), False, device, 8)
+    assert decide(replace(situation, purse=dollars * 1.01)).name == "scratch"
+    less = decide(replace(situation, purse=dollars * 0.99))
+    assert less.name == "continue" and any("USD" in reason for reason in less.reasons)
+    slow = decide(replace(situation, days=hours / 24 / 8 * 0.99))
+    assert slow.name == "continue" and any("days" in reason for reason in slow.reasons)
+
+
+def test_a_size_below_all_published_ones_is_built_from_nothing():
+    path = decide(Situation(text(2 * 10**8), num_params=10**7, **LAPTOP))
+    assert (path.method, path.model) == ("scratch", "10M")
+    assert decide(Situation(text(2 * 10**8), num_params=10**7, adapter_only=True, **LAPTOP)).method == "lora"
+    odd = decide(Situation(text(10**8), num_params=12_345_678)).model
+    assert odd == "12345678"
+
+
+def test_conversations_that_reason_get_a_model_that_can():
+    reasoning = decide(Situation(pairs(5_000, reasoning_share=0.8), **LAPTOP))
+    assert reasoning.model == "Qwen/Qwen3-0.6B"
+    assert decide(Situation(text(10**9), **BIG)).model == "Qwen/Qwen3-8B-Base"
+
+
+def test_what_commonly_goes_wrong_is_said_where_it_may():
+    few, little, instruct = pairs(5_000), text(10**8), "Qwen/Qwen2.5-7B-Instruct"
+    assert any("below 10K LoRA" in text for text in warnings(Situation(few), "full", instruct))
+    assert any("below 1B" in text and "2004.10964" in text for text in warnings(Situation(little), "continue", None))
+    (format_lost,) = [text for text in warnings(Situation(little), "continue", instruct) if "conversations" in text]
+    assert "Take Qwen/Qwen2.5-7B," in format_lost
+    assert any("Qwen3-4B-Base" in text for text in warnings(Situation(little), "continue", "Qwen3-4B"))
+    assert any("<|im_end|>" in text for text in warnings(Situation(few), "lora", "Qwen/Qwen3-4B-Base"))
+    assert any("Rank 64" in text for text in warnings(Situation(few, rank=64), "lora", instruct))
+    assert warnings(Situation(pairs(50_000)), "lora", instruct) == ()
+    situation = Situation(text(10**9), device=DEVICES["h100-80"])
+    (cost,) = warnings(situation, "scratch", "Qwen3-0.6B-Base")
+    assert "FLOP" in cost and "1.7 for each parameter" in cost
+
+
+facts = st.none() | st.builds(
+    DataFacts,
+    num_rows=st.integers(-1, 10**13),
+    num_tokens=st.integers(-1, 10**15),
+    kind=st.sampled_from(["documents", "conversations"]),
+    mean_tokens=st.floats(0, 1e9),
+    supervised_share=st.floats(0, 1),
+    reasoning_share=st.floats(0, 1),
+)
+limits = st.none() | st.floats(allow_nan=True, allow_infinity=True)
+situations = st.builds(
+    Situation,
+    facts=facts,
+    is_general=st.sampled_from([None, False, True]),
+    device=st.sampled_from([None, *DEVICES.values()]),
+    num_devices=st.integers(0, 4096),
+    is_laptop=st.booleans(),
+    adapter_only=st.booleans(),
+    purse=limits,
+    days=limits,
+    model=st.none() | st.sampled_from(catalog.names()) | st.text(max_size=20),
+    num_params=st.none() | st.integers(-1, 10**13),
+    rank=st.integers(1, 512),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(situations)
+def test_every_situation_has_an_answer(situation):
+    path = decide(situation)
+    assert path.method is None or path.method in METHOD_DEFAULTS
+    assert (path.method is None) == (path.name == "none") == (path.model is None)
+    assert path.reasons and all(line.endswith(".") for line in (*path.reasons, *path.would_change))
+    warnings(situation, path.method, path.model)
+    points = checklist(situation, path)
+    assert len(points) == 7 and all(point.answer for point in points)
+    if situation.is_general:
+        assert path.name == "none"
+    if situation.adapter_only:
+        assert path.method in (None, "lora", "qlora")
+    if situation.is_laptop and path.model is not None and path.name not in ("adapter", "none"):
+        assert situation.num_params is not None  # too small to have been published, and so for a laptop
+
+
+@settings(max_examples=150, deadline=None)
+@given(situations, st.integers(2, 10**6))
+def test_more_data_never_leads_down_the_ladder(situation, times):
+    if situation.facts is None:
+        return
+    more = replace(
+        situation.facts, num_rows=situation.facts.num_rows * times, num_tokens=situation.facts.num_tokens * times
+    )
+    before, after = decide(situation), decide(replace(situation, facts=more))
+    assert HEIGHTS[after.name] >= HEIGHTS[before.name]
+
+
+@settings(max_examples=100, deadline=None)
+@given(situations.filter(lambda situation: situation.purse is not None and situation.purse >= 0), st.floats(1, 1e6))
+def test_more_money_never_leads_down_the_ladder(situation, times):
+    richer = replace(situation, purse=situation.purse * times)
+    assert HEIGHTS[decide(richer).name] >= HEIGHTS[decide(situation).name]
+
+
+def test_the_checklist_takes_what_was_computed_and_names_commands_that_there_are():
+    situation = Situation(pairs(50_000), False, DEVICES["h100-80"])
+    path = decide(situation)
+    points = {point.question: point.answer for point in checklist(situation, path, "12 GiB of 80", "3 hours, 12 USD")}
+    assert points["Memory"] == "12 GiB of 80" and points["Training time"] == "3 hours, 12 USD"
+    assert "method=lora" in points["Comparison"]
+    named = re.findall(r"`trivium (\w+) ", points["Evaluation"] + points["Comparison"])
+    assert {"eval", "compare", "train"} <= set(named) <= set(VERBS)
+
+
+def answering(answers):
+    """A prompt that takes its answers from a list, and an empty line afterwards."""
+    left = iter(answers)
+    return lambda _text, default: next(left, "") or default
+
+
+def test_five_questions_are_enough():
+    assert len(questions()) <= 5
+    found = ask(answering(["no", "20K conversations", "8x h100-80", "yes", "50 USD, 36 hours"]))
+    assert found.data == given_facts("conversations", num_rows=20_000)
+    assert (found.is_general, found.adapter_only, found.purse, found.days) == (False, True, 50.0, 1.5)
+    situation = found.situation(found.data)
+    assert (situation.device, situation.num_devices, situation.is_laptop) == (DEVICES["h100-80"], 8, False)
+
+
+def test_empty_lines_take_the_defaults():
+    found = ask(lambda _text, default: default)
+    assert (found.is_general, found.data, found.adapter_only, found.purse, found.days) == (
+        None,
+        None,
+        False,
+        None,
+        None,
+    )
+    assert found.is_laptop and found.num_devices == 1
+
+
+def test_a_path_is_handed_on(tmp_path):
+    path = tmp_path / "5K tokens"
+    path.touch()
+    assert ask(answering(["", str(path)])).data == str(path)
+    assert ask(answering(["", "2,000,000 tokens"])).data == given_facts("documents", num_tokens=2_000_000)
+
+
+def test_what_cannot_be_read_is_asked_again_and_then_refused():
+    seen = []
+
+    def prompt(text, default):
+        seen.append(text)
+        return "5K apples" if len(seen) == 2 else default
+
+    ask(prompt)
+    assert len(seen) == 6 and "'5K apples'" in seen[2] and seen[2].endswith(seen[1])
+    for answers in (
+        ["perhaps"] * 3,
+        ["", "5K"] + ["0 pairs"] * 2,
+        ["", "", *["0x t4"] * 3],
+        ["", "", "", "", *["free"] * 3],
+    ):
+        with pytest.raises(ConfigError):
+            ask(answering(answers))
+    with pytest.raises(ConfigError, match="h100"):
+        ask(answering(["", "", *["h1000"] * 3]))
+
+
+@pytest.mark.parametrize(
+    "known", [{}, {"num_rows": 0}, {"num_tokens": -1}, {"num_rows": 5, "mean_tokens": float("nan")}]
+)
+def test_facts_that_cannot_be_are_refused(known):
+    with pytest.raises(ConfigError):
+        given_facts("documents", **known)
