@@ -286,12 +286,12 @@ def _copies_of_layers(w: Workload) -> float:
 def _feed_forward_temporaries(w: Workload) -> float:
     """What a feed-forward's backward needs for a moment beyond what was kept.
 
-    Two gradients as wide as the feed-forward beside two of the residual stream, or a weight's gradient in two types;
+    Two gradients as wide as the feed-forward beside that of the residual stream, or a weight's gradient in two types;
     a packed weight is unpacked, DoRA measures its rows.
     """
     size, hidden, wide = w.dtype_bytes, w.shape.hidden_size, w.shape.intermediate_size
     matrix = hidden * wide
-    stream = 2 * size * hidden * w.micro_tokens
+    stream = size * hidden * w.micro_tokens
     moment = 2 * size * wide * w.micro_tokens
     if w.adapter is None and size != FP32:
         moment = max(moment, (size + FP32) * matrix, size * wide * w.micro_tokens + size * matrix)
