@@ -77,8 +77,8 @@ def fits(memory: Memory, memory_bytes: int) -> bool:
 def portions(workload: Workload, most_tokens: int) -> list[int]:
     """Tokens that a micro-batch of at most so many may have, largest first: rows that divide a device's share."""
     rows = max(1, workload.step_tokens // workload.seq_len // workload.num_devices)
-    sizes = [rows // parts * workload.seq_len for parts in range(1, rows + 1) if rows % parts == 0]
-    return [size for size in sizes if size <= most_tokens] or [workload.seq_len]
+    most_rows = min(rows, most_tokens // workload.seq_len)
+    return [size * workload.seq_len for size in range(most_rows, 0, -1) if rows % size == 0] or [workload.seq_len]
 
 
 def settle_batch(

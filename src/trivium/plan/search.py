@@ -5,6 +5,7 @@ optimizer's states, the device, how many of them and how they share the work, an
 offers several (LoRA or QLoRA). Why each was chosen: `reasons.py`. The verb `plan` imports this file; never torch.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from trivium.config import Run
 from trivium.errors import DoesNotFit
 from trivium.plan.devices import Device
-from trivium.plan.fit import fits, portions
+from trivium.plan.fit import FIT_SHARE, portions
 from trivium.plan.goal import Goal, Plan, count_tokens, settled
 from trivium.plan.memory import Memory, peak_memory
 from trivium.plan.reasons import reasons, too_dear, too_large
@@ -143,17 +144,20 @@ class Group:
         return [work.micro_tokens] if run.batch.micro_tokens else portions(work, MAX_MICRO_TOKENS)
 
     def portioned(self, run: Run, work: Workload) -> Iterator[Candidate]:
-        """The portions that fit, with and without recomputation."""
-        given = run.activation_checkpointing
+        """The portions that fit, with and without recomputation: the largest, and smaller ones that are as good."""
+        given, allowed = run.activation_checkpointing, FIT_SHARE * self.device.memory_bytes
         for recompute in (False, True) if given is None else (given,):
-            for size in reversed(self.sizes(run, work)):
-                portioned = with_batch(work, size, recompute)
-                memory = peak_memory(portioned)
-                if not fits(memory, self.device.memory_bytes):
-                    break  # larger ones neither
+            tried = [with_batch(work, size, recompute) for size in reversed(self.sizes(run, work))]
+            num_fitting = bisect_right(tried, allowed, key=lambda portioned: peak_memory(portioned).total)
+            least = float("inf")
+            for portioned in reversed(tried[:num_fitting]):
                 speed = self.speed(portioned)
-                deviations = self._deviations(run, portioned)
-                yield Candidate(run, portioned, self.device, memory, speed, self.price(speed), deviations)
+                price = self.price(speed)
+                if price > TIE * least:
+                    break
+                least = min(least, price)
+                memory, deviations = peak_memory(portioned), self._deviations(run, portioned)
+                yield Candidate(run, portioned, self.device, memory, speed, price, deviations)
 
     def _deviations(self, run: Run, work: Workload) -> int:
         shared = 1 + STRATEGIES.index(work.strategy) + OFFLOADS.index(work.offload) if work.num_devices > 1 else 0
