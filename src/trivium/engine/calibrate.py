@@ -33,6 +33,13 @@ GPU_WIDTH, GPU_TOKENS = 4, 8
 # Of a GPU's step, up to which the beginning of operations is surely hidden behind the computing.
 HIDDEN_SHARE = 0.8
 
+Trained = Literal["everything", "adapter", "packed"]
+WEIGHTS: dict[Trained, Literal["pretrained", "nf4", "random"]] = {
+    "everything": "random",
+    "adapter": "pretrained",
+    "packed": "nf4",
+}
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -44,7 +51,7 @@ class Sample:
     tokens: int
     document: int
     head_dim: int = 64
-    trained: Literal["everything", "adapter", "packed"] = "everything"
+    trained: Trained = "everything"
     micro_batches: int = 1
     recompute: bool = False
     supervised_share: float = 1.0
@@ -67,7 +74,7 @@ class Sample:
         )
         return Workload(
             shape=shape,
-            weights={"everything": "random", "adapter": "pretrained", "packed": "nf4"}[self.trained],
+            weights=WEIGHTS[self.trained],
             adapter=None if self.trained == "everything" else Adapter(),
             states="fp32",
             seq_len=tokens,
@@ -90,6 +97,7 @@ SAMPLES = (
     Sample(128, 3, 1024, tokens=2048, document=64, head_dim=32),  # activations
     Sample(512, 1, 16384, tokens=512, document=128),  # the head
     Sample(64, 1, 65536, tokens=512, document=128, head_dim=32),  # logits
+    Sample(128, 1, 151936, tokens=256, document=128, head_dim=32),  # the head of a large vocabulary
     Sample(128, 2, 1024, tokens=2048, document=2048, head_dim=32),  # scores, of narrow heads
     Sample(256, 2, 1024, tokens=2048, document=2048, head_dim=128),  # attention's products, of wide heads
     Sample(128, 4, 1024, tokens=1024, document=32, head_dim=32),  # documents
@@ -105,12 +113,12 @@ SAMPLES = (
 )
 
 
-def calibrate(note: Callable[[str], None] = lambda text: None) -> Calibration:
-    """Measure the machine that `device: auto` trains on, in every dtype that it computes itself.
+def calibrate(note: Callable[[str], None] = lambda text: None, device: str = "auto") -> Calibration:
+    """Measure what a run with this `device` trains on, in every dtype that it computes itself, in a few minutes.
 
     `note` is told, as it happens, what is measured. Nothing else should be running.
     """
-    machine = probe("auto", "auto")
+    machine = probe(device, "auto")
     # Without bitsandbytes nothing is packed, and what unpacking takes remains the data sheet's guess.
     samples = [sample for sample in SAMPLES if sample.trained != "packed" or find_spec("bitsandbytes")]
     rates, errors = {}, {}
@@ -140,25 +148,26 @@ def _is_in_hardware(machine: Machine, dtype: ComputeDtype) -> bool:
 
 def measure_step(workload: Workload, device: torch.device, least_seconds: float = SECONDS_PER_SAMPLE) -> float:
     """Seconds of an optimizer step: the lower quartile of several, which other work on the machine disturbs least."""
-    engine, batches = rehearsal_engine(workload, device), rehearsal_step(workload)
+    times = sorted(timed_steps(workload, device, least_seconds))
+    return times[len(times) // 4]
 
-    def step() -> float:
+
+def timed_steps(workload: Workload, device: torch.device, least_seconds: float) -> list[float]:
+    """Seconds of each of several optimizer steps on random tokens, after one that warms up."""
+    engine, batches = rehearsal_engine(workload, device), rehearsal_step(workload)
+    times: list[float] = []
+    while len(times) <= LEAST_REPEATS or (sum(times[1:]) < least_seconds and len(times) <= MOST_REPEATS):
         start = time.perf_counter()
         engine.forward_backward(batches)
         engine.optimizer_step(1e-5, batches)
         if device.type != "cpu":
             torch.accelerator.synchronize()
-        return time.perf_counter() - start
-
-    step()  # the first one warms up
-    times: list[float] = []
-    while len(times) < LEAST_REPEATS or (sum(times) < least_seconds and len(times) < MOST_REPEATS):
-        times.append(step())
-    return sorted(times)[len(times) // 4]
+        times.append(time.perf_counter() - start)
+    return times[1:]
 
 
 def fit(steps: Sequence[Workload], seconds: Sequence[float]) -> tuple[dict[str, float], float]:
-    """What a unit of each kind takes, and the largest relative error over the steps that were fitted.
+    """What a unit of each kind in the steps takes, and the largest relative error over those that were fitted.
 
     A GPU computes while operations are begun, and its step takes the longer of the two. There the first step, which is
     small, tells what an operation takes, and the other kinds are fitted to the steps that are busy.
@@ -175,7 +184,9 @@ def fit(steps: Sequence[Workload], seconds: Sequence[float]) -> tuple[dict[str, 
     per_unit = non_negative_fit(shares, np.ones(len(times)))
     error = float(np.abs(shares @ per_unit - 1.0).max())
     per_unit[operations] += launch
-    return dict(zip(KINDS, per_unit.tolist(), strict=True)), error
+    is_told = shares.any(axis=0)
+    is_told[operations] = True
+    return {kind: float(per_unit[place]) for place, kind in enumerate(KINDS) if is_told[place]}, error
 
 
 def _amount(workload: Workload, kind: Kind) -> float:

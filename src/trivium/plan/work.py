@@ -89,15 +89,20 @@ def _micro_batch_work(workload: Workload) -> Iterator[Term]:
 def projection_flops(workload: Workload) -> float:
     """Of the blocks' projections in a micro-batch: 2 a parameter and token, forward, again, and for each gradient.
 
-    Frozen weights get no gradient, and below the first layer's there is nothing that one would go to.
+    Frozen weights get no gradient, and below the first layer's there is nothing that one would go to. What a layer ends
+    with is not computed again: its result is needed by no gradient.
     """
-    shape, tokens = workload.shape, workload.micro_tokens
-    passes = 2 + workload.recompute + (workload.adapter is None)
-    flops = 2.0 * tokens * shape.num_hidden_layers * shape.num_layer_matmul_params * passes
-    if workload.adapter is not None and not workload.num_token_rows:
+    shape, adapter = workload.shape, workload.adapter
+    params = shape.num_hidden_layers * shape.num_layer_matmul_params
+    passes = params * (2 if adapter else 3)
+    if workload.recompute:
+        is_last = adapter is None or "down_proj" not in adapter.targets
+        last = shape.num_hidden_layers * shape.hidden_size * shape.intermediate_size
+        passes += params - (last if is_last else 0)
+    if adapter is not None and not workload.num_token_rows:
         heads = shape.num_attention_heads + 2 * shape.num_key_value_heads
-        flops -= 2.0 * tokens * shape.hidden_size * heads * shape.head_dim
-    return flops
+        passes -= shape.hidden_size * heads * shape.head_dim
+    return 2.0 * passes * workload.micro_tokens
 
 
 def adapter_flops(workload: Workload) -> float:
@@ -106,10 +111,12 @@ def adapter_flops(workload: Workload) -> float:
     if adapter is None:
         return 0.0
     targets, layers, again = set(adapter.targets), workload.shape.num_hidden_layers, 1 + workload.recompute
-    per_token = sum(sum(sides[target]) for target in targets) * (3 + workload.recompute) * layers
+    passes = sum(sum(sides[target]) for target in targets) * (3 + workload.recompute) * layers
+    if workload.recompute and "down_proj" in targets and not adapter.dora:
+        passes -= layers * workload.shape.hidden_size  # B of what a layer ends with
     if not workload.num_token_rows:
-        per_token -= len(targets & {"q_proj", "k_proj", "v_proj"}) * workload.shape.hidden_size
-    flops = 2.0 * adapter.rank * per_token * workload.micro_tokens
+        passes -= len(targets & {"q_proj", "k_proj", "v_proj"}) * workload.shape.hidden_size
+    flops = 2.0 * adapter.rank * passes * workload.micro_tokens
     if adapter.dora:
         flops += 2.0 * adapter.rank * layers * again * sum(sides[target][0] * sides[target][1] for target in targets)
     return flops
