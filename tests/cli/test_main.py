@@ -45,7 +45,7 @@ def test_verbs_are_where_the_listing_says(verb: str):
     [
         (["trian"], "Did you mean train?"),
         (["confg"], "Did you mean config?"),
-        (["xyzzy"], "There are quickstart, train, doctor"),
+        (["xyzzy"], "There are quickstart, plan, train"),
         (["config", "shw"], "No such command 'shw'"),
         (["--colour"], "No such option"),
         (["config", "show"], "Missing argument 'FILE'"),
