@@ -94,6 +94,37 @@ def test_a_finished_run_shows_its_numbers(finished_run: Path) -> None:
     assert steps == ["0", "120", "360", "600"]
 
 
+def test_the_plan_stands_beside_what_was_measured(finished_run: Path) -> None:
+    assert "Plan" not in read(write_report(finished_run)).text.splitlines()
+    peak = {"bytes": 3 << 30, "low": 2 << 30, "high": 4 << 30, "instant": "in the <loss>", "what": "the peak & all"}
+    predicted = {
+        "device": "card <7>",
+        "is_calibrated": False,
+        "peak_memory": peak | {"items": {"weights": 1 << 30, "moments": 2 << 30}},
+        "speed": {"tokens_per_second": 5000, "low": 4000, "high": 8000},
+        "time": {"hours": 2, "low": 1.25, "high": 2.5},
+    }
+    (finished_run / "plan.json").write_text(json.dumps({"predicted": predicted}))
+    page = read(write_report(finished_run))
+    for words in (
+        "3.00 GiB predicted (2.00 GiB to 4.00 GiB)",
+        "card <7>",
+        "in the <loss>",
+        "moments 2.00, weights 1.00",
+    ):
+        assert words in page.text, words
+    assert "measured (" not in page.text
+    measured = {"peak_memory_bytes": 4 << 30, "tokens_per_second": 4000, "hours": 2.5}
+    (finished_run / "plan.json").write_text(json.dumps({"predicted": predicted, "measured": measured}))
+    page = read(write_report(finished_run))
+    for words in (
+        "4.00 GiB measured (-25.0%)",
+        "4,000 tokens a second measured (+25.0%)",
+        "2 h 30 min measured (-20.0%)",
+    ):
+        assert words in page.text, words
+
+
 def test_no_colour_of_the_drawing_escapes_the_theme(finished_run: Path) -> None:
     drawn = re.findall(r"<svg.*?</svg>", write_report(finished_run).read_text(), flags=re.DOTALL)
     assert len(drawn) == 5

@@ -16,13 +16,14 @@ from trivium.errors import DoesNotFit
 from trivium.plan import calibration
 from trivium.plan.check import PLAN_FILE
 from trivium.plan.fit import FIT_SHARE, cheapest_fixes
-from trivium.plan.memory import peak_memory
+from trivium.plan.memory import MIB, peak_memory
 from trivium.plan.speed import predict_speed
 from trivium.plan.workload import Workload, of_run
 
 FIRST_STEP_BYTES = 70 << 20
 """Resident memory that the libraries take when an optimizer is first made and a step first taken, on a CPU. Measured
 with torch 2.13, most of it modules that torch imports there."""
+SHOWN_CHARACTERS = 200
 RESIDENT = "the process's largest resident memory from the building of the engine on, what it held before included"
 ALLOCATED = "the most that the device's allocator had given out; the runtime and its kernels come on top"
 
@@ -138,11 +139,13 @@ def ran_out(job: Job, machine: Machine, error: Exception, held_bytes: int) -> Do
     memory, asked = peak_memory(workload), asked_bytes(error)
     grown = peak_memory_bytes(machine.device) - (held_bytes if machine.place == "cpu" else 0)
     limit = min(machine.memory_bytes, memory.total, memory.framework + grown + asked)
-    said = f"{asked / GIB:,.2f} GiB more were asked for" if asked else f"it said: {str(error) or type(error).__name__}"
+    said = " ".join(str(error).split())[:SHOWN_CHARACTERS] or type(error).__name__
+    wanted = f"{asked / MIB:,.1f} MiB more were asked for" if asked else f"more was asked for ({said})"
     return DoesNotFit(
-        f"Memory of {machine.device} ran out: {said}, when the engine had {grown / GIB:,.2f} GiB; the device has "
-        f"{machine.memory_bytes / GIB:,.2f} GiB in all and the planner expected to need {memory.total / GIB:,.2f}. "
-        f"Another process may hold some of it. What would fit: {suggest_fixes(workload, machine, limit)}. "
-        "Checkpoints are as they were: with batch.micro_tokens or activation_checkpointing changed the run goes on "
-        "from the newest one; anything else is another run and needs another name."
+        f"The memory of {machine.device} ran out: {wanted} when the engine had {grown / GIB:,.2f} GiB. The planner "
+        f"expected {memory.total / GIB:,.2f} GiB at the peak and the device has {machine.memory_bytes / GIB:,.2f} in "
+        "all, of which other processes, or a limit, may hold a part. What would fit: "
+        f"{suggest_fixes(workload, machine, limit)}. Checkpoints are as they were. With batch.micro_tokens or "
+        "activation_checkpointing changed the same command goes on from the newest one; with anything else changed it "
+        "is another run and needs another name."
     )

@@ -5,6 +5,7 @@ import this file; it never imports torch.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +108,12 @@ def read_outcome(folder: Path) -> Outcome:
 
 
 def _figure(record: dict[str, Any], key: str, measured: Any) -> Figure:
-    return Figure(
-        float(record[key]), float(record["low"]), float(record["high"]), None if measured is None else float(measured)
-    )
+    """Raises: ValueError or TypeError where a value is no finite number."""
+    values = [float(value) for value in (record[key], record["low"], record["high"])]
+    reached = None if measured is None else float(measured)
+    if not all(math.isfinite(value) for value in (*values, reached or 0.0)):
+        raise ValueError("not finite")
+    return Figure(*values, reached)
 
 
 def summarise(outcomes: Sequence[Outcome], figure: Callable[[Outcome], Figure | None]) -> Summary | None:
