@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.allocator import allocated_peak
 from trivium.config import Adapter
-from trivium.engine.engine import Engine
 from trivium.engine.rehearsal import rehearsal_engine, rehearsal_step
 from trivium.model import catalog
-from trivium.model.quantize import NF4Linear
 from trivium.model.shape import QwenShape
 from trivium.plan.memory import peak_memory
 from trivium.plan.workload import Workload
@@ -125,35 +126,6 @@ def gpu_workloads() -> Iterator[tuple[str, Workload]]:
                     yield f"{way}, {size}{', recompute' if recompute else ''}", made
 
 
-def measured_on_cpu(work: Workload) -> int:
-    """The most bytes that the allocator had given out at once, weights and all."""
-    from torch.profiler import ProfilerActivity, profile
-
-    gc.collect()
-    engine = rehearsal_engine(work)
-    before = resident_bytes(engine)
-    batches = rehearsal_step(work)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        for _ in range(STEPS):
-            engine.forward_backward(batches)
-            engine.optimizer_step(1e-5, batches)
-    assert events.profiler is not None and events.profiler.kineto_results is not None
-    found = [event for event in events.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = before
-    for event in sorted(found, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def resident_bytes(engine: Engine) -> int:
-    """What weights and their tables take before the first step."""
-    tensors = [*engine.model.parameters(), *engine.model.buffers()]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    packed = [module for module in engine.model.modules() if isinstance(module, NF4Linear)]
-    return sum(storages.values()) + sum(module.num_bytes - module.packed.numel() for module in packed)
-
-
 def measured_on_gpu(work: Workload) -> int:
     """The CUDA allocator's own peak."""
     engine = rehearsal_engine(work, "cuda")
@@ -180,7 +152,7 @@ def main() -> None:
     for name, work in cpu_workloads() if on_cpu else gpu_workloads():
         if options.only not in name:
             continue
-        peak = measured_on_cpu(work) if on_cpu else measured_on_gpu(work)
+        peak = allocated_peak(work) if on_cpu else measured_on_gpu(work)
         predicted = peak_memory(work)
         row = {
             "name": name,

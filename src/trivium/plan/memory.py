@@ -98,8 +98,9 @@ def _in_loss(w: Workload, share: Share) -> dict[str, float]:
     chunk_bytes = LOGITS_CHUNK_BYTES if is_trained else FROZEN_HEAD_CHUNK_BYTES
     chunk = min(max(LEAST_CHUNK_ROWS, chunk_bytes // (vocab * size)), rows)
     carried = FP32 * chunk * hidden if chunk < rows else 0  # the product of the chunk before
-    slice_rows = min(chunk, max(1, CPU_SLICE_VALUES // vocab)) if w.place == "cpu" else chunk
-    softmax = 0 if is_wide else FP32 * vocab * slice_rows * (1 if slice_rows == chunk else 2)
+    # A GPU's softmax takes the chunk at once, a CPU's a slice at a time, with the one before still there.
+    slice_rows = 2 * max(1, CPU_SLICE_VALUES // vocab) if w.place == "cpu" else chunk
+    softmax = 0 if is_wide else FP32 * vocab * min(slice_rows, chunk)
     hidden_gradient = (FP32 + size + FP32) * chunk * hidden
     head_gradient = 0
     if is_trained and not is_wide:

@@ -1,0 +1,29 @@
+"""What torch's CPU allocator has really given out, for tests and benches of what the planner and the trace say."""
+
+import gc
+
+from torch.profiler import ProfilerActivity, profile
+
+from trivium.engine.rehearsal import rehearsal_engine, rehearsal_step
+from trivium.plan.workload import Workload
+
+
+def allocated_peak(work: Workload) -> int:
+    """The most bytes at one time over two optimizer steps, of which the second finds the moments there.
+
+    Making the model is counted too, so its weights are; quantising them needs less than a step.
+    """
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        engine = rehearsal_engine(work)
+        batches = rehearsal_step(work)
+        for _ in range(2):
+            engine.forward_backward(batches)
+            engine.optimizer_step(1e-5, batches)
+    assert events.profiler is not None and events.profiler.kineto_results is not None
+    changes = [event for event in events.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,95 @@
+"""The closed form against the allocator, in a few small steps (the bench has many), and what must always hold."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.allocator import allocated_peak
+from trivium.config import Adapter
+from trivium.data import pack
+from trivium.engine import loss
+from trivium.model import catalog
+from trivium.model.shape import QwenShape
+from trivium.plan import memory
+from trivium.plan.memory import peak_memory
+from trivium.plan.workload import Workload
+
+SMALL = QwenShape("qwen3", 3000, 128, 384, 3, 4, 2, 32, tie_word_embeddings=True)
+STEP = Workload(
+    SMALL,
+    weights="random",
+    adapter=None,
+    states="fp32",
+    seq_len=512,
+    micro_tokens=1024,
+    step_tokens=1024,
+    recompute=False,
+    compute_dtype="bf16",
+    place="cpu",
+    document_tokens=200,
+)
+LORA: dict[str, Any] = {"weights": "pretrained", "adapter": Adapter(rank=8), "supervised_share": 0.5}
+CASES: dict[str, dict[str, Any]] = {
+    "scratch": {},
+    "scratch, recomputed, accumulated": {"recompute": True, "step_tokens": 2048},
+    "scratch, fp32, untied": {"compute_dtype": "fp32", "shape": replace(SMALL, tie_word_embeddings=False)},
+    "lora": LORA,
+    "lora, fp32, recomputed": LORA | {"compute_dtype": "fp32", "recompute": True},
+    "qlora, Qwen2.5, recomputed": LORA | {"weights": "nf4", "recompute": True, "shape": replace(SMALL, family="qwen2")},
+    "some targets, dropout": LORA | {"adapter": Adapter(targets=["q_proj", "down_proj"], dropout=0.1)},
+    "8-bit moments": {"states": "8bit", "recompute": True},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_predicted_peak_is_the_allocators(name: str) -> None:
+    work = replace(STEP, **CASES[name])
+    assert peak_memory(work).allocated == pytest.approx(allocated_peak(work), rel=0.03)
+
+
+def test_constants_are_the_engines() -> None:
+    assert memory.LOGITS_CHUNK_BYTES == loss.LOGITS_CHUNK_BYTES
+    assert memory.FROZEN_HEAD_CHUNK_BYTES == loss.FROZEN_HEAD_CHUNK_BYTES
+    assert memory.CPU_SLICE_VALUES == loss.CPU_SLICE_ELEMENTS
+    assert memory.SUPERVISED_MULTIPLE == pack.SUPERVISED_MULTIPLE
+
+
+steps = st.builds(
+    replace,
+    st.just(STEP),
+    shape=st.sampled_from([SMALL, catalog.get("Qwen3-0.6B"), catalog.get("Qwen2.5-7B")]),
+    place=st.sampled_from(["cpu", "gpu"]),
+    compute_dtype=st.sampled_from(["fp32", "bf16"]),
+    recompute=st.booleans(),
+    states=st.sampled_from(["fp32", "8bit"]),
+    adapter=st.sampled_from([None, Adapter(), Adapter(rank=64, targets=["q_proj"])]),
+    supervised_share=st.floats(0.01, 1.0),
+    step_tokens=st.sampled_from([1024, 4096]),
+)
+
+
+@given(steps)
+@settings(max_examples=60)
+def test_what_needs_less_takes_less(work: Workload) -> None:
+    whole = peak_memory(work).total
+    # With as many micro-batches: accumulating gradients takes more than one pass does.
+    assert peak_memory(replace(work, micro_tokens=512, step_tokens=work.step_tokens // 2)).total <= whole
+    assert peak_memory(replace(work, supervised_share=0.01)).total <= whole
+    # On several devices nothing but gathered weights and buckets is added.
+    several = replace(work, num_devices=8, step_tokens=8 * work.step_tokens)
+    added = peak_memory(several).items.get("communication", 0)
+    assert peak_memory(several).total <= whole + added + 1
+    zero = peak_memory(replace(several, strategy="ddp")).total
+    assert zero >= whole
+
+
+@given(steps)
+@settings(max_examples=30)
+def test_items_are_whole_and_add_up(work: Workload) -> None:
+    found = peak_memory(work)
+    assert all(type(size) is int and size > 0 for size in found.items.values())
+    assert found.low <= found.total <= found.high
+    assert found.total == found.allocated + found.framework

@@ -1,0 +1,102 @@
+"""Counts of parameters and bytes against the objects themselves: PEFT's adapters, bitsandbytes' matrices, moments."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trivium.config import Adapter, Projection, Run, with_method_defaults
+from trivium.engine.optim import state_tensors
+from trivium.engine.rehearsal import rehearsal_engine
+from trivium.model import catalog
+from trivium.model.quantize import NF4Linear
+from trivium.model.qwen import Qwen
+from trivium.model.shape import QwenShape
+from trivium.plan.workload import Workload, moment_bytes, nf4_bytes, num_adapter_params, of_run
+
+PUBLISHED = [name for name in catalog.names() if name.startswith("Qwen")]
+SOME_TARGETS: list[list[Projection]] = [
+    ["q_proj", "v_proj"],
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+]
+SMALL = QwenShape("qwen2", 2100, 96, 260, 2, 6, 2, 16, tie_word_embeddings=False)
+
+
+def work(shape: QwenShape, **changes: Any) -> Workload:
+    values: dict[str, Any] = {
+        "weights": "random",
+        "adapter": None,
+        "states": "fp32",
+        "seq_len": 64,
+        "micro_tokens": 128,
+        "step_tokens": 128,
+        "recompute": False,
+        "compute_dtype": "bf16",
+        "place": "cpu",
+    }
+    return Workload(shape, **values | changes)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_adapter_has_as_many_values_as_pefts_for_every_published_size(name: str) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    shape = catalog.get(name)
+    one_layer = QwenShape(**{**vars(shape), "num_hidden_layers": 1, "vocab_size": 64})
+    for targets, dora in zip(SOME_TARGETS, (False, True), strict=True):
+        with torch.device("meta"):
+            model = Qwen(one_layer)
+            config = LoraConfig(r=24, target_modules=list(targets), use_dora=dora)
+            inject_adapter_in_model(config, model, "default")
+        counted = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+        adapter = Adapter(rank=24, targets=targets, dora=dora)
+        assert num_adapter_params(shape, adapter) == shape.num_hidden_layers * counted
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("adapter", [None, Adapter(rank=5, dora=True)], ids=["everything", "adapter"])
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_moments_take_as_many_bytes_as_the_optimizer_keeps(family: Any, adapter: Adapter | None, states: Any) -> None:
+    shape = QwenShape(**{**vars(SMALL), "family": family})
+    rows = 3 if adapter else 0
+    workload = work(shape, adapter=adapter, states=states, num_token_rows=rows)
+    engine = rehearsal_engine(workload)
+    found = state_tensors(engine.optimizer, engine.parameters)
+    kept = {name: tensor for name, tensor in found.items() if not name.startswith("step.")}
+    assert moment_bytes(workload) == sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+    assert workload.num_trained_params == sum(p.numel() for p in engine.parameters.values())
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_a_packed_matrix_takes_as_many_bytes_as_it_does(rows: int, columns: int) -> None:
+    layer = NF4Linear(torch.ones(rows, columns), None, torch.bfloat16)
+    assert nf4_bytes(rows * columns) == layer.num_bytes
+
+
+def test_frozen_bytes_are_those_of_the_model() -> None:
+    for weights in ("pretrained", "nf4"):
+        workload = work(SMALL, weights=weights, adapter=Adapter(rank=2))
+        model = rehearsal_engine(workload).model
+        packed = [module.num_bytes for module in model.modules() if isinstance(module, NF4Linear)]
+        plain = [p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad]
+        assert workload.frozen_bytes == sum(packed) + sum(plain)
+
+
+def test_a_run_files_step() -> None:
+    values = {
+        "method": "qlora",
+        "name": "n",
+        "model": "Qwen/Qwen3-0.6B",
+        "data": {"sources": ["x.jsonl"], "seq_len": 512},
+        "batch": {"tokens": 8192, "micro_tokens": 2048},
+        "activation_checkpointing": True,
+        "adapter": {"rank": 4},
+        "optimizer": {"states": "8bit"},
+    }
+    run = Run.model_validate(with_method_defaults(values))
+    made = of_run(run, catalog.get("Qwen3-0.6B"), None, "bf16", "gpu")
+    assert (made.weights, made.states, made.recompute) == ("nf4", "8bit", True)
+    assert (made.seq_len, made.micro_tokens, made.num_micro_batches) == (512, 2048, 4)
+    assert made.num_trained_params == num_adapter_params(made.shape, Adapter(rank=4))
