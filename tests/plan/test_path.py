@@ -108,18 +108,20 @@ def test_full_fine_tuning_of_7b_needs_more_than_one_a100():
     assert eight.method == "full"
 
 
-def test_the_purse_forbids_by_arithmetic():
-    """From scratch takes 6 x parameters x tokens: with the smallest model and the least text, 3.6e20 FLOP."""
+def test_the_purse_and_the_time_forbid_what_the_arithmetic_forbids():
+    """From scratch takes 6 x parameters x tokens; what that costs at the full peak buys nobody a run."""
     device = DEVICES["h100-80"]
     assert device.price_per_hour is not None
-    hours = 6 * catalog.get("Qwen3-0.6B-Base").num_params * 1e11 / (0.4 * device.flops["bf16"]) / 3600
-    dollars = hours * device.price_per_hour
+    smallest = catalog.get("Qwen3-0.6B-Base").num_matmul_params
+    hours = 6 * smallest * 1e11 / device.flops["bf16"] / 3600
     situation = Situation(text(10**11), False, device, 8)
-    assert decide(replace(situation, purse=dollars * 1.01)).name == "scratch"
-    less = decide(replace(situation, purse=dollars * 0.99))
-    assert less.name == "continue" and any("USD" in reason for reason in less.reasons)
-    slow = decide(replace(situation, days=hours / 24 / 8 * 0.99))
+    poor = decide(replace(situation, purse=hours * device.price_per_hour))
+    assert poor.name == "continue" and any("USD" in reason for reason in poor.reasons)
+    assert poor.budget_tokens is not None and 10**9 <= poor.budget_tokens < 10**11
+    slow = decide(replace(situation, days=hours / 8 / 24))
     assert slow.name == "continue" and any("days" in reason for reason in slow.reasons)
+    rich = decide(replace(situation, purse=10 * hours * device.price_per_hour, days=10 * hours / 8 / 24))
+    assert rich.name == "scratch" and rich.budget_tokens is None
 
 
 def test_a_size_below_all_published_ones_is_built_from_nothing():

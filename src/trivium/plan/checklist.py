@@ -7,11 +7,11 @@ Imported by the verb `plan`; never imports torch.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from trivium.config import METHOD_DEFAULTS
+from trivium.config import METHOD_DEFAULTS, parse_count
 from trivium.model.shape import QwenShape
 from trivium.plan.ladder import TOKENS_PER_PARAM, short
 from trivium.plan.path import Path
-from trivium.plan.situation import USUAL_UTILISATION, Situation, is_chat_model, num_epochs, shape_of
+from trivium.plan.situation import Situation, is_chat_model, num_epochs, shape_of, shape_to_build
 
 GIB = 1 << 30
 FEW_CONVERSATIONS, FEW_TOKENS, LARGE_RANK, FEW_REASON = 10_000, 10**9, 64, 0.5
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     situation: Situation
     method: str
     model: str | None
-    num_params: int | None
+    shape: QwenShape | None
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -45,8 +45,7 @@ def warnings(situation: Situation, method: str | None, model: str | None) -> tup
     """What commonly goes wrong on that way and may here, a paragraph each."""
     if method is None:
         return ()
-    shape = situation.shape or (shape_of(model) if model else None)
-    plan = Plan(situation, method, model, shape.num_params if shape else situation.num_params)
+    plan = Plan(situation, method, model, _shape(situation, model))
     return tuple(text for warn in WARNINGS if (text := warn(plan)) is not None)
 
 
@@ -127,17 +126,17 @@ def _little_reasoning(plan: Plan) -> str | None:
 
 def _arithmetic(plan: Plan) -> str | None:
     """What a model from nothing costs, which is where most people stop."""
-    facts, size = plan.situation.facts, plan.num_params
-    if not facts or plan.chosen["weights"] != "random" or not size:
+    facts, shape = plan.situation.facts, plan.shape
+    if not facts or plan.chosen["weights"] != "random" or shape is None:
         return None
+    size = shape.num_params
     per_param = facts.num_tokens / size
     text = (
         f"6 x {short(size)} parameters x {short(facts.num_tokens)} tokens are {6.0 * size * facts.num_tokens:.2g} FLOP"
     )
-    days = plan.situation.days_for(size, facts.num_tokens, plan.method)
-    if days is not None and plan.situation.device is not None:
-        devices = f"{plan.situation.devices} x {plan.situation.device.title}"
-        text += f": {days:,.3g} days of {devices} at {USUAL_UTILISATION:.0%} of the peak"
+    cost = plan.situation.cost(shape, plan.method, facts.num_tokens)
+    if cost is not None and plan.situation.device is not None:
+        text += f": {cost.hours / 24:,.3g} days of {plan.situation.devices} x {plan.situation.device.title}"
     if per_param < TOKENS_PER_PARAM:
         text += (
             f". The tokens are {per_param:.2g} for each parameter and about {TOKENS_PER_PARAM} are wanted "
@@ -182,33 +181,36 @@ def _data(situation: Situation) -> str:
     return f"{rows}, {short(facts.num_tokens)} tokens ({known}){answers}{reasons}"
 
 
-def _shape(situation: Situation, path: Path) -> QwenShape | None:
-    return situation.shape or (shape_of(path.model) if path.model else None)
+def _shape(situation: Situation, model: str | None) -> QwenShape | None:
+    """The shape of the model, be it given, published, or a size to build."""
+    size = parse_count(model)
+    if isinstance(size, int):
+        return shape_to_build(size)
+    return situation.shape or (shape_of(model) if model else None)
 
 
 def _memory(situation: Situation, path: Path) -> str:
     """The ways side by side, in the smallest portions."""
-    shape = _shape(situation, path)
+    shape = _shape(situation, path.model)
     if path.method is None:
         return "that of answering only: about 2 bytes a parameter"
     if shape is None:
         return "`trivium plan` of a run file says it"
-    methods = dict.fromkeys((path.method, "full", "lora", "qlora") if path.method != "scratch" else (path.method,))
+    methods = dict.fromkeys((path.method, "full", "lora", "qlora") if path.name != "scratch" else (path.method,))
     needed = (f"{method} {situation.least_memory(shape, method).total / GIB:.1f} GiB" for method in methods)
     return f"at the least, on each device: {', '.join(needed)}"
 
 
 def _time(situation: Situation, path: Path) -> str:
-    facts, shape = situation.facts, _shape(situation, path)
-    if path.method is None:
+    facts, shape = situation.facts, _shape(situation, path.model)
+    if path.method is None or facts is None:
         return "none"
-    size = shape.num_params if shape else situation.num_params
-    tokens = facts.num_tokens * num_epochs(path.method) if facts else 0.0
-    days = situation.days_for(size, tokens, path.method) if size else None
-    if days is None:
+    tokens = path.budget_tokens or round(facts.num_tokens * num_epochs(path.method))
+    cost = situation.cost(shape, path.method, tokens) if shape else None
+    if cost is None:
         return f"{short(tokens)} tokens to be read; name a device to know how long that takes"
-    span = f"{days:,.3g} days" if days >= 2 else f"{days * 24:,.3g} hours"
-    return f"about {span} for {short(tokens)} tokens, at {USUAL_UTILISATION:.0%} of the device's peak"
+    span = f"{cost.hours / 24:,.3g} days" if cost.hours >= 48 else f"{cost.hours:,.3g} hours"
+    return f"about {span} for {short(tokens)} tokens"
 
 
 def _evaluation(situation: Situation, path: Path) -> str:

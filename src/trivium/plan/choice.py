@@ -4,6 +4,7 @@ Licence, laptop and a named model forbid by themselves; memory, time and purse a
 question. Imported by `path.py`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ class Choice:
     method: str
     why: str
     would_change: tuple[str, ...] = ()
+    budget_tokens: int | None = None
+    """Tokens that time and purse pay for; None where they pay for all."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def _within_means(situation: Situation, facts: DataFacts, rung: Rung) -> Choice 
                 return Choice(name, rung.methods[0], f"{name} was asked for; its size is not known here.")
             bars.append(_too_large(situation, rung, name, shape))
             continue
-        payable = situation.affordable_tokens(shape.num_params, method) / num_epochs(method)
+        payable = situation.affordable_tokens(shape, method) / num_epochs(method)
         if payable < _least_tokens(facts, rung):
             bars.append(_too_dear(situation, facts, rung, name, shape))
             continue
@@ -138,13 +141,19 @@ def _chosen(situation: Situation, facts: DataFacts, name: str, shape: QwenShape,
     why = f"{name}: {_why_model(situation)}"
     if method == "qlora":
         why += " With its weights in 16 bits it would not fit, so they are packed to 4 (NF4)."
+    budget_tokens = None
     if share < 1.0:
-        why += (
-            f" Time and purse pay for {short(share * facts.num_tokens)} of the {short(facts.num_tokens)} tokens: take "
-            "the best of them."
-        )
+        all_tokens = facts.num_tokens * num_epochs(method)
+        budget_tokens = _rounded_down(share * all_tokens)
+        why += f" Time and purse pay for {short(budget_tokens)} of {short(all_tokens)} tokens: take the best of them."
     larger = (f"If its answers are not good enough: better data first, then a model larger than {name}.",)
-    return Choice(name, method, why, larger if situation.model is None else ())
+    return Choice(name, method, why, larger if situation.model is None else (), budget_tokens)
+
+
+def _rounded_down(count: float) -> int:
+    """To two digits, which leaves some room for what the prediction does not see."""
+    unit = 10 ** max(0, math.floor(math.log10(max(1.0, count))) - 1)
+    return max(1, math.floor(count / unit) * unit)
 
 
 def _why_model(situation: Situation) -> str:
@@ -174,10 +183,10 @@ def _means(situation: Situation) -> str:
 def _too_dear(situation: Situation, facts: DataFacts, rung: Rung, name: str, shape: QwenShape) -> Bar:
     """Its arithmetic for the least data that the rung is worth it for."""
     method = rung.methods[0]
-    tokens = _least_tokens(facts, rung) * num_epochs(method)
-    days = situation.days_for(shape.num_params, tokens, method) or 0.0
-    price = situation.price_of(days)
-    cost = f"{days:,.3g} days" + (f" and {price:,.0f} USD" if price else "")
+    tokens = round(_least_tokens(facts, rung) * num_epochs(method))
+    needed = situation.cost(shape, method, tokens)
+    assert needed is not None  # without a device nothing is too dear
+    cost = f"{needed.hours / 24:,.3g} days" + (f" and {needed.money:,.0f} USD" if needed.money else "")
     return Bar(
         f"Not {rung.title}: {short(tokens)} tokens, where it begins to pay, take {cost} with {name}, and there are "
         f"{_means(situation)}.",

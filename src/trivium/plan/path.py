@@ -27,6 +27,7 @@ class Path:
         name, title: the way.
         method: what a run file calls it; None where nothing is to be trained.
         model: what a run file names as `model`; None where nothing is to be trained.
+        budget_tokens: tokens to be read, where time and purse do not pay for all; `budget.tokens` of a run file.
         other_method: the method to compare it with, where another is as sound.
         reasons: why, a line each, in the order in which they were asked.
         would_change: what would lead elsewhere, with its figure, a line each.
@@ -37,6 +38,7 @@ class Path:
     title: str
     method: str | None
     model: str | None
+    budget_tokens: int | None
     other_method: str | None
     reasons: tuple[str, ...]
     would_change: tuple[str, ...]
@@ -68,7 +70,7 @@ def decide(situation: Situation) -> Path:
 
 def _untrained(reasons: tuple[str, ...], would_change: tuple[str, ...], rules: tuple[str, ...] = ()) -> Path:
     none = LADDER["conversations"][0]
-    return Path(none.name, none.title, None, None, None, reasons, would_change, rules)
+    return Path(none.name, none.title, None, None, None, None, reasons, would_change, rules)
 
 
 def _chosen(
@@ -86,6 +88,7 @@ def _chosen(
         title="QLoRA" if choice.method == "qlora" else rung.title,
         method=choice.method,
         model=choice.model,
+        budget_tokens=choice.budget_tokens,
         other_method=other_choice.method if isinstance(other_choice, Choice) else None,
         reasons=(tried, _why_amount(facts, wanted), *(bar.why for bar in bars), choice.why),
         would_change=(
@@ -119,6 +122,7 @@ def _small_from_scratch(num_params: int, facts: DataFacts, tried: str) -> Path:
         title="from scratch",
         method="scratch",
         model=short(num_params) if parse_count(short(num_params)) == num_params else str(num_params),
+        budget_tokens=None,
         other_method=None,
         reasons=(
             tried,

@@ -1,28 +1,27 @@
 """What somebody has and wants, and what that can hold, compute and pay: the ground the decision stands on.
 
-Rough on purpose: memory in the smallest portions that the engine can work in, time by parameters times tokens. What is
-exact once a way is chosen is in `fit.py` and `speed.py`. Imported inside `plan` and by its verb; never imports torch.
+Memory and speed are those of the method's usual step; what is best once a way is chosen, `search.py` finds. Imported
+inside `plan` and by its verb; never imports torch.
 """
 
 import math
 from dataclasses import dataclass
 
-from trivium.config import METHOD_DEFAULTS, Adapter
+from trivium.config import METHOD_DEFAULTS, Adapter, BatchSize, TrainTokenizer
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
+from trivium.plan.calibration import Calibration
 from trivium.plan.devices import Device
 from trivium.plan.facts import DataFacts
-from trivium.plan.fit import fits
+from trivium.plan.fit import fits, moved, portions
 from trivium.plan.memory import Memory, peak_memory
-from trivium.plan.workload import Workload
+from trivium.plan.speed import Cost, cost, predict_speed
+from trivium.plan.workload import Workload, with_batch
 
 MAX_DAYS = 90.0
 """Longer than this nobody waits who has not said so."""
-USUAL_UTILISATION = 0.4
-"""Share of a device's peak that training gets out of it. Source: 38 to 46 % of H100s and 52 to 60 % of A100s with
-recomputation, MosaicML's llm-foundry benchmarks."""
-ROW_TOKENS = 1024
+ROW_TOKENS, MICRO_TOKENS = 1024, 8192
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Situation:
         shape: its shape, where the catalogue does not know it.
         num_params: the size wanted, where no model is.
         rank: of the adapter.
+        calibration: what was measured of the machine at hand.
     """
 
     facts: DataFacts | None = None
@@ -56,6 +56,7 @@ class Situation:
     shape: QwenShape | None = None
     num_params: int | None = None
     rank: int = Adapter.model_fields["rank"].default
+    calibration: Calibration | None = None
 
     @property
     def devices(self) -> int:
@@ -77,62 +78,71 @@ class Situation:
         """Whether the smallest model is the one to begin with: on a laptop, or on nobody knows what."""
         return self.is_laptop or self.device is None
 
-    def least_memory(self, shape: QwenShape, method: str) -> Memory:
-        """What a device needs at the least: one row of 1,024 tokens at a time, activations recomputed, all sharded."""
-        chosen = METHOD_DEFAULTS[method]
-        workload = Workload(
+    def workload(self, shape: QwenShape, method: str) -> Workload:
+        """The method's usual step, all sharded, in the largest portions that the device holds.
+
+        Where none fits it is the smallest, with activations recomputed.
+        """
+        defaults = METHOD_DEFAULTS[method]
+        step_tokens = defaults.get("batch", {}).get("tokens", BatchSize.model_fields["tokens"].default)
+        work = Workload(
             shape=shape,
-            weights=chosen["weights"],
-            adapter=Adapter(rank=self.rank) if chosen["trainable"] == "adapter" else None,
+            weights=defaults["weights"],
+            adapter=Adapter(rank=self.rank) if defaults["trainable"] == "adapter" else None,
             states="fp32",
             seq_len=ROW_TOKENS,
             micro_tokens=ROW_TOKENS,
-            step_tokens=ROW_TOKENS * self.devices,
-            recompute=True,
-            compute_dtype="bf16" if self.device is None or "bf16" in self.device.flops else "fp32",
-            place="cpu" if self.device is not None and self.device.kind == "cpu" else "gpu",
+            step_tokens=max(step_tokens, ROW_TOKENS * self.devices),
+            recompute=False,
+            compute_dtype="bf16",
+            place="gpu",
             num_devices=self.devices,
         )
-        return peak_memory(workload)
+        sizes = portions(work, MICRO_TOKENS)
+        if self.device is None:
+            return with_batch(work, sizes[-1], True)
+        work, memory_bytes = moved(work, self.device), self.device.memory_bytes
+        choices = [with_batch(work, size, recompute) for recompute in (False, True) for size in sizes]
+        return next((choice for choice in choices if fits(peak_memory(choice), memory_bytes)), choices[-1])
+
+    def least_memory(self, shape: QwenShape, method: str) -> Memory:
+        """What a device needs at the least: a row at a time, activations recomputed."""
+        return peak_memory(with_batch(self.workload(shape, method), ROW_TOKENS, True))
 
     def fits(self, shape: QwenShape, method: str) -> bool:
         """Whether the method can work on that model at all; an unknown device holds anything."""
         return self.device is None or fits(self.least_memory(shape, method), self.device.memory_bytes)
 
-    def days_for(self, num_params: int, num_tokens: float, method: str) -> float | None:
-        """Days to train on so many tokens; None where the device's speed is unknown.
-
-        6 FLOPs a parameter and token, or 4 where the weights are frozen and have no gradient, at 40 % of the peak.
-        Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1.
-        """
-        flops = self.device.flops.get("bf16", self.device.flops.get("fp32", 0.0)) if self.device else 0.0
-        if not flops > 0:
+    def cost(self, shape: QwenShape, method: str, num_tokens: int) -> Cost | None:
+        """Hours and dollars to train on so many tokens; None where the device is not known."""
+        if self.device is None:
             return None
-        each = 4 if METHOD_DEFAULTS[method]["trainable"] == "adapter" else 6
-        return each * num_params * num_tokens / (flops * USUAL_UTILISATION * self.devices) / 86_400
+        speed = predict_speed(self.workload(shape, method), self.device, self.calibration)
+        return cost(speed, num_tokens, self.device, self.devices)
 
-    def price_of(self, days: float) -> float | None:
-        """US dollars for so many days on all devices; None where they are not rented."""
-        if self.device is None or self.device.price_per_hour is None:
-            return None
-        return days * 24 * self.device.price_per_hour * self.devices
-
-    def affordable_tokens(self, num_params: int, method: str) -> float:
-        """Tokens that time and purse allow to be read; infinity where neither is known to end."""
-        days = self.days_for(num_params, 1.0, method)
-        if days is None:
+    def affordable_tokens(self, shape: QwenShape, method: str) -> float:
+        """Tokens that time and purse allow to be read; infinity where no device is known."""
+        million = self.cost(shape, method, 1_000_000)
+        if million is None:
             return math.inf
-        limits = [self.max_days / days]
-        price = self.price_of(days)
-        if self.purse is not None and price:
-            limits.append(self.purse / price)
-        return min(limits)
+        shares = [self.max_days * 24 / million.hours]
+        if self.purse is not None and million.money:
+            shares.append(self.purse / million.money)
+        return 1e6 * min(shares)
 
 
 def shape_of(name: str) -> QwenShape | None:
     """The shape of a published model, with its owner before it or not; None for any other."""
     try:
         return catalog.get(name.rsplit("/", 1)[-1])
+    except ConfigError:
+        return None
+
+
+def shape_to_build(num_params: int) -> QwenShape | None:
+    """The shape of about that size for the tokenizer that is trained by default; None where there can be none."""
+    try:
+        return catalog.size_for_budget(num_params, TrainTokenizer.model_fields["vocab_size"].default)
     except ConfigError:
         return None
 
