@@ -72,7 +72,7 @@ def _forbidden(situation: Situation, rung: Rung) -> dict[str, str]:
             "the whole model may be shared"
         )
     if situation.is_laptop and rung.name != "adapter":
-        reasons["it has to fit on a laptop"] = "it may run on a rented GPU"
+        reasons["it has to fit on a laptop, or a machine like one"] = "it may run on a rented GPU"
     if situation.model is not None and rung.name == "scratch":
         reasons[f"{situation.model} was asked for, and this would throw its weights away"] = "its weights do not matter"
     return reasons

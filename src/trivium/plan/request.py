@@ -145,6 +145,8 @@ def _goal_of_way(request: Request, way: Way, facts: DataFacts | None, read_hub: 
     if way.method is None or way.model is None:
         return None
     methods = tuple(dict.fromkeys((way.method, "qlora"))) if way.name == "adapter" else (way.method,)
+    if way.budget_tokens is not None:
+        request = replace(request, overrides=(f"budget.tokens={way.budget_tokens}", *request.overrides))
     return _goal(request, _runs(request, methods, request.target or way.model), facts, read_hub)
 
 
@@ -208,10 +210,12 @@ def _situation(request: Request, facts: DataFacts | None) -> Situation:
         is_general=request.is_general,
         device=there[0] if len(there) == 1 else None,
         num_devices=request.num_devices or 1,
+        is_laptop=not request.device and there[0].kind != "gpu",
         adapter_only=request.adapter_only,
         purse=request.purse,
         days=None if request.hours is None else request.hours / 24,
         model=None if is_size else target,
         shape=shape_of_name(target) if target and not is_size else None,
         num_params=cast(int, parse_count(target)) if is_size else None,
+        calibration=calibration.load(),
     )

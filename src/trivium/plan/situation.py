@@ -33,7 +33,7 @@ class Situation:
         is_general: whether an off-the-shelf model already does the task well enough; None when nobody has tried.
         device: what training would run on.
         num_devices: how many of them.
-        is_laptop: whether training has to fit on a laptop.
+        is_laptop: whether training has to fit on a laptop, or on a machine without a GPU that is worth the name.
         adapter_only: whether only the adapter may be shared, apart from the model's weights and their licence.
         purse: US dollars for the run; counts where the device has a price.
         days: how long the run may take. Default: `MAX_DAYS`.
