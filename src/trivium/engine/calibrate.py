@@ -146,9 +146,9 @@ def _is_in_hardware(machine: Machine, dtype: ComputeDtype) -> bool:
     return dtype == "fp32" or measure_flops(machine.device, DTYPES[dtype]) > EMULATED_SHARE * fp32
 
 
-def measure_step(workload: Workload, device: torch.device, least_seconds: float = SECONDS_PER_SAMPLE) -> float:
+def measure_step(workload: Workload, device: torch.device) -> float:
     """Seconds of an optimizer step: the lower quartile of several, which other work on the machine disturbs least."""
-    times = sorted(timed_steps(workload, device, least_seconds))
+    times = sorted(timed_steps(workload, device, SECONDS_PER_SAMPLE))
     return times[len(times) // 4]
 
 
@@ -184,9 +184,8 @@ def fit(steps: Sequence[Workload], seconds: Sequence[float]) -> tuple[dict[str, 
     per_unit = non_negative_fit(shares, np.ones(len(times)))
     error = float(np.abs(shares @ per_unit - 1.0).max())
     per_unit[operations] += launch
-    is_told = shares.any(axis=0)
-    is_told[operations] = True
-    return {kind: float(per_unit[place]) for place, kind in enumerate(KINDS) if is_told[place]}, error
+    told = {KINDS[place] for place in np.flatnonzero(shares.any(axis=0))} | {"operations"}
+    return {kind: float(rate) for kind, rate in zip(KINDS, per_unit, strict=True) if kind in told}, error
 
 
 def _amount(workload: Workload, kind: Kind) -> float:
@@ -216,7 +215,7 @@ def non_negative_fit(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
                 x = wished
                 break
             blocked = free & (wished <= 0.0)
-            way = np.min(x[blocked] / (x[blocked] - wished[blocked]))
+            way = np.min(x[blocked] / np.maximum(x[blocked] - wished[blocked], np.finfo(float).tiny))
             x += way * (wished - x)
             free &= x > 1e-12
     return x / scale
