@@ -2,7 +2,6 @@
 
 import json
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +110,10 @@ odd_values = st.sampled_from(
 @given(place=st.sampled_from(PLACES), value=odd_values)
 def test_whatever_the_file_holds_is_shown_or_is_no_plan(place, value, tmp_path_factory):
     plan: Any = {"": plan_of(1, 1, measured=(1, 1))}
-    inner = plan
-    for key, below in pairwise(("", *place)):
-        inner, last = inner[key], below
-    inner[last if place else ""] = value
+    inner: Any = plan
+    for key in ("", *place)[:-1]:
+        inner = inner[key]
+    inner[place[-1] if place else ""] = value
     folder = write_run(tmp_path_factory.mktemp("odd") / "run", plan[""])
     outcomes = check([folder])
     assert outcomes[0].status in ("finished", "no plan")

@@ -103,17 +103,18 @@ def read_outcome(folder: Path) -> Outcome:
             instant=str(memory["instant"]),
             measured_how=str(memory["what"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return Outcome(folder, "no plan")
 
 
 def _figure(record: dict[str, Any], key: str, measured: Any) -> Figure:
     """Raises: ValueError or TypeError where a value is no finite number."""
-    values = [float(value) for value in (record[key], record["low"], record["high"])]
-    reached = None if measured is None else float(measured)
-    if not all(math.isfinite(value) for value in (*values, reached or 0.0)):
+    figure = Figure(
+        float(record[key]), float(record["low"]), float(record["high"]), None if measured is None else float(measured)
+    )
+    if not all(math.isfinite(value or 0.0) for value in vars(figure).values()):
         raise ValueError("not finite")
-    return Figure(*values, reached)
+    return figure
 
 
 def summarise(outcomes: Sequence[Outcome], figure: Callable[[Outcome], Figure | None]) -> Summary | None:
