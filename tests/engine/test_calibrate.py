@@ -13,6 +13,7 @@ from trivium.config import Adapter
 from trivium.engine import calibrate as calibrating
 from trivium.engine.calibrate import SAMPLES, Sample, calibrate, fit, non_negative_fit
 from trivium.engine.rehearsal import rehearsal_engine, rehearsal_step
+from trivium.errors import TriviumError
 from trivium.model.shape import QwenShape
 from trivium.plan import calibration
 from trivium.plan.devices import processor
@@ -146,12 +147,23 @@ def test_on_a_gpu_the_first_step_tells_what_an_operation_takes():
     assert error < 0.05
 
 
+def test_timings_that_contradict_each_other_are_not_kept(monkeypatch):
+    """The same step, once in a second and once in ten: other work was running."""
+    sample = Sample(32, 1, 64, tokens=32, document=16, head_dim=16)
+    seconds = iter([1.0, 10.0])
+    monkeypatch.setattr(calibrating, "SAMPLES", (sample, sample))
+    monkeypatch.setattr(calibrating, "measure_step", lambda workload, device: next(seconds))
+    with pytest.raises(TriviumError, match="contradict each other"):
+        calibrate(device="cpu")
+
+
 def test_this_machine_is_measured_and_predicted(tmp_path, monkeypatch):
     """Timings themselves are left to the bench: of steps as small as these they say nothing."""
     monkeypatch.setenv("TRIVIUM_HOME", str(tmp_path))
     samples = (Sample(32, 1, 64, tokens=32, document=16, head_dim=16), Sample(32, 2, 64, 32, 32, 16, trained="adapter"))
     monkeypatch.setattr(calibrating, "SAMPLES", samples)
     monkeypatch.setattr(calibrating, "SECONDS_PER_SAMPLE", 0.0)
+    monkeypatch.setattr(calibrating, "MOST_ERROR", float("inf"))
     notes = []
     found = calibrate(notes.append, "cpu")
     assert found.device == processor().name and found.num_threads == torch.get_num_threads()

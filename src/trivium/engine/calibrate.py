@@ -19,6 +19,7 @@ import torch
 from trivium.config import Adapter
 from trivium.engine.device import Machine, measure_flops, probe
 from trivium.engine.rehearsal import DTYPES, rehearsal_engine, rehearsal_step
+from trivium.errors import TriviumError
 from trivium.model.shape import QwenShape
 from trivium.plan.calibration import Calibration
 from trivium.plan.work import KINDS, Kind, step_work
@@ -32,6 +33,8 @@ EMULATED_SHARE = 0.5
 GPU_WIDTH, GPU_TOKENS = 4, 8
 # Of a GPU's step, up to which the beginning of operations is surely hidden behind the computing.
 HIDDEN_SHARE = 0.8
+# Beyond this the timings contradict each other: their fit says less than a data sheet.
+MOST_ERROR = 0.4
 
 Trained = Literal["everything", "adapter", "packed"]
 WEIGHTS: dict[Trained, Literal["pretrained", "nf4", "random"]] = {
@@ -116,7 +119,9 @@ SAMPLES = (
 def calibrate(note: Callable[[str], None] = lambda text: None, device: str = "auto") -> Calibration:
     """Measure what a run with this `device` trains on, in every dtype that it computes itself, in a few minutes.
 
-    `note` is told, as it happens, what is measured. Nothing else should be running.
+    `note` is told, as it happens, what is measured.
+
+    Raises: TriviumError when the timings contradict each other, as they do while something else is running.
     """
     machine = probe(device, "auto")
     # Without bitsandbytes nothing is packed, and what unpacking takes remains the data sheet's guess.
@@ -129,6 +134,12 @@ def calibrate(note: Callable[[str], None] = lambda text: None, device: str = "au
             note(f"{dtype}: step {number} of {len(steps)}")
             seconds.append(measure_step(workload, machine.device))
         rates[dtype], errors[dtype] = fit(steps, seconds)
+        if errors[dtype] > MOST_ERROR:
+            raise TriviumError(
+                f"The timings in {dtype} contradict each other: their best fit is {errors[dtype]:.0%} off, where "
+                f"{MOST_ERROR:.0%} is the most to be expected. Something else was probably running. Nothing was kept; "
+                "stop it and measure again."
+            )
     planned = machine.as_planned
     return Calibration(
         device=planned.name,

@@ -23,9 +23,10 @@ CPU_PRODUCT_SHARE, AMX_SHARE, CPU_ATTENTION_SHARE = 0.6, 0.2, 0.35
 LOGIT_BYTES = 20  # written, widened, exponentiated, summed, written back
 NF4_VALUE_BYTES = 5  # half a byte read, two written, at half the bandwidth
 SECONDS_PER_OPERATION = {"gpu": 6e-6, "apple": 15e-6, "cpu": 10e-6}
-# Measured over predicted seconds, where only the data sheet is known and where the machine was measured.
+# Measured over predicted seconds, where only the data sheet is known; and the error of a machine that was measured, at
+# least, where the calibration's own is not larger.
 UNMEASURED_RANGE = {"gpu": (0.75, 1.6), "apple": (0.7, 2.5), "cpu": (0.5, 2.5)}
-MEASURED_RANGE = (0.8, 1.25)
+LEAST_MEASURED_ERROR = 0.25
 
 NODE_DEVICES = 8
 NETWORK_BANDWIDTH = 25e9  # bytes a second of each device to other nodes: 200 Gbit/s
@@ -99,7 +100,10 @@ def predict_speed(workload: Workload, device: Device, calibration: Calibration |
     items |= {"communication": max(0.0, communication_seconds(workload, device) - OVERLAP_SHARE * computing)}
     items |= offload_seconds(workload)
     total = sum(items.values())
-    low, high = MEASURED_RANGE if measured else UNMEASURED_RANGE[device.kind]
+    low, high = UNMEASURED_RANGE[device.kind]
+    if calibration and measured:
+        high = 1.0 + max(LEAST_MEASURED_ERROR, calibration.error.get(workload.compute_dtype, 0.0))
+        low = 1.0 / high
     items = {item: seconds for item, seconds in items.items() if seconds > 0.0}
     return Speed(total, low * total, high * total, workload.step_tokens, items)
 
