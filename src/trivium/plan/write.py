@@ -4,6 +4,7 @@ What the method says by itself is left out, so that the file stays short and `me
 Decides nothing. The verb `plan` and the generator of the recipes import this file; it never imports torch.
 """
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,19 @@ def figures(plan: Plan) -> list[str]:
         f"device  {work.num_devices} x {plan.device.title}",
         f"memory  {plan.memory.total / GIB:.2f} GiB at the peak; {plan.allowed_bytes / GIB:.2f} of "
         f"{plan.device.memory_bytes / GIB:.2f} GiB may be used",
+        *textwrap.wrap(_items(plan), 110, initial_indent=8 * " ", subsequent_indent=8 * " "),
         f"speed   {speed.tokens_per_second:,.0f} tokens/s "
         f"({speed.step_tokens / speed.high:,.0f} to {speed.step_tokens / speed.low:,.0f})",
     ]
     if plan.cost and plan.num_tokens:
         lines.append(f"cost    {time_and_money(plan.cost)} for {plan.num_tokens:,} tokens")
     return lines
+
+
+def _items(plan: Plan) -> str:
+    """The peak by what it is for, largest first, in GiB."""
+    largest = sorted(plan.memory.items.items(), key=lambda entry: -entry[1])
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size >= 0.01 * GIB)
 
 
 def time_and_money(cost: Cost) -> str:
@@ -84,14 +92,21 @@ def hours(count: float) -> str:
 
 def written_values(run: Run) -> dict[str, Any]:
     """The run as nested values in its own order, without what is the default of its method or of every run."""
-    written: dict[str, Any] = {}
-    for key, value in run.model_dump(exclude_defaults=True).items():
-        said = METHOD_DEFAULTS[run.method].get(key)
-        if isinstance(said, dict) and key != "budget":
-            value = {name: entry for name, entry in value.items() if said.get(name) != entry}
-        if key == "budget" or value not in (said, {}):
+    everything, plain = run.model_dump(), run.model_dump(exclude_defaults=True)
+    written = {key: value for key, value in plain.items() if key not in METHOD_DEFAULTS[run.method]}
+    for key, said in METHOD_DEFAULTS[run.method].items():
+        value, others = everything[key], plain.get(key, {})
+        if key == "budget":
+            written[key] = {name: entry for name, entry in value.items() if entry is not None}
+        elif isinstance(said, dict):
+            written[key] = {
+                name: entry
+                for name, entry in value.items()
+                if (entry != said[name] if name in said else name in others)
+            }
+        elif value != said:
             written[key] = value
-    everything = run.model_dump()
+    written = {key: value for key, value in written.items() if value != {}}
     for part, names in ALWAYS_WRITTEN.items():
         if everything[part] is not None and (part != "parallel" or run.parallel.devices > 1):
             written[part] = {name: everything[part][name] for name in names} | written.get(part, {})
