@@ -1,0 +1,148 @@
+"""Every recipe says what its plan says, and begins: data, model and one optimizer step, in a shrunken shape."""
+
+import importlib.util
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.engine.runs import write_conversations, write_corpus
+from tests.use.models import make_base
+from trivium.config import Run
+from trivium.engine.device import Machine
+from trivium.engine.loop import Progress, take_step
+from trivium.engine.runfolder import RunFolder
+from trivium.engine.setup import build_engine, prepare
+from trivium.model import catalog
+from trivium.model.shape import QwenShape
+from trivium.plan import devices
+from trivium.plan.fit import FIT_SHARE
+from trivium.plan.memory import peak_memory
+from trivium.plan.network import shape_of_run
+from trivium.plan.workload import of_run
+from trivium.runfile import load_run
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+FILES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def shape(run: Run) -> QwenShape:
+    found = shape_of_run(run)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def make() -> ModuleType:
+    """The script that writes them."""
+    spec = importlib.util.spec_from_file_location("recipes_make", FOLDER / "make.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIVIUM_HOME", "/dev/null")
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def shipped_prices(monkeypatch):
+    monkeypatch.setenv("TRIVIUM_HOME", "/dev/null")
+
+
+def test_the_files_are_those_that_the_script_writes(make):
+    written = {recipe.name: recipe for recipe in make.recipes()}
+    assert set(written) == set(FILES)
+    there = devices.catalog()
+    for name, recipe in written.items():
+        assert FILES[name].read_text(encoding="utf-8") == make.text_of(recipe, there), name
+        plan, _ = make.fitting_plan(recipe, there)
+        assert load_run(FILES[name]).run == plan.run, name
+
+
+def test_every_published_size_has_each_way():
+    for name in (*catalog.QWEN25, *catalog.QWEN3):
+        ways = {stem.rpartition("-")[2] for stem in FILES if stem.startswith(f"{name.lower()}-")}
+        assert {"lora", "qlora", "full"} <= ways
+        assert ("continue" in ways) == (name != "Qwen3-32B")  # the only one without a base
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_fits_the_hardware_in_its_header(name):
+    run, header = load_run(FILES[name]).run, FILES[name].read_text(encoding="utf-8")
+    count, title = re.findall(r"^# device  (\d+) x (.+)$", header, re.MULTILINE)[0]
+    device = {device.title: device for device in devices.catalog().values()}[title]
+    place = "cpu" if device.kind == "cpu" else "gpu"
+    assert run.precision != "auto" and run.parallel.devices == int(count)
+    memory = peak_memory(of_run(run, shape(run), None, run.precision, place))
+    assert memory.total <= FIT_SHARE * device.memory_bytes
+    if run.adapter is None:
+        assert f"model   {shape(run).num_params:,} parameters, everything is trained" in header
+
+
+@dataclass(frozen=True)
+class Small:
+    """What every recipe is shrunken to: a model of the family with a chat template, and a little data."""
+
+    models: dict[str, Path]
+    data: dict[str, Path]
+    cache: Path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Small:
+    folder = tmp_path_factory.mktemp("recipes")
+    return Small(
+        models={"qwen3": make_base(folder / "qwen3"), "qwen2": make_base(folder / "qwen2", family="qwen2")},
+        data={
+            "assistant": write_conversations(folder / "chats.jsonl", 40),
+            "all": write_corpus(folder / "corpus.jsonl", 20),
+        },
+        cache=folder / "cache",
+    )
+
+
+def shrunken(name: str, small: Small, runs_dir: Path) -> Run:
+    """The recipe with another model and other data, a short step and one device; all else as it is."""
+    run = load_run(FILES[name]).run
+    budgeted = run.model.params is not None
+    model = "100K" if budgeted else small.models[shape(run).family]
+    settings = [
+        f"model={model}",
+        f"data.sources=[{small.data[run.loss_tokens]}]",
+        "data.seq_len=128",
+        "data.held_out=0.0",
+        "data.workers=1",
+        f"data.cache_dir={small.cache}",
+        "batch.tokens=512",
+        "batch.micro_tokens=256",
+        "budget={steps: 1}",
+        "parallel.devices=1",
+        "parallel.offload=none",
+        f"runs_dir={runs_dir}",
+        *(["tokenizer={train: {kind: byte, vocab_size: 259}}"] if budgeted else []),
+    ]
+    return load_run(FILES[name], settings).run
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_begins(name, small, tmp_path):
+    run = shrunken(name, small, tmp_path)
+    machine = Machine(torch.device("cpu"), DTYPES[run.precision], 1e9, 8 << 30)
+    torch.set_num_threads(1)
+    job = prepare(run, lambda text: None, machine)
+    assert job.has_conversations == (run.loss_tokens == "assistant")
+    engine = build_engine(job, machine)
+    trained = {key: value.detach().clone() for key, value in engine.model.named_parameters() if value.requires_grad}
+    assert any(".lora_" in key for key in trained) == (run.trainable == "adapter")
+
+    folder = RunFolder(tmp_path / run.name)
+    folder.path.mkdir()
+    figures = take_step(job, engine, folder, Progress(job.inputs))
+
+    assert math.isfinite(figures["train/loss"]) and figures["train/grad_norm"] > 0.0
+    assert any(not torch.equal(value, trained[key]) for key, value in engine.model.named_parameters() if key in trained)
