@@ -31,6 +31,8 @@ lint: .venv/dev.stamp
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python bench/readme.py --check
+	$(BIN)/python bench/planner_page.py --check
+	$(BIN)/python recipes/make.py --check
 
 format: .venv/dev.stamp
 	$(BIN)/ruff format .
@@ -41,6 +43,8 @@ bench: .venv/dev.stamp
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/pretrain.py
 	$(BIN)/python bench/readme.py
+	$(BIN)/python bench/planner_page.py
+	$(BIN)/python recipes/make.py
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .import_linter_cache dist
