@@ -52,7 +52,7 @@ GROUPS = {
     "Hardware": ("device", "devices", "memory"),
     "Wishes": ("method", "prefer", "purse", "hours", "adapter_only", "general"),
     "Output": ("run_file", "as_json", "trace"),
-    "Instead of a plan": ("calibrate", "is_check"),
+    "Instead of a plan": ("calibrate", "is_check", "is_table"),
 }
 """The options by what they are about, as `--help` shows them."""
 
@@ -89,6 +89,7 @@ class GroupedCommand(click.Command):
 @click.option("--trace", is_flag=True, help="Check the memory against a step of the engine itself; needs no device.")
 @click.option("--calibrate", is_flag=True, help="Measure this machine once, in minutes; used from then on.")
 @click.option("--check", "is_check", is_flag=True, help="The words are run folders: what was predicted, what came.")
+@click.option("--table", "is_table", is_flag=True, help="What two guides' tables say of Qwen, with our figures beside.")
 def plan(
     words: tuple[str, ...],
     run_file: Path | None,
@@ -96,6 +97,7 @@ def plan(
     trace: bool,
     calibrate: bool,
     is_check: bool,
+    is_table: bool,
     **flags: Any,
 ) -> None:
     """Find out which way to train fits the data, the hardware and the purse.
@@ -115,6 +117,8 @@ def plan(
         _calibrate()
     elif is_check:
         _check([Path(word) for word in words], as_json)
+    elif is_table:
+        _table(as_json)
     else:
         _plan(_request(words, run_file, **flags), run_file, as_json, trace)
 
@@ -273,3 +277,11 @@ def _check(folders: list[Path], as_json: bool) -> None:
         raise ConfigError("--check needs run folders, such as runs/lora.")
     outcomes = check.check(folders)
     click.echo(json.dumps(check.as_json(outcomes), indent=2) if as_json else check.as_table(outcomes))
+
+
+def _table(as_json: bool) -> None:
+    """Print what two guides say in numbers, computed again."""
+    from trivium.plan.tables import show, tables
+
+    found = tables()
+    click.echo(json.dumps(show.as_json(found), indent=2) if as_json else show.as_text(found))

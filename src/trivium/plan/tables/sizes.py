@@ -158,7 +158,7 @@ def vocabulary_claims() -> list[Claim]:
     claims = []
     for hidden, untied, tied in WALL:
         one = QWEN_VOCABULARY * hidden
-        product = f"{QWEN_VOCABULARY:,} x {hidden:,} = {one:,}"
+        product = f"{QWEN_VOCABULARY:,} x {hidden:,}"
         claims += [
             Claim(
                 "A",
@@ -167,7 +167,7 @@ def vocabulary_claims() -> list[Claim]:
                 "parameters",
                 point(untied),
                 point(2 * one),
-                f"2 x {product}",
+                f"2 x {product} = {2 * one:,}",
             ),
             Claim(
                 "A",
@@ -176,7 +176,7 @@ def vocabulary_claims() -> list[Claim]:
                 "parameters",
                 point(tied),
                 point(one),
-                product,
+                f"{product} = {one:,}",
             ),
         ]
     return claims
