@@ -148,9 +148,12 @@ class Group:
         given, allowed = run.activation_checkpointing, FIT_SHARE * self.device.memory_bytes
         for recompute in (False, True) if given is None else (given,):
             tried = [with_batch(work, size, recompute) for size in reversed(self.sizes(run, work))]
-            num_fitting = bisect_right(tried, allowed, key=lambda portioned: peak_memory(portioned).total)
+            # A step at once holds no gradients of portions before it, so that it may fit where its half does not.
+            parts, whole = tried[:-1], tried[-1:]
+            num_fitting = bisect_right(parts, allowed, key=lambda portioned: peak_memory(portioned).total)
+            fitting = parts[:num_fitting] + [each for each in whole if peak_memory(each).total <= allowed]
             least = float("inf")
-            for portioned in reversed(tried[:num_fitting]):
+            for portioned in reversed(fitting):
                 speed = self.speed(portioned)
                 price = self.price(speed)
                 if price > TIE * least:
