@@ -31,7 +31,8 @@ from trivium.runfile import ResolvedRun, load_run, to_yaml
 
 FOLDER = Path(__file__).resolve().parent
 NODE = (1, 2, 4, 8)
-CHAT_METHODS = ("lora", "qlora", "full")
+TITLES = {"lora": "LoRA", "qlora": "QLoRA", "full": "Full fine-tuning"}
+"""The ways that learn from conversations."""
 DATA = {"conversations": "chats.jsonl", "documents": "corpus.jsonl"}
 USUAL_FACTS = {
     "conversations": given_facts("conversations", num_rows=10_000, mean_tokens=400),
@@ -70,7 +71,7 @@ class Recipe:
     @property
     def data(self) -> DataFacts:
         """The data its figures are for: what is usual for the way, if nothing else is said."""
-        return self.facts or USUAL_FACTS["conversations" if self.method in CHAT_METHODS else "documents"]
+        return self.facts or USUAL_FACTS["conversations" if self.method in TITLES else "documents"]
 
 
 def published() -> Iterator[Recipe]:
@@ -79,8 +80,7 @@ def published() -> Iterator[Recipe]:
         for name in family:
             chat = name if name.startswith("Qwen3") else f"{name}-Instruct"
             base = f"{name}-Base" if name.startswith("Qwen3") else name
-            for method in CHAT_METHODS:
-                title = {"lora": "LoRA", "qlora": "QLoRA", "full": "Full fine-tuning"}[method]
+            for method, title in TITLES.items():
                 yield Recipe(f"{name.lower()}-{method}", f"{title} of {chat} on conversations.", method, f"Qwen/{chat}")
             if base in catalog.names():
                 purpose = f"Continued pre-training of {base} on text of a domain."
@@ -137,7 +137,9 @@ def table_rows() -> Iterator[Recipe]:
         method, model = way.partition("-")[0], f"Qwen2.5-{size.upper()}-Instruct"
         name = f"table-qwen2.5-{size}-{way}-{title.replace(' ', '-').lower().removesuffix('gb').rstrip('-')}"
         name += "gb" if title == "24 GB" else ""
-        purpose = f"Row of the hardware tables: {way.replace('-qv', ' on q and v')} of {model} on one {title}."
+        parts = " on q_proj and v_proj" if way.endswith("-qv") else ""
+        hardware = "a card of 24 GB" if title == "24 GB" else f"one {title}"
+        purpose = f"Row of the hardware tables: {TITLES[method]}{parts} of {model} on {hardware}."
         yield Recipe(name, purpose, method, f"Qwen/{model}", device, (1,), settings, said=said)
     for count, device, title, strategy, seq_len in (
         (2, "a100-80", "A100 80GB", "zero2", 1024),
@@ -245,7 +247,7 @@ def notes(recipe: Recipe, plan: Plan, changed: str) -> list[str]:
     if plan.workload.num_devices > 1:
         lines += ["Training on several devices is planned here, and not built yet.", f"trivium plan {path}"]
     else:
-        lines.append(f"trivium doctor {path} && trivium train {path}")
+        lines += [f"trivium doctor {path}", f"trivium train {path}"]
     return [*lines, ""]
 
 
