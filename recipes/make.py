@@ -262,9 +262,8 @@ def verdict(recipe: Recipe, changed: str) -> Iterator[str]:
         yield f"The table says that it {said}. As it stands it does not; it does with {changed}."
 
 
-def text_of(recipe: Recipe, there: Mapping[str, Device]) -> str:
+def text_of(recipe: Recipe, plan: Plan, changed: str) -> str:
     """The run file."""
-    plan, changed = fitting_plan(recipe, there)
     reasons = {key: "as the recipe has it" if why == GIVEN else why for key, why in plan.reasons.items()}
     return run_text(replace(plan, reasons=reasons), recipe.name, notes(recipe, plan, changed))
 
@@ -280,7 +279,7 @@ def main(words: list[str]) -> None:
     for recipe in recipes():
         if names and recipe.name not in names:
             continue
-        path, text = FOLDER / f"{recipe.name}.yaml", text_of(recipe, there)
+        path, text = FOLDER / f"{recipe.name}.yaml", text_of(recipe, *fitting_plan(recipe, there))
         if "--check" not in words:
             path.write_text(text, encoding="utf-8")
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:

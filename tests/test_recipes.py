@@ -59,8 +59,8 @@ def test_the_files_are_those_that_the_script_writes(make):
     assert set(written) == set(FILES)
     there = devices.catalog()
     for name, recipe in written.items():
-        assert FILES[name].read_text(encoding="utf-8") == make.text_of(recipe, there), name
-        plan, _ = make.fitting_plan(recipe, there)
+        plan, changed = make.fitting_plan(recipe, there)
+        assert FILES[name].read_text(encoding="utf-8") == make.text_of(recipe, plan, changed), name
         assert load_run(FILES[name]).run == plan.run, name
 
 
