@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
-from trivium.engine.device import GIB, Machine, asked_bytes, peak_memory_bytes
+from trivium.engine.device import GIB, LOOSE_FACTOR, Machine, asked_bytes, peak_memory_bytes
 from trivium.engine.runfolder import RunFolder, now
 from trivium.engine.setup import Job, trained_tokens
 from trivium.errors import DoesNotFit
@@ -70,7 +70,7 @@ def predict(job: Job, machine: Machine, versions: dict[str, str], held_bytes: in
         "peak_memory": {
             "bytes": peak_bytes,
             "low": round(FIT_SHARE * peak_bytes),
-            "high": round(peak_bytes / FIT_SHARE),
+            "high": max(round(peak_bytes / FIT_SHARE), peak_bytes + memory.slack),
             "what": RESIDENT if machine.place == "cpu" else ALLOCATED,
             "instant": memory.instant,
             "items": items,
@@ -85,6 +85,12 @@ def predict(job: Job, machine: Machine, versions: dict[str, str], held_bytes: in
         },
         "time": {"hours": hours * speed.seconds_per_step, "low": hours * speed.low, "high": hours * speed.high},
     }
+
+
+def is_tight(job: Job, machine: Machine) -> bool:
+    """Whether a CPU's memory may not do unless freed blocks go back to the system, see `return_freed_blocks`."""
+    allocated_bytes = peak_memory(workload_of(job, machine)).allocated
+    return machine.place == "cpu" and LOOSE_FACTOR * allocated_bytes > machine.memory_bytes
 
 
 def share_of_real_tokens(job: Job) -> float:
@@ -138,7 +144,8 @@ def ran_out(job: Job, machine: Machine, error: Exception, held_bytes: int) -> Do
     workload = workload_of(job, machine)
     memory, asked = peak_memory(workload), asked_bytes(error)
     grown = peak_memory_bytes(machine.device) - (held_bytes if machine.place == "cpu" else 0)
-    limit = min(machine.memory_bytes, memory.total, memory.framework + grown + asked)
+    # What the allocator held beyond what it had given out is in none of the last two, and in what a fix is held to.
+    limit = min(machine.memory_bytes, min(memory.total, memory.framework + grown + asked) + memory.slack)
     said = " ".join(str(error).split())[:SHOWN_CHARACTERS] or type(error).__name__
     wanted = f"{asked / MIB:,.1f} MiB more were asked for" if asked else f"more was asked for ({said})"
     return DoesNotFit(

@@ -5,13 +5,14 @@ For measuring what a step needs and takes: the planner's benches, its calibratio
 
 import numpy as np
 import torch
+from torch import nn
 
 from trivium.config import Adapter, Optimizer
 from trivium.data.pack import Batch, pack
 from trivium.engine.engine import Engine
 from trivium.model import adapter
-from trivium.model.quantize import quantise_projections
-from trivium.model.qwen import Qwen, init_weights
+from trivium.model.quantize import NF4Linear
+from trivium.model.qwen import INIT_STD, Linear, Qwen, init_weights
 from trivium.plan.workload import Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,13 +54,20 @@ def rehearsal_engine(workload: Workload, device: torch.device | str = "cpu") -> 
 
 
 def frozen_model(workload: Workload, dtype: torch.dtype, device: torch.device | str) -> Qwen:
-    """A base that is never trained: in the compute dtype, or with its projections packed."""
-    with torch.device(device):
-        model = Qwen(workload.shape).to(torch.float32 if workload.weights == "nf4" else dtype)
-    init_weights(model, seed=0)
-    if workload.weights == "nf4":
-        quantise_projections(model, dtype)
-        model.to(dtype)
+    """A base that is never trained, in the compute dtype or with its projections packed, made a matrix at a time."""
+    with torch.device("meta"):
+        model = Qwen(workload.shape)
+    for path, module in list(model.named_modules()):
+        if workload.weights == "nf4" and isinstance(module, Linear) and path != "lm_head":
+            bias = (
+                None if module.bias is None else nn.Parameter(torch.zeros_like(module.bias, dtype=dtype, device=device))
+            )
+            weight = torch.randn(module.weight.shape, device=device)
+            model.set_submodule(path, NF4Linear(weight, bias, dtype))
+        else:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0.0, INIT_STD)
+                module.register_parameter(name, nn.Parameter(value))
     return model.requires_grad_(False)
 
 

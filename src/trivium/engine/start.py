@@ -14,7 +14,7 @@ import torch
 from trivium.config import Run
 from trivium.data.build import BuiltStore
 from trivium.engine import forecast, loop
-from trivium.engine.device import Machine, begin_peak, describe, is_out_of_memory, probe
+from trivium.engine.device import Machine, begin_peak, describe, is_out_of_memory, probe, return_freed_blocks
 from trivium.engine.engine import Engine
 from trivium.engine.loop import Observer
 from trivium.engine.provenance import provenance, versions
@@ -123,6 +123,8 @@ def train(resolved: ResolvedRun, job: Job, machine: Machine, folder: RunFolder, 
     left_open = [key for key in PORTIONS if flatten(resolved.run)[key] is None]
     atomic_write(folder.run_yaml, dump_run(job.run, resolved.origins | dict.fromkeys(left_open, "planner")))
     torch.manual_seed(job.run.seed)
+    if forecast.is_tight(job, machine):
+        return_freed_blocks()
     try:
         engine = build_engine(job, machine)
         record_start(job, engine, machine, folder, previous)

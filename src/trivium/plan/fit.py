@@ -1,8 +1,9 @@
 """What fits a device, how a run's batch is portioned to fit it, and the cheapest changes that make a step fit.
 
-A step fits when its predicted peak takes at most `FIT_SHARE` of the memory; the rest is the margin for what no formula
-sees, such as the allocator's fragments or a display. Searches among whole plans: `search.py`. The verb `plan`, `train`
-and the engine's last words after running out of memory import this file; it never imports torch.
+A step fits when its predicted peak takes at most `FIT_SHARE` of the memory, and all of it with what the allocator may
+hold beyond; the rest is the margin for what no formula sees, such as a display. Searches among whole plans are in
+`search.py`. The verb `plan`, `train` and the engine's last words after running out of memory import this file; it never
+imports torch.
 """
 
 import itertools
@@ -71,7 +72,7 @@ class Change:
 
 def fits(memory: Memory, memory_bytes: int) -> bool:
     """Whether a predicted peak fits, with the margin."""
-    return memory.total <= FIT_SHARE * memory_bytes
+    return memory.total <= FIT_SHARE * memory_bytes and memory.high <= memory_bytes
 
 
 def portions(workload: Workload, most_tokens: int) -> list[int]:

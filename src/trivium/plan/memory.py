@@ -8,12 +8,11 @@ Never imports torch.
 Shapes: T tokens of a micro-batch, M of them supervised, D hidden, F feed-forward, V vocabulary.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trivium.plan.sharding import Share, share_of
 from trivium.plan.workload import FP32_BYTES as FP32
-from trivium.plan.workload import Workload, moment_bytes, projections
+from trivium.plan.workload import Place, Workload, moment_bytes, projections
 
 MIB, GIB = 1 << 20, 1 << 30
 # As in engine/loss.py and data/pack.py, with which a test compares them.
@@ -22,8 +21,10 @@ CPU_SLICE_VALUES, SUPERVISED_MULTIPLE = 1 << 20, 64
 # What a process needs before it allocates a tensor: on a GPU the context, kernels and the workspace of its products,
 # on a CPU the libraries. Measured on the latter; on the former 0.3 to 1 GB by what is published (see docs/planner.md).
 FRAMEWORK_BYTES = {"cpu": 480 * MIB, "gpu": 900 * MIB}
-# What the allocator holds beyond what it has given out: 1.02 to 1.14 of it in replays of whole steps.
-LEAST_SLACK, MOST_SLACK = 0.0, 0.12
+# What an allocator may hold beyond what it has given out. A GPU's: 1.002 to 1.126 of it in replays, of which it gives
+# the most back before it fails. A CPU's, where freed blocks go back to the system: bench/limits.py.
+GPU_SLACK_SHARE = 0.06
+CPU_SLACK_BYTES, CPU_SLACK_SHARE, MOST_CPU_SLACK_BYTES = 128 * MIB, 0.2, 256 * MIB
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Memory:
         items: bytes by what they are for, at the instant of the peak; they add up to `total`.
         instant: when that is.
         framework: of these, what is not the allocator's: the runtime, its kernels and libraries.
+        slack: what the allocator may hold beyond, at most: freed memory that it cannot use again.
     """
 
     items: dict[str, int]
     instant: str
     framework: int
+    slack: int
 
     @property
     def total(self) -> int:
@@ -51,14 +54,9 @@ class Memory:
         return self.total - self.framework
 
     @property
-    def low(self) -> int:
-        """The least that a system monitor will show: with half the framework."""
-        return round(self.allocated * (1 + LEAST_SLACK)) + self.framework // 2
-
-    @property
     def high(self) -> int:
-        """The most: with what an allocator cannot use again."""
-        return round(self.allocated * (1 + MOST_SLACK)) + self.framework
+        """The most: with all that the allocator may hold beyond."""
+        return self.total + self.slack
 
 
 def peak_memory(workload: Workload) -> Memory:
@@ -67,7 +65,14 @@ def peak_memory(workload: Workload) -> Memory:
     found = instants(workload)
     name = max(found, key=lambda name: sum(found[name].values()))
     items = {key: round(size) for key, size in found[name].items() if size >= 1}
-    return Memory({**items, "framework": framework}, name, framework)
+    allocated = sum(items.values())
+    return Memory({**items, "framework": framework}, name, framework, _slack(workload.place, allocated))
+
+
+def _slack(place: Place, allocated: int) -> int:
+    if place == "gpu":
+        return round(GPU_SLACK_SHARE * allocated)
+    return CPU_SLACK_BYTES + min(round(CPU_SLACK_SHARE * allocated), MOST_CPU_SLACK_BYTES)
 
 
 def instants(workload: Workload) -> dict[str, dict[str, float]]:
@@ -301,8 +306,3 @@ def _feed_forward_temporaries(w: Workload) -> float:
     if w.adapter and w.adapter.dora:
         moment = max(moment, 3 * FP32 * matrix)
     return stream + moment
-
-
-def as_gib(items: Mapping[str, float]) -> dict[str, float]:
-    """The same in GiB, for people."""
-    return {name: size / GIB for name, size in items.items()}
