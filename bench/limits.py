@@ -93,6 +93,8 @@ def run_limited(work: Workload, memory_bytes: int) -> int:
         limit = private_bytes() + memory_bytes - FRAMEWORK_BYTES["cpu"]
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         status = two_steps(work)
+    except MemoryError:  # also what is left of it was too little to say so
+        status = RAN_OUT
     finally:
         os._exit(status)
 

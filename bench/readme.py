@@ -52,6 +52,7 @@ def figures() -> str:
     rows.append(("`trivium --help`", "", f"{startup['help_seconds']:.2f} s"))
     slowest = f"refusing a wrong run file, the slowest of {startup['num_error_cases']}"
     rows.append((slowest, "", f"{startup['slowest_error_seconds']:.1f} s"))
+    rows += planner_rows()
     lines = [
         f"## Measured\n\nOn {pretrain['cpu_cores']} CPU cores, each pair side by side in one run of `bench/`.\n",
         "| what | against | result |",
@@ -59,6 +60,44 @@ def figures() -> str:
         *(f"| {what} | {against} | {result} |" for what, against, result in rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def planner_rows() -> list[tuple[str, str, str]]:
+    """What the planner said against what came of it."""
+    memory = json.loads((RESULTS / "memory-cpu.json").read_text())["summary"]
+    speed = json.loads((RESULTS / "speed.json").read_text())["summary"]
+    limits = json.loads((RESULTS / "limits.json").read_text())["summary"]
+    planning = json.loads((RESULTS / "planning.json").read_text())
+    fits, impossible = limits["fits"], limits["impossible"]
+    return [
+        (
+            f"predicted peak memory of a step, {memory['num']} ways to train",
+            "torch's allocator",
+            f"off by {memory['median']:.2%} in the median, {memory['worst']:.1%} at most",
+        ),
+        (
+            f"predicted tokens/s after `--calibrate`, {speed['num_ways']} ways to train",
+            "timed steps",
+            f"off by {speed['mean_error']:.0%} in the mean, {speed['largest_error']:.0%} at most, "
+            f"{speed['within_target']} within 20%",
+        ),
+        (
+            f"{fits['num'] + impossible['num']} random plans under a memory limit",
+            "what ran",
+            f"{fits['right']} of {fits['num']} that fit ran, {impossible['right']} of {impossible['num']} "
+            "impossible ones ran out",
+        ),
+        (
+            f"`trivium plan`, the slowest of {len(planning['answer_seconds'])} published models",
+            "",
+            f"{planning['slowest_answer_seconds']:.1f} s",
+        ),
+        (
+            "a search over every device, portion and strategy, the slowest",
+            "",
+            f"{planning['slowest_search_seconds']:.1f} s",
+        ),
+    ]
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def main() -> None:
     device, results = processor(), []
     for way in WAYS[: options.first]:
         workload = way.workload()
-        seconds = statistics.mean(timed_steps(workload, torch.device("cpu"), options.seconds))
+        seconds = statistics.median(timed_steps(workload, torch.device("cpu"), options.seconds))
         speed, by_data_sheet = predict_speed(workload, device, calibration), predict_speed(workload, device)
         result = {
             "method": way.method,

@@ -28,6 +28,9 @@ FILE = click.Path(path_type=Path)
 GIB = 1 << 30
 
 
+MOST = 1e18  # of anything: the tokens of all that was ever written are fewer
+
+
 class Amount(click.ParamType):
     """A number above zero, counts as run files write them: 0.5, 24, 10K, 1.5B."""
 
@@ -40,9 +43,11 @@ class Amount(click.ParamType):
             number = float(text if isinstance(count, str) or not count else str(count))
         except ValueError:
             number = math.nan
-        if not 0 < number < math.inf:
+        if not 0 < number <= MOST:
             name = param.opts[0] if param else "A number"
-            raise ConfigError(f"{name} is {value!r}; give a number above zero such as 0.5, 24, 10K or 1.5B.")
+            raise ConfigError(
+                f"{name} is {value!r}; give a number above zero, and up to {MOST:.0e}, such as 0.5, 24, 10K or 1.5B."
+            )
         return number
 
 

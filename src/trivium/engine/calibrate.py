@@ -6,6 +6,7 @@ nothing: `plan/calibration.py` does. For `trivium plan --calibrate` and the benc
 """
 
 import datetime
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -158,9 +159,8 @@ def _is_in_hardware(machine: Machine, dtype: ComputeDtype) -> bool:
 
 
 def measure_step(workload: Workload, device: torch.device) -> float:
-    """Seconds of an optimizer step: the lower quartile of several, which other work on the machine disturbs least."""
-    times = sorted(timed_steps(workload, device, SECONDS_PER_SAMPLE))
-    return times[len(times) // 4]
+    """Seconds of an optimizer step: the median of several."""
+    return statistics.median(timed_steps(workload, device, SECONDS_PER_SAMPLE))
 
 
 def timed_steps(workload: Workload, device: torch.device, least_seconds: float) -> list[float]:
