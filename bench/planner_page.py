@@ -18,7 +18,7 @@ os.environ["TRIVIUM_HOME"] = os.devnull  # no edits of prices, no calibration
 
 from trivium.plan import devices, speed
 from trivium.plan.fit import FIT_SHARE
-from trivium.plan.memory import FRAMEWORK_BYTES, GIB, LEAST_SLACK, MOST_SLACK
+from trivium.plan.memory import FRAMEWORK_BYTES, GIB, GPU_SLACK_SHARE
 from trivium.plan.tables import tables
 from trivium.plan.tables.claim import GUIDES
 from trivium.plan.tables.show import as_markdown, summary
@@ -48,9 +48,10 @@ bytes a value; the embedding and the head stay in 16 bits. The loss is computed 
 of its logits.
 
 What is predicted is what the allocator gives out, and beside it {FRAMEWORK_BYTES["gpu"] / GIB:.2f} GiB for the
-runtime of a GPU ({FRAMEWORK_BYTES["cpu"] / GIB:.2f} on a CPU). An allocator holds {LEAST_SLACK:.0%} to
-{MOST_SLACK:.0%} more than it has given out; that is the upper bound. A plan fits when its peak takes at most
-{FIT_SHARE:.0%} of the device.
+runtime of a GPU ({FRAMEWORK_BYTES["cpu"] / GIB:.2f} on a CPU). An allocator holds freed memory that it cannot use
+again: up to {GPU_SLACK_SHARE:.0%} of what it has given out on a GPU. On a CPU the C library has held 2.4 times of it, so
+a run whose memory is tight makes it give back, and then up to 128 MiB and a fifth more were enough for all plans that
+were tried. A plan fits when its peak takes at most {FIT_SHARE:.0%} of the device, and all of it with what is held beyond.
 
 **Speed** (`plan/work.py`, `plan/speed.py`) is a roofline: FLOPs of the projections, of attention inside documents and
 of the head over the tokens that carry loss; bytes of activations, weights and moments; operations begun. Frozen

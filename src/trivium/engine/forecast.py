@@ -16,7 +16,7 @@ from trivium.errors import DoesNotFit
 from trivium.plan import calibration
 from trivium.plan.check import PLAN_FILE
 from trivium.plan.fit import FIT_SHARE, cheapest_fixes
-from trivium.plan.memory import MIB, peak_memory
+from trivium.plan.memory import MIB, Memory, peak_memory
 from trivium.plan.speed import predict_speed
 from trivium.plan.workload import Workload, of_run
 
@@ -70,7 +70,7 @@ def predict(job: Job, machine: Machine, versions: dict[str, str], held_bytes: in
         "peak_memory": {
             "bytes": peak_bytes,
             "low": round(FIT_SHARE * peak_bytes),
-            "high": max(round(peak_bytes / FIT_SHARE), peak_bytes + memory.slack),
+            "high": max(round(peak_bytes / FIT_SHARE), peak_bytes + _kept_bytes(job, machine, memory)),
             "what": RESIDENT if machine.place == "cpu" else ALLOCATED,
             "instant": memory.instant,
             "items": items,
@@ -91,6 +91,12 @@ def is_tight(job: Job, machine: Machine) -> bool:
     """Whether a CPU's memory may not do unless freed blocks go back to the system, see `return_freed_blocks`."""
     allocated_bytes = peak_memory(workload_of(job, machine)).allocated
     return machine.place == "cpu" and LOOSE_FACTOR * allocated_bytes > machine.memory_bytes
+
+
+def _kept_bytes(job: Job, machine: Machine, memory: Memory) -> int:
+    """What the allocator may hold beyond what it has given out, at most."""
+    is_loose = machine.place == "cpu" and not is_tight(job, machine)
+    return round((LOOSE_FACTOR - 1) * memory.allocated) if is_loose else memory.slack
 
 
 def share_of_real_tokens(job: Job) -> float:

@@ -12,6 +12,7 @@ from trivium.model.shape import QwenShape
 from trivium.plan.ladder import TOKENS_PER_PARAM, short
 from trivium.plan.path import Path
 from trivium.plan.situation import Situation, is_chat_model, num_epochs, shape_of, shape_to_build
+from trivium.plan.write import hours
 
 GIB = 1 << 30
 FEW_CONVERSATIONS, FEW_TOKENS, LARGE_RANK, FEW_REASON = 10_000, 10**9, 64, 0.5
@@ -136,7 +137,7 @@ def _arithmetic(plan: Plan) -> str | None:
     )
     cost = plan.situation.cost(shape, plan.method, facts.num_tokens)
     if cost is not None and plan.situation.device is not None:
-        text += f": {cost.hours / 24:,.3g} days of {plan.situation.devices} x {plan.situation.device.title}"
+        text += f": {hours(cost.hours)} of {plan.situation.devices} x {plan.situation.device.title}"
     if per_param < TOKENS_PER_PARAM:
         text += (
             f". The tokens are {per_param:.2g} for each parameter and about {TOKENS_PER_PARAM} are wanted "
