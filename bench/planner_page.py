@@ -49,9 +49,10 @@ of its logits.
 
 What is predicted is what the allocator gives out, and beside it {FRAMEWORK_BYTES["gpu"] / GIB:.2f} GiB for the
 runtime of a GPU ({FRAMEWORK_BYTES["cpu"] / GIB:.2f} on a CPU). An allocator holds freed memory that it cannot use
-again: up to {GPU_SLACK_SHARE:.0%} of what it has given out on a GPU. On a CPU the C library has held 2.4 times of it, so
-a run whose memory is tight makes it give back, and then up to 128 MiB and a fifth more were enough for all plans that
-were tried. A plan fits when its peak takes at most {FIT_SHARE:.0%} of the device, and all of it with what is held beyond.
+again: up to {GPU_SLACK_SHARE:.0%} of what it has given out on a GPU. On a CPU the C library has held 2.4 times as much
+as was given out, so a run whose memory is tight makes it give back; then 128 MiB and a fifth more were enough for all
+plans that were tried. A plan fits when its peak takes at most {FIT_SHARE:.0%} of the device, and all of it with what
+is held beyond.
 
 **Speed** (`plan/work.py`, `plan/speed.py`) is a roofline: FLOPs of the projections, of attention inside documents and
 of the head over the tokens that carry loss; bytes of activations, weights and moments; operations begun. Frozen
