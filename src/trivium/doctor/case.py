@@ -22,11 +22,10 @@ from trivium.data.formats import Conversation, content_of
 from trivium.data.rows import RowError, parse_piece
 from trivium.engine.device import Machine
 from trivium.engine.engine import Engine
-from trivium.engine.forecast import workload_of
 from trivium.engine.setup import Job, build_engine, cache_folder
 from trivium.errors import BadData, ConfigError
 from trivium.model import hf
-from trivium.plan.workload import Workload
+from trivium.plan.workload import Workload, of_run
 
 LOOKED_AT_SAMPLES = 4096
 LOOKED_AT_TOKENS = 1 << 22
@@ -71,7 +70,8 @@ class Case:
     @cached_property
     def workload(self) -> Workload:
         """One step in the planner's numbers."""
-        return workload_of(self.job, self.machine)
+        job, machine = self.job, self.machine
+        return of_run(job.run, job.shape, job.facts, machine.precision, machine.place)
 
     @cached_property
     def template(self) -> ChatTemplate | None:
