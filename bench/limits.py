@@ -24,9 +24,9 @@ from typing import Any
 import peft  # noqa: F401  (imported before the limit, as libraries are)
 import torch
 
-from trivium.config import Adapter
+from trivium.config.run import Adapter
 from trivium.engine.device import is_out_of_memory, return_freed_blocks
-from trivium.engine.rehearsal import rehearsal_engine, rehearsal_step
+from trivium.measure.synthetic import rehearsal_engine, rehearsal_step
 from trivium.model.shape import QwenShape
 from trivium.plan.fit import FIT_SHARE, fits
 from trivium.plan.memory import FRAMEWORK_BYTES, MIB, peak_memory
@@ -60,7 +60,7 @@ def random_plan(rng: random.Random) -> tuple[Workload, int]:
     work = Workload(
         shape,
         **way,
-        states=rng.choice(("fp32", "fp32", "8bit")),
+        state_dtype=rng.choice(("fp32", "fp32", "8bit")),
         seq_len=seq_len,
         micro_tokens=micro_tokens,
         step_tokens=micro_tokens * rng.choice((1, 2)),

@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.allocator import allocated_peak
-from trivium.config import Adapter
-from trivium.engine.rehearsal import rehearsal_engine, rehearsal_step
+from trivium.config.run import Adapter
+from trivium.measure.synthetic import rehearsal_engine, rehearsal_step
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
 from trivium.plan.memory import peak_memory
@@ -67,7 +67,7 @@ def workload(shape: QwenShape, way: str, place: str, **changes: Any) -> Workload
     """A step of 2,048 tokens in rows of 1,024, unless something else is asked for."""
     values: dict[str, Any] = {
         "shape": shape,
-        "states": "fp32",
+        "state_dtype": "fp32",
         "seq_len": 1024,
         "micro_tokens": 2048,
         "step_tokens": 2048,
@@ -100,10 +100,10 @@ def cpu_workloads() -> Iterator[tuple[str, Workload]]:
         }.items():
             shape = {"one row": second, "long rows": deep, "few tokens": wide}.get(name, first)
             yield f"{way}, {name}", workload(shape, way, "cpu", **changes)
-    yield "scratch, 8-bit moments", workload(deep, "scratch", "cpu", states="8bit", recompute=True)
+    yield "scratch, 8-bit moments", workload(deep, "scratch", "cpu", state_dtype="8bit", recompute=True)
     yield (
         "scratch, 8-bit moments, few tokens",
-        workload(deep, "scratch", "cpu", states="8bit", micro_tokens=1024, step_tokens=1024, recompute=True),
+        workload(deep, "scratch", "cpu", state_dtype="8bit", micro_tokens=1024, step_tokens=1024, recompute=True),
     )
     some = Adapter(rank=8, targets=["q_proj", "v_proj"])
     yield "lora, two targets", workload(first, "lora", "cpu", adapter=some)
@@ -162,7 +162,7 @@ def main() -> None:
             "instant": predicted.instant,
         }
         if options.trace:
-            from trivium.engine.trace import trace_peak
+            from trivium.measure.trace import trace_peak
 
             row["traced_bytes"] = trace_peak(work).peak_bytes
         rows.append(row)

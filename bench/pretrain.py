@@ -53,9 +53,9 @@ def train_trivium(dtype: str, steps: int) -> tuple[int, float]:
     import torch
 
     from tests.memory_store import MemoryStore
-    from trivium.config import Optimizer
-    from trivium.data.order import Order
-    from trivium.data.pack import Rows
+    from trivium.config.run import Optimizer
+    from trivium.data.batch.order import Order
+    from trivium.data.batch.pack import Rows
     from trivium.engine.engine import Engine
     from trivium.model.qwen import Qwen, init_weights
     from trivium.model.shape import QwenShape
@@ -64,7 +64,7 @@ def train_trivium(dtype: str, steps: int) -> tuple[int, float]:
     model = Qwen(QwenShape(family="qwen3", rope_theta=1e6, rms_norm_eps=1e-6, **SHAPE))
     init_weights(model, seed=0)
     model.compute_dtype = getattr(torch, dtype)
-    engine = Engine(model, Optimizer(learning_rate=5e-5, weight_decay=0.0))
+    engine = Engine(model, Optimizer(lr=5e-5, weight_decay=0.0))
     rows = Rows(
         [store], Order([store.lengths], None, 1024, seed=0), rows_per_step=2, rows_per_micro_batch=2, num_rows=None
     )

@@ -120,7 +120,7 @@ class Count:
 
 def train_trivium(method: str, folder: Path, steps: int) -> dict[str, float]:
     """As `trivium train` does it, without the records and checkpoints."""
-    from trivium.config import Run, with_method_defaults
+    from trivium.config.run import Run, with_method_defaults
     from trivium.engine import engine as engine_module
     from trivium.engine.device import probe
     from trivium.engine.setup import build_engine, prepare
@@ -146,7 +146,7 @@ def train_trivium(method: str, folder: Path, steps: int) -> dict[str, float]:
         for batch in batches:
             count.batch(batch.num_tokens, batch.num_supervised, len(batch.supervised))
         engine.forward_backward(batches)
-        engine.optimizer_step(run.optimizer.learning_rate, batches)
+        engine.optimizer_step(run.optimizer.lr, batches)
         count.end_step()
     return count.figures(steps)
 

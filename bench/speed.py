@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from trivium.config import Adapter
+from trivium.config.run import Adapter
 from trivium.model.shape import Family, QwenShape
 from trivium.plan.workload import ComputeDtype, Workload
 
@@ -64,7 +64,7 @@ class Way:
             shape=shape,
             weights={"lora": "pretrained", "qlora": "nf4"}.get(self.method, "random"),
             adapter=Adapter(rank=self.rank) if self.method in ("lora", "qlora") else None,
-            states="fp32",
+            state_dtype="fp32",
             seq_len=self.seq_len,
             micro_tokens=self.micro_tokens,
             step_tokens=self.micro_tokens * self.micro_batches,
@@ -112,7 +112,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from trivium.engine.calibrate import calibrate, timed_steps
+    from trivium.measure.calibrate import calibrate, timed_steps
     from trivium.plan.devices import processor
     from trivium.plan.speed import predict_speed
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 os.environ["TRIVIUM_HOME"] = os.devnull  # no edits of prices, no calibration
 
+from trivium.config.load import ResolvedRun, load_run, to_yaml
 from trivium.errors import DoesNotFit
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
@@ -27,7 +28,6 @@ from trivium.plan.network import shape_of_run
 from trivium.plan.reasons import GIVEN
 from trivium.plan.search import search
 from trivium.plan.write import run_text
-from trivium.runfile import ResolvedRun, load_run, to_yaml
 
 FOLDER = Path(__file__).resolve().parent
 NODE = (1, 2, 4, 8)
@@ -39,8 +39,8 @@ USUAL_FACTS = {
     "documents": given_facts("documents", num_tokens=10**9),
 }
 TOKENS_PER_PARAM = 20
-AS_IT_STANDS = ("optimizer.states=fp32", "parallel.offload=none")  # as tables reckon
-SEARCHED = ("batch.micro_tokens", "activation_checkpointing", "optimizer.states")
+AS_IT_STANDS = ("optimizer.state_dtype=fp32", "parallel.offload=none")  # as tables reckon
+SEARCHED = ("batch.micro_tokens", "activation_checkpointing", "optimizer.state_dtype")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def from_scratch(name: str, purpose: str, model: str) -> Recipe:
     """On about twenty tokens for each parameter, after Hoffmann et al. 2022, arXiv:2203.15556."""
     num_params = 25e6 if model == "25M" else catalog.get(model.partition("/")[2]).num_params
     tokens = round(TOKENS_PER_PARAM * num_params, -8)
-    settings = (f"budget.tokens={tokens:.0f}", "optimizer.learning_rate=6e-4", "batch.tokens=262144")
+    settings = (f"budget.tokens={tokens:.0f}", "optimizer.lr=6e-4", "batch.tokens=262144")
     return Recipe(
         name, purpose, "scratch", model, None, NODE, settings, given_facts("documents", num_tokens=int(tokens))
     )
@@ -172,7 +172,7 @@ def table_rows() -> Iterator[Recipe]:
             "Qwen/Qwen2.5-7B",
             device,
             (count,),
-            ("budget.tokens=1T", "data.seq_len=4096", "batch.tokens=4194304", "optimizer.learning_rate=3e-4"),
+            ("budget.tokens=1T", "data.seq_len=4096", "batch.tokens=4194304", "optimizer.lr=3e-4"),
             trillion,
             said=True,
         )
@@ -221,7 +221,10 @@ def fitting_plan(recipe: Recipe, there: Mapping[str, Device]) -> tuple[Plan, str
         return find_plan(recipe, there, AS_IT_STANDS), ""
     with suppress(DoesNotFit):
         plan = find_plan(recipe, there)
-        states, offload = f"optimizer.states: {plan.workload.states}", f"parallel.offload: {plan.workload.offload}"
+        states, offload = (
+            f"optimizer.state_dtype: {plan.workload.state_dtype}",
+            f"parallel.offload: {plan.workload.offload}",
+        )
         return plan, " and ".join(text for text in (states, offload) if not text.endswith((" fp32", " none")))
     resolved, device = resolve(recipe), there[recipe.device]
     goal = Goal((resolved.run,), known_shape(resolved), (device,), facts=recipe.data)

@@ -4,7 +4,7 @@ import gc
 
 from torch.profiler import ProfilerActivity, profile
 
-from trivium.engine.rehearsal import rehearsal_engine, rehearsal_step
+from trivium.measure.synthetic import rehearsal_engine, rehearsal_step
 from trivium.plan.workload import Workload
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 
 class MemoryStore:
-    """Documents as a list of arrays, read like `trivium.data.store.Store`."""
+    """Documents as a list of arrays, read like `trivium.data.store.megatron.Store`."""
 
     def __init__(self, documents: list[np.ndarray], masks: list[np.ndarray] | None = None) -> None:
         self.documents = documents

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from trivium.cli.main import VERBS
-from trivium.config import METHOD_DEFAULTS
-from trivium.runfile import load_run
+from trivium.config.load import load_run
+from trivium.config.run import METHOD_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "AGENTS.md", "CONTRIBUTING.md", "docs/design.md"]

@@ -12,7 +12,8 @@ import torch
 
 from tests.engine.runs import write_conversations, write_corpus
 from tests.use.models import make_base
-from trivium.config import Run
+from trivium.config.load import load_run
+from trivium.config.run import Run
 from trivium.engine.device import Machine
 from trivium.engine.loop import Progress, take_step
 from trivium.engine.runfolder import RunFolder
@@ -24,7 +25,6 @@ from trivium.plan.fit import FIT_SHARE
 from trivium.plan.memory import peak_memory
 from trivium.plan.network import shape_of_run
 from trivium.plan.workload import of_run
-from trivium.runfile import load_run
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}

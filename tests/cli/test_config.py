@@ -12,10 +12,10 @@ from click.testing import CliRunner, Result
 from tests.malformed import CASES, GOOD, MISSING, OUT_OF_RANGE, UNKNOWN_KEYS, WRONG_CHOICES, WRONG_TYPES, Case
 from trivium.cli.config import config
 from trivium.cli.main import trivium
-from trivium.config import METHOD_DEFAULTS
-from trivium.runfile import dump_run, load_run
-from trivium.schema import json_schema, key_at, keys, suggest
-from trivium.yamltree import parse_tree
+from trivium.config.explain import json_schema, key_at, keys, suggest
+from trivium.config.load import dump_run, load_run
+from trivium.config.run import METHOD_DEFAULTS
+from trivium.config.yaml_tree import parse_tree
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +37,9 @@ def test_show_prints_the_dump_and_nothing_else():
 
 
 def test_show_as_json():
-    shown = json.loads(invoke("show", "run.yaml", "--json", "optimizer.learning_rate=1e-4").stdout)
-    assert shown["run"]["optimizer"]["learning_rate"] == 1e-4
-    assert shown["origins"]["optimizer.learning_rate"] == "command line"
+    shown = json.loads(invoke("show", "run.yaml", "--json", "optimizer.lr=1e-4").stdout)
+    assert shown["run"]["optimizer"]["lr"] == 1e-4
+    assert shown["origins"]["optimizer.lr"] == "command line"
     assert shown["origins"]["model.params"] == "run.yaml:2"
 
 
@@ -57,11 +57,11 @@ def test_errors_in_a_real_process(case: Case, folder: Path):
 
 
 def test_explain_one_key():
-    text = invoke("explain", "optimizer.learning_rate", "--file", "run.yaml").stdout
+    text = invoke("explain", "optimizer.lr", "--file", "run.yaml").stdout
     assert "Peak learning rate." in text
     assert "a number above 0 and below 1" in text
     for method, preset in METHOD_DEFAULTS.items():
-        assert f"{preset['optimizer']['learning_rate']} with method {method}" in text
+        assert f"{preset['optimizer']['lr']} with method {method}" in text
     assert "0.001 (default of method scratch)" in text
 
 
@@ -83,9 +83,9 @@ def test_explain_shows_what_a_file_sets():
 
 
 def test_explain_an_unknown_key():
-    result = invoke("explain", "optimizer.lr_rate")
+    result = invoke("explain", "optimizer.lr_rat")
     assert result.exit_code == 2
-    assert result.stderr == "trivium: optimizer.lr_rate is not a known key; did you mean learning_rate?\n"
+    assert result.stderr == "trivium: optimizer.lr_rat is not a known key; did you mean optimizer.lr?\n"
 
 
 BEFORE_EXAMPLE = {
@@ -156,8 +156,8 @@ def test_schema_refuses_what_the_reader_refuses(case: Case):
 
 
 def test_nearest_keys():
-    assert suggest(("optimizer", "lerning_rate")) == "did you mean learning_rate?"
-    assert suggest(("learning_rate",)) == "did you mean optimizer.learning_rate?"
+    assert suggest(("optimizer", "lerning_rate")) == "did you mean optimizer.lr?"
+    assert suggest(("learning_rate",)) == "did you mean optimizer.lr?"
     assert key_at(("data", "sources", 3, "path")) == keys()["data.sources.N.path"]
     assert key_at(("data", "sources", "first")) is None
     assert set(config.commands) == {"show", "explain", "schema"}

@@ -139,8 +139,7 @@ def test_bad_data_is_exit_4_and_a_wrong_name_exit_2(tmp_path, stories):
 
 
 def test_workers_import_nothing_heavy():
-    script = (
-        "import sys, trivium.data.encode; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
-    )
+    module = "trivium.data.store.encode"
+    script = f"import sys, {module}; print({{'torch', 'transformers', 'datasets', 'pyarrow'}} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

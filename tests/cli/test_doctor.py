@@ -51,7 +51,7 @@ def test_a_sound_run_leaves_stdout_empty(workplace):
 
 
 def test_an_error_stops_with_its_code_and_a_page_errors_first(workplace):
-    done = run(workplace, "doctor", "lora.yaml", FROZEN, "optimizer.learning_rate=1e-6")
+    done = run(workplace, "doctor", "lora.yaml", FROZEN, "optimizer.lr=1e-6")
     assert done.exit_code == 2
     assert done.stdout.index("error  Q04") < done.stdout.index("warning  Q19") and "docs/doctor.md#q04" in done.stdout
     assert "--allow Q04" in done.stderr and "Traceback" not in done.stderr

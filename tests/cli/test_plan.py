@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from trivium.cli.main import trivium as cli
+from trivium.config.load import load_run
 from trivium.model import catalog
-from trivium.runfile import load_run
 
 ON_L4 = ("--device", "l4")
 CHATS = ("--rows", "5K", "--kind", "conversations")

@@ -159,7 +159,7 @@ def test_an_adapter_is_trained_on_conversations_and_its_result_named(workplace):
     (workplace / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 10))
     (workplace / "tune.yaml").write_text(
         "method: lora\nmodel: runs/small/model\ndata: {sources: [talk.jsonl], seq_len: 64}\nbatch: {tokens: 256}\n"
-        "budget: {steps: 4}\nadapter: {rank: 2}\noptimizer: {learning_rate: 5e-3}\nsample: {prompts: [What?]}\n"
+        "budget: {steps: 4}\nadapter: {rank: 2}\noptimizer: {lr: 5e-3}\nsample: {prompts: [What?]}\n"
     )
     done = trivium(workplace, "train", "tune.yaml")
     assert done.returncode == 0, done.stderr

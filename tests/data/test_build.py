@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from trivium.config import Source
-from trivium.data import build as module
-from trivium.data.build import BuiltStore, build_sources, sample_texts, train_tokenizer_from_sources
-from trivium.data.corpus import open_corpus
-from trivium.data.publish import (
+from trivium.config.run import Source
+from trivium.data.source.corpus import open_corpus
+from trivium.data.store.build import BuiltStore, build_sources, sample_texts, train_tokenizer_from_sources
+from trivium.data.store.megatron import Store, StoreWriter
+from trivium.data.store import build as module
+from trivium.data.store.publish import (
     HASH_VALUES,
     HIGH_VALUES,
     count_distinct,
@@ -27,7 +28,6 @@ from trivium.data.publish import (
     held_out_limit,
     round_lengths,
 )
-from trivium.data.store import Store, StoreWriter
 from trivium.data.tokenizer import document_encoding, load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError, TriviumError
 
@@ -143,10 +143,10 @@ def test_other_inputs_are_other_stores(tmp_path, tokenizer):
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from trivium.config import Source
-from trivium.data import partial
-from trivium.data.build import StoreJob
-from trivium.data.corpus import open_corpus
+from trivium.config.run import Source
+from trivium.data.store import partial
+from trivium.data.store.build import StoreJob
+from trivium.data.source.corpus import open_corpus
 from trivium.data.tokenizer import Encoding
 if __name__ == "__main__":
     partial.JOURNAL_EVERY_BLOCKS = 3
@@ -305,7 +305,7 @@ def test_small_corpora_leave_neither_side_empty(tmp_path, tokenizer, texts, held
 
 
 def test_distinct_hashes_are_counted_exactly_in_buckets(tmp_path, monkeypatch):
-    monkeypatch.setattr("trivium.data.publish.BUCKET_HASHES", 100)
+    monkeypatch.setattr("trivium.data.store.publish.BUCKET_HASHES", 100)
     generator = np.random.default_rng(0)
     values = generator.integers(0, 2**63, (700, 2), dtype=np.uint64)
     values[:200, 0] = values[200:400, 0]  # equal in the first half only

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.test_tokenizer import REAL, REAL_NAMES, needs_real
-from trivium.data.chat import ChatEncoder, describe_template
-from trivium.data.formats import Layout, parse
-from trivium.data.rows import Reason, RowError
+from trivium.data.chat.formats import Layout, parse
+from trivium.data.chat.samples import ChatEncoder, describe_template
+from trivium.data.source.records import Reason, RowError
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 
@@ -208,8 +208,8 @@ def talk(*contents: str, **more) -> dict:
     return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)], **more}
 
 
-def encode(tokenizer, row: dict, seq_len: int = 4096, long_rows="drop", all_tokens: bool = False):
-    return ChatEncoder(tokenizer, seq_len, long_rows, all_tokens).encode(parse(row, Layout("messages")))
+def encode(tokenizer, row: dict, seq_len: int = 4096, overlong="drop", all_tokens: bool = False):
+    return ChatEncoder(tokenizer, seq_len, overlong, all_tokens).encode(parse(row, Layout("messages")))
 
 
 def learnt_text(tokenizer, sample) -> list[str]:

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.data.broken_rows import BROKEN_ROWS
-from trivium.config import Source
-from trivium.data.build import BuiltStore, ConversationSettings, build_sources, train_tokenizer_from_sources
+from trivium.config.run import Source
+from trivium.data.store.build import BuiltStore, ConversationSettings, build_sources, train_tokenizer_from_sources
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 
@@ -53,7 +53,7 @@ def tokenizer(tmp_path_factory):
 
 def build(source: Source, tokenizer, cache_dir: Path, **changes) -> BuiltStore:
     options = {"held_out": 0.1, "max_reject_share": 1.0, "max_document_mib": 1.0, "workers": 1} | changes
-    settings = ConversationSettings(seq_len=options.pop("seq_len", 200), long_rows=options.pop("long_rows", "drop"))
+    settings = ConversationSettings(seq_len=options.pop("seq_len", 200), overlong=options.pop("overlong", "drop"))
     (built,) = build_sources([source], tokenizer, cache_dir=cache_dir, conversations=settings, **options)
     return built
 
@@ -70,14 +70,14 @@ def samples(built: BuiltStore) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("long_rows", ["drop", "split", "truncate"])
-def test_rows_in_are_kept_or_split_or_rejected(tokenizer, tmp_path, long_rows):
+@pytest.mark.parametrize("overlong", ["drop", "split", "truncate"])
+def test_rows_in_are_kept_or_split_or_rejected(tokenizer, tmp_path, overlong):
     rng = Random(1)
     good = [{"messages": make_messages(rng, max_answers=8)} for _ in range(300)]
     broken = [row for form, row, _ in BROKEN_ROWS if form == "messages" and not isinstance(row, bytes)] * 3
     rows = [*good, *broken, "no json", "[1, 2]", '{"messages": [']
     rng.shuffle(rows)
-    built = build(write_rows(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "cache", long_rows=long_rows)
+    built = build(write_rows(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "cache", overlong=overlong)
     report = built.report
     assert report["rows"] == len(rows) == report["kept"] + report["split"] + report["rejected"]
     rejects = [json.loads(line) for line in (built.path / "rejects.jsonl").read_text().splitlines()]
@@ -86,7 +86,7 @@ def test_rows_in_are_kept_or_split_or_rejected(tokenizer, tmp_path, long_rows):
     assert report["split"] > 20 and report["reasoning_documents"] > 20
     assert report["documents"] + report["held_out_documents"] == len(samples(built))
     assert report["supervised_tokens"] == sum(weight > 0 for _, mask in samples(built) for weight in mask[1:])
-    if long_rows == "truncate":
+    if overlong == "truncate":
         assert report["cut_turns"] + report["dropped_turns"] > 0
 
 
@@ -171,7 +171,7 @@ def test_settings_that_change_samples_change_the_store(tokenizer, tmp_path):
     first = build(source, tokenizer, tmp_path / "cache")
     assert build(source, tokenizer, tmp_path / "cache").path == first.path
     assert build(source, tokenizer, tmp_path / "cache", seq_len=100).path != first.path
-    assert build(source, tokenizer, tmp_path / "cache", long_rows="split").path != first.path
+    assert build(source, tokenizer, tmp_path / "cache", overlong="split").path != first.path
 
 
 def test_what_reasons_is_marked(tokenizer, tmp_path):

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.broken_rows import BROKEN_ROWS, LONG_ROW_BYTES, SHORT_SEQ_LEN
-from trivium.config import Source
-from trivium.data.chat import ChatEncoder
-from trivium.data.formats import Conversation, Document, Layout, Turn, detect, from_dataset_info, parse
-from trivium.data.rows import Piece, Reason, Reject, RowError, parse_piece
+from trivium.config.run import Source
+from trivium.data.chat.formats import Conversation, Document, Layout, Turn, detect, from_dataset_info, parse
+from trivium.data.chat.samples import ChatEncoder
+from trivium.data.source.records import Piece, Reason, Reject, RowError, parse_piece
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 
@@ -374,5 +374,5 @@ def test_every_line_of_a_file_is_kept_or_refused(encoder, lines):
 
 def test_worker_processes_import_nothing_heavy_for_formats():
     heavy = "{'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)"
-    script = f"import sys, trivium.data.formats; sys.exit(str({heavy}) if {heavy} else 0)"
+    script = f"import sys, trivium.data.chat.formats; sys.exit(str({heavy}) if {heavy} else 0)"
     subprocess.run([sys.executable, "-c", script], check=True)

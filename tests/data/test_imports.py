@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.test_mmap import IGNORED, write_set
-from trivium.data.imports import UNSUPERVISED, import_padded_mmap
-from trivium.data.store import Store
+from trivium.data.store.imports import UNSUPERVISED, import_padded_mmap
+from trivium.data.store.megatron import Store
 from trivium.errors import BadData, ConfigError
 
 ROWS = st.lists(

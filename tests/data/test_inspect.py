@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.data.test_tokenizer import REAL, needs_real
-from trivium.config import Source
-from trivium.data.build import ConversationSettings, build_sources
-from trivium.data.inspect import COUNTS, Look, inspect_all
+from trivium.config.run import Source
+from trivium.data.look.inspect import COUNTS, Look, inspect_all
+from trivium.data.store.build import ConversationSettings, build_sources
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 
 END = "<|im_end|>"
@@ -70,10 +70,10 @@ def test_each_answers_proof_is_what_transformers_sends(chats):
     assert first.spans[1].text.endswith(f"Two and two.\n</think>\n\n4{END}") and first.spans[1].weight == 100
 
 
-@pytest.mark.parametrize("long_rows", ["drop", "split", "truncate"])
+@pytest.mark.parametrize("overlong", ["drop", "split", "truncate"])
 @pytest.mark.parametrize("all_tokens", [False, True])
-def test_a_source_shows_what_a_build_makes_of_it(chats, small, tmp_path, long_rows, all_tokens):
-    settings = ConversationSettings(seq_len=256, long_rows=long_rows, all_tokens=all_tokens)
+def test_a_source_shows_what_a_build_makes_of_it(chats, small, tmp_path, overlong, all_tokens):
+    settings = ConversationSettings(seq_len=256, overlong=overlong, all_tokens=all_tokens)
     source = Source(path=str(chats))
     options = {"held_out": 0.0, "max_reject_share": 1.0, "max_document_mib": 16.0, "workers": 1}
     (built,) = build_sources([source], small, cache_dir=tmp_path / "cache", conversations=settings, **options)
@@ -117,7 +117,7 @@ def test_a_long_conversation_says_what_became_of_it(chats, small):
     (dropped,) = inspect_all([Source(path=str(chats))], look(small, 1, seq_len=seq_len))
     assert [proof.turn for proof in dropped.documents[0].proofs] == [3] and dropped.counts["dropped_turns"] == 1
     assert "1 answers dropped: too long, or nothing stands before them" in dropped.documents[0].notes
-    (split,) = inspect_all([Source(path=str(chats))], look(small, 1, seq_len=seq_len, long_rows="split"))
+    (split,) = inspect_all([Source(path=str(chats))], look(small, 1, seq_len=seq_len, overlong="split"))
     assert [[proof.turn for proof in shown.proofs] for shown in split.documents] == [[3], [5]]
     assert "a later answer's history begins at a later user turn, so that it fits" in split.documents[0].notes
     assert split.counts["split"] == 1 and split.documents[1].spans[0].text.count("2 + 2?") == 0

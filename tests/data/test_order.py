@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivium.data.order import Order, best_fit
+from trivium.data.batch.order import Order, best_fit
 from trivium.errors import BadData
 
 document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)

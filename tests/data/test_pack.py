@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.memory_store import random_store
-from trivium.data.order import Order
-from trivium.data.pack import NO_LABEL, SUPERVISED_MULTIPLE, Rows, pack, sequential_batches, step_digest
+from trivium.data.batch.order import Order
+from trivium.data.batch.pack import NO_LABEL, SUPERVISED_MULTIPLE, Rows, pack, sequential_batches, step_digest
 
 document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 

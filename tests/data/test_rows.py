@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivium.data.blocks import START, Position, Reading, SourceFile, list_files, read_blocks
-from trivium.data.rows import Piece, Reason, Reject, Row, parse_piece
+from trivium.data.source.blocks import START, Position, Reading, SourceFile, list_files, read_blocks
+from trivium.data.source.records import Piece, Reason, Reject, Row, parse_piece
 from trivium.errors import BadData, ConfigError
 
 MAX_ROW_BYTES = 2000

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivium.data.store import Store, StoreWriter
+from trivium.data.store.megatron import Store, StoreWriter
 from trivium.errors import BadData
 
 with warnings.catch_warnings():

@@ -12,10 +12,10 @@ from pyarrow import parquet
 from tokenizers import Tokenizer
 
 from tests.data.test_tokenizer import REAL, needs_real
-from trivium.config import Source
-from trivium.data import survey as survey_module
-from trivium.data.build import ConversationSettings, build_sources
-from trivium.data.survey import estimated_tokens, survey
+from trivium.config.run import Source
+from trivium.data.look import survey as survey_module
+from trivium.data.look.survey import estimated_tokens, survey
+from trivium.data.store.build import ConversationSettings, build_sources
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 from trivium.plan.facts import DataFacts
@@ -218,5 +218,5 @@ def test_nothing_usable_is_said(tmp_path):
 
 
 def test_it_waits_for_no_torch():
-    code = "import sys, trivium.data.survey; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
+    code = "import sys, trivium.data.look.survey; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

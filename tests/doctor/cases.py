@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from trivium.config import Run, with_method_defaults
+from trivium.config.run import Run, with_method_defaults
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.doctor.case import Case, Trial, build_trial, read_conversations
 from trivium.doctor.examine import CASE_RULES, RUN_RULES, try_out

@@ -48,10 +48,10 @@ def case_with(rows, base, tmp_path, method="full", **values):
     return case_of(run_of(tmp_path, source, method=method, model=str(base), **values))
 
 
-@pytest.mark.parametrize("long_rows", ["drop", "truncate"])
-def test_q03_answers_that_do_not_fit(long_rows, base, tmp_path):
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_q03_answers_that_do_not_fit(overlong, base, tmp_path):
     rows = chat_rows([*PAIRS, ("Tell me all.", "Well, " * 99)])
-    data = {"long_rows": long_rows, "max_reject_share": 0.1, "held_out": 0.0}
+    data = {"overlong": overlong, "max_reject_share": 0.1, "held_out": 0.0}
     found = found_in(case_with(rows, base, tmp_path, data=data))["Q03"]
     assert found.severity == "warning" and "of 41 rows" in found.trouble.found
     one_in_many = chat_rows([*PAIRS * 4, ("Tell me all.", "Well, " * 99)])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.doctor.cases import case_of, found_in, run_of, severity_of, trial_of
+from trivium.config.load import dump_run, load_run
 from trivium.doctor.machine import disk_parts
 from trivium.engine.device import memory_bytes
 from trivium.engine.setup import settle_portions
@@ -14,7 +15,6 @@ from trivium.errors import ConfigError, DoesNotFit
 from trivium.model import quantize
 from trivium.plan.fit import cheapest_fixes
 from trivium.plan.memory import peak_memory
-from trivium.runfile import dump_run, load_run
 
 TINY_TOKENIZER = {"train": {"kind": "byte", "vocab_size": 259}}
 

@@ -20,7 +20,7 @@ def with_run(case: Case, **values) -> Case:
 
 
 def with_rate(case: Case, rate: float, **values) -> Case:
-    return with_run(case, optimizer=case.run.optimizer.model_copy(update={"learning_rate": rate}), **values)
+    return with_run(case, optimizer=case.run.optimizer.model_copy(update={"lr": rate}), **values)
 
 
 @pytest.mark.parametrize(

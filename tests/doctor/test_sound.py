@@ -38,7 +38,7 @@ def test_an_untied_model(tokenizer, chats, tmp_path):
 
 
 def test_dropout_and_token_rows(base, chats, tmp_path):
-    adapter = {"rank": 4, "dropout": 0.5, "train_tokens": ["<|im_end|>"], "b_rate_ratio": 8.0}
+    adapter = {"rank": 4, "dropout": 0.5, "train_tokens": ["<|im_end|>"], "loraplus_lr_ratio": 8.0}
     no_findings(run_of(tmp_path, chats, method="lora", model=str(base), adapter=adapter), tmp_path)
 
 

@@ -19,8 +19,8 @@ from tests.doctor.cases import (
     write_base,
     zero_rows,
 )
-from trivium.data.pack import Rows
-from trivium.data.store import StoreWriter
+from trivium.data.batch.pack import Rows
+from trivium.data.store.megatron import StoreWriter
 from trivium.data.tokenizer import CHATML_TEMPLATE
 from trivium.errors import BadData
 

@@ -79,9 +79,9 @@ def train(values: dict[str, Any]) -> None:
     """Start or go on with a run, here and now."""
     import torch
 
-    from trivium.config import Run, with_method_defaults
+    from trivium.config.load import ResolvedRun
+    from trivium.config.run import Run, with_method_defaults
     from trivium.engine.start import start
-    from trivium.runfile import ResolvedRun
 
     torch.set_num_threads(1)
     start(ResolvedRun(Run.model_validate(with_method_defaults(values)), {}), Silent())
@@ -121,7 +121,7 @@ def adapt_values(base: Path, conversations: Path, runs_dir: Path, **values: Any)
     """A run on a base model; everything else as in `run_values`, on conversations that stay whole in their rows."""
     data = {"sources": [str(conversations)], "seq_len": 128, "held_out": 0.1, "workers": 1}
     data["cache_dir"] = str(conversations.parent / "cache")
-    defaults = {"model": {"name": str(base)}, "data": data, "tokenizer": None, "optimizer": {"learning_rate": 1e-2}}
+    defaults = {"model": {"name": str(base)}, "data": data, "tokenizer": None, "optimizer": {"lr": 1e-2}}
     return run_values(conversations, runs_dir, **defaults | values)
 
 

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from tests.memory_store import random_store
-from trivium.config import Optimizer
-from trivium.data.order import Order
-from trivium.data.pack import Rows, pack
+from trivium.config.run import Optimizer
+from trivium.data.batch.order import Order
+from trivium.data.batch.pack import Rows, pack
 from trivium.engine.engine import Engine, NonFinite
 from trivium.model.qwen import Documents, Qwen, init_weights
 from trivium.model.shape import QwenShape
 
-CONFIG = Optimizer(learning_rate=1e-3, weight_decay=0.1)
+CONFIG = Optimizer(lr=1e-3, weight_decay=0.1)
 
 
 def small_shape(family: str = "qwen3", tied: bool = True) -> QwenShape:
@@ -133,10 +133,10 @@ def test_a_bad_gradient_is_found_before_the_update():
     assert all(torch.equal(parameter, before[name]) for name, parameter in engine.parameters.items())
 
 
-@pytest.mark.parametrize("states", ["fp32", "8bit"])
-def test_save_and_load_go_on_bit_for_bit(tmp_path, states):
+@pytest.mark.parametrize("state_dtype", ["fp32", "8bit"])
+def test_save_and_load_go_on_bit_for_bit(tmp_path, state_dtype):
     rows = rows_of(rows_per_micro_batch=2)
-    config = CONFIG.model_copy(update={"states": states})
+    config = CONFIG.model_copy(update={"state_dtype": state_dtype})
     straight, first = (small_engine(tied=False, config=config) for _ in range(2))
     for step in range(6):
         straight.forward_backward(rows.step(step))
@@ -147,7 +147,7 @@ def test_save_and_load_go_on_bit_for_bit(tmp_path, states):
     first.save(tmp_path / "step-00000003", {"step": 3})
     head_moments = first.optimizer.state[first.model.lm_head.weight]
     assert any(value.dtype == torch.uint8 for value in head_moments.values() if torch.is_tensor(value)) == (
-        states == "8bit"
+        state_dtype == "8bit"
     )
     torch.manual_seed(99)
     second = Engine(Qwen(small_shape(tied=False)), config)

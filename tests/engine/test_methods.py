@@ -21,10 +21,10 @@ KILLS_OF_THE_LONG_TEST = 20
 ADAPTER = {"rank": 4, "dropout": 0.1, "train_tokens": ["<|im_end|>"]}
 METHODS = {
     "lora": {"method": "lora", "adapter": ADAPTER},
-    "pissa": {"method": "lora", "adapter": {"rank": 4, "init": "pissa", "b_rate_ratio": 4.0}},
+    "pissa": {"method": "lora", "adapter": {"rank": 4, "init": "pissa", "loraplus_lr_ratio": 4.0}},
     "qlora": {"method": "qlora", "adapter": ADAPTER},
     "full": {"method": "full"},
-    "full-8bit": {"method": "full", "optimizer": {"learning_rate": 1e-2, "states": "8bit"}},
+    "full-8bit": {"method": "full", "optimizer": {"lr": 1e-2, "state_dtype": "8bit"}},
     "continue": {"method": "continue"},
 }
 CONTINUE_WITH_ADAPTER = {"method": "continue", "trainable": "adapter", "adapter": {"rank": 4}}

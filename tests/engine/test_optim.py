@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivium.config import Schedule
+from trivium.config.run import Schedule
 from trivium.engine.optim import learning_rate
 
 KINDS = ["cosine", "linear", "wsd", "constant"]
@@ -19,7 +19,7 @@ KINDS = ["cosine", "linear", "wsd", "constant"]
     st.floats(0.0, 1.0),
 )
 def test_the_rate_is_never_zero_nor_above_the_peak_and_stays_at_the_floor(kind, num_steps, step, warmup, decay, floor):
-    schedule = Schedule(kind=kind, warmup_share=warmup, decay_share=decay, floor_share=floor)
+    schedule = Schedule(kind=kind, warmup_ratio=warmup, decay_ratio=decay, min_lr_ratio=floor)
     rate = learning_rate(step, num_steps, 1.0, schedule)
     assert 0.0 <= rate <= 1.0 + 1e-12
     assert rate > 0.0 or floor == 0.0
@@ -29,7 +29,7 @@ def test_the_rate_is_never_zero_nor_above_the_peak_and_stays_at_the_floor(kind, 
 
 def test_the_forms_at_their_corners():
     def rates(kind, **values):
-        schedule = Schedule(kind=kind, warmup_share=0.1, decay_share=0.2, floor_share=0.1, **values)
+        schedule = Schedule(kind=kind, warmup_ratio=0.1, decay_ratio=0.2, min_lr_ratio=0.1, **values)
         return [learning_rate(step, 100, 2.0, schedule) for step in range(130)]
 
     for kind in KINDS:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.engine.runs import Silent, adapt_values, write_conversations
-from trivium.config import Run, with_method_defaults
-from trivium.data.store import Selection, Store
+from trivium.config.run import Run, with_method_defaults
+from trivium.data.store.megatron import Selection, Store
 from trivium.data.tokenizer import train_tokenizer
 from trivium.engine.setup import Job, prepare
 from trivium.errors import ConfigError

@@ -16,7 +16,7 @@ from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError
 
 SECRET = "s3cr3t00" * 5
-CONFIG = {"optimizer": {"learning_rate": 1e-3}}
+CONFIG = {"optimizer": {"lr": 1e-3}}
 LINES = [
     {"step": step, "time": "2026-01-01T00:00:00+00:00", "train/loss": 3.0 - step / 100, "train/epoch": step / 50}
     for step in (10, 20, 30, 40, 50)
@@ -139,7 +139,7 @@ def test_no_key_is_written_and_nothing_listens(environment, name, tmp_path):
 def test_another_config_begins_another_tracker_run(environment):
     pytest.importorskip("tensorboard")
     start("tensorboard", environment, RECORDS)
-    start("tensorboard", environment, RECORDS[:1], config={"optimizer": {"learning_rate": 1e-4}})
+    start("tensorboard", environment, RECORDS[:1], config={"optimizer": {"lr": 1e-4}})
     assert read_tensorboard(environment) == [("eval/loss", 0, 2.5)]
 
 

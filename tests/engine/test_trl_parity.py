@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from trivium.config import Run, with_method_defaults
-from trivium.data.pack import Batch
+from trivium.config.run import Run, with_method_defaults
+from trivium.data.batch.pack import Batch
 from trivium.data.tokenizer import train_tokenizer
 from trivium.engine.device import Machine
 from trivium.engine.optim import learning_rate
@@ -102,8 +102,8 @@ def run_of(method: str, base: Path, runs_dir: Path) -> Run:
         "name": "parity",
         "model": str(base / "model"),
         "data": {"sources": [str(base / "chats.jsonl")], "seq_len": 128, "held_out": 0.0, "workers": 1},
-        "optimizer": {"learning_rate": RATES[method], "weight_decay": 0.1, "beta2": 0.99, "clip_norm": 0.5},
-        "schedule": {"kind": "cosine", "warmup_share": 0.1},
+        "optimizer": {"lr": RATES[method], "weight_decay": 0.1, "beta2": 0.99, "max_grad_norm": 0.5},
+        "schedule": {"kind": "cosine", "warmup_ratio": 0.1},
         "budget": {"steps": STEPS},
         "batch": {"tokens": 512, "micro_tokens": 256},
         "runs_dir": str(runs_dir),
@@ -112,7 +112,7 @@ def run_of(method: str, base: Path, runs_dir: Path) -> Run:
 
 
 def rate(run: Run, step: int) -> float:
-    return learning_rate(step, STEPS, run.optimizer.learning_rate, run.schedule)
+    return learning_rate(step, STEPS, run.optimizer.lr, run.schedule)
 
 
 def rows_of(batches: list[Batch]) -> Iterator[dict[str, list[int]]]:
@@ -144,7 +144,7 @@ class SameRate(SFTTrainer):
     run: Run
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        peak = self.run.optimizer.learning_rate
+        peak = self.run.optimizer.lr
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: rate(self.run, step) / peak)
         self.losses: list[float] = []
         return self.lr_scheduler
@@ -169,12 +169,12 @@ def train_there(job: Job, folder: Path, output: Path) -> tuple[list[float], list
             per_device_train_batch_size=1,
             max_steps=STEPS,
             train_sampling_strategy="sequential",
-            learning_rate=optimizer.learning_rate,
+            learning_rate=optimizer.lr,
             weight_decay=optimizer.weight_decay,
             adam_beta1=optimizer.beta1,
             adam_beta2=optimizer.beta2,
             adam_epsilon=optimizer.eps,
-            max_grad_norm=optimizer.clip_norm,
+            max_grad_norm=optimizer.max_grad_norm,
             bf16=False,
             gradient_checkpointing=False,
             use_cpu=True,

@@ -11,13 +11,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trivium.config import Adapter
+from trivium.config.run import Adapter
 from trivium.errors import ConfigError
 from trivium.model import adapter, hf
 from trivium.model.quantize import load_quantised
 from trivium.model.qwen import Documents, Qwen, init_weights
-from trivium.model.rows import TokenRows
 from trivium.model.shape import QwenShape
+from trivium.model.tokens import TokenRows
 
 SHAPES = {
     "qwen2-tied": QwenShape("qwen2", 211, 64, 176, 2, 4, 2, 16, True),
@@ -299,7 +299,7 @@ def test_loftq_makes_up_for_quantisation_and_saves_what_was_learnt(
         return model
 
     original = load_base(folder)
-    lost = (logits(quantised("zero")) - logits(original)).norm()
+    lost = (logits(quantised("default")) - logits(original)).norm()
     model = quantised("loftq")
     assert (logits(model) - logits(original)).norm() < 0.8 * lost
     # Saved before it has learnt anything, it changes nothing in the model that was not quantised.

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import dequantize_blockwise, quantize_4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trivium.config import Adapter
+from trivium.config.run import Adapter
 from trivium.errors import ConfigError
 from trivium.model import adapter, hf
 from trivium.model.quantize import NF4Linear, load_quantised, quantised_bytes

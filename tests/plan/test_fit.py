@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trivium.config.load import ResolvedRun, load_run, to_yaml
 from trivium.errors import ConfigError, DoesNotFit
 from trivium.model import catalog
 from trivium.plan import devices
@@ -21,7 +22,6 @@ from trivium.plan.search import MAX_MICRO_TOKENS, STATES, TIE, search
 from trivium.plan.speed import predict_speed
 from trivium.plan.workload import Workload, of_run, with_batch
 from trivium.plan.write import write_run
-from trivium.runfile import ResolvedRun, load_run, to_yaml
 
 DEVICES = devices.catalog()
 RENTED = tuple(device for device in DEVICES.values() if device.price_per_hour)
@@ -124,7 +124,7 @@ def exhaustive(method: str, model: str, device: Device) -> list[tuple[Workload, 
     for tokens in portions(start, MAX_MICRO_TOKENS):
         for recompute in (False, True):
             for states in STATES if device.kind == "gpu" else STATES[:2]:
-                work = replace(with_batch(start, tokens, recompute), states=states)
+                work = replace(with_batch(start, tokens, recompute), state_dtype=states)
                 if peak_memory(work).total <= FIT_SHARE * device.memory_bytes:
                     found.append((work, predict_speed(work, device).seconds_per_step))
     return found
@@ -188,10 +188,10 @@ def test_the_fastest_of_all_devices():
 
 
 def test_what_is_set_is_kept():
-    resolved = resolve("full", "Qwen3-0.6B", "optimizer.states=8bit", "batch.micro_tokens=4096", "precision=fp32")
+    resolved = resolve("full", "Qwen3-0.6B", "optimizer.state_dtype=8bit", "batch.micro_tokens=4096", "precision=fp32")
     keys = frozenset(key for key, origin in resolved.origins.items() if not origin.startswith("default"))
     plan = search(Goal((resolved.run,), catalog.get("Qwen3-0.6B"), (DEVICES["h100-80"],), set_keys=keys))
-    assert plan.run.optimizer.states == "8bit" and plan.run.batch.micro_tokens == 4096
+    assert plan.run.optimizer.state_dtype == "8bit" and plan.run.batch.micro_tokens == 4096
     assert plan.workload.compute_dtype == "fp32" and plan.reasons["batch.micro_tokens"] == "as you set it"
     assert plan.cost is None  # nobody said how much data there is
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.allocator import allocated_peak
-from trivium.config import Adapter
-from trivium.data import pack
+from trivium.config.run import Adapter
+from trivium.data.batch import pack
 from trivium.engine import loss
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
@@ -22,7 +22,7 @@ STEP = Workload(
     SMALL,
     weights="random",
     adapter=None,
-    states="fp32",
+    state_dtype="fp32",
     seq_len=512,
     micro_tokens=1024,
     step_tokens=1024,
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora, fp32, recomputed": LORA | {"compute_dtype": "fp32", "recompute": True},
     "qlora, Qwen2.5, recomputed": LORA | {"weights": "nf4", "recompute": True, "shape": replace(SMALL, family="qwen2")},
     "some targets, dropout": LORA | {"adapter": Adapter(targets=["q_proj", "down_proj"], dropout=0.1)},
-    "8-bit moments": {"states": "8bit", "recompute": True},
+    "8-bit moments": {"state_dtype": "8bit", "recompute": True},
 }
 
 
@@ -64,7 +64,7 @@ steps = st.builds(
     place=st.sampled_from(["cpu", "gpu"]),
     compute_dtype=st.sampled_from(["fp32", "bf16"]),
     recompute=st.booleans(),
-    states=st.sampled_from(["fp32", "8bit"]),
+    state_dtype=st.sampled_from(["fp32", "8bit"]),
     adapter=st.sampled_from([None, Adapter(), Adapter(rank=64, targets=["q_proj"])]),
     supervised_share=st.floats(0.01, 1.0),
     step_tokens=st.sampled_from([1024, 4096]),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trivium.cli.main import VERBS
-from trivium.config import METHOD_DEFAULTS
+from trivium.config.run import METHOD_DEFAULTS
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.plan import devices

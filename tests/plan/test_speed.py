@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivium.config import Adapter
+from trivium.config.run import Adapter
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
@@ -35,7 +35,7 @@ def home(tmp_path, monkeypatch):
 
 def step(shape=TINY, **values):
     """A step of full fine-tuning on a GPU, or what `values` say."""
-    numbers = {"weights": "pretrained", "adapter": None, "states": "fp32", "seq_len": 256, "micro_tokens": 256}
+    numbers = {"weights": "pretrained", "adapter": None, "state_dtype": "fp32", "seq_len": 256, "micro_tokens": 256}
     numbers |= {"step_tokens": values.get("micro_tokens", 256), "recompute": False}
     return Workload(shape, **(numbers | {"compute_dtype": "bf16", "place": "gpu"} | values))
 

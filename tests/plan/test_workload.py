@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivium.config import Adapter, Projection, Run, with_method_defaults
+from trivium.config.run import Adapter, Projection, Run, with_method_defaults
 from trivium.engine.optim import state_tensors
-from trivium.engine.rehearsal import rehearsal_engine
+from trivium.measure.synthetic import rehearsal_engine
 from trivium.model import catalog
 from trivium.model.quantize import NF4Linear
 from trivium.model.qwen import Qwen
@@ -28,7 +28,7 @@ def work(shape: QwenShape, **changes: Any) -> Workload:
     values: dict[str, Any] = {
         "weights": "random",
         "adapter": None,
-        "states": "fp32",
+        "state_dtype": "fp32",
         "seq_len": 64,
         "micro_tokens": 128,
         "step_tokens": 128,
@@ -57,11 +57,13 @@ def test_an_adapter_has_as_many_values_as_pefts_for_every_published_size(name: s
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("adapter", [None, Adapter(rank=5, dora=True)], ids=["everything", "adapter"])
-@pytest.mark.parametrize("states", ["fp32", "8bit"])
-def test_moments_take_as_many_bytes_as_the_optimizer_keeps(family: Any, adapter: Adapter | None, states: Any) -> None:
+@pytest.mark.parametrize("state_dtype", ["fp32", "8bit"])
+def test_moments_take_as_many_bytes_as_the_optimizer_keeps(
+    family: Any, adapter: Adapter | None, state_dtype: Any
+) -> None:
     shape = QwenShape(**{**vars(SMALL), "family": family})
     rows = 3 if adapter else 0
-    workload = work(shape, adapter=adapter, states=states, num_token_rows=rows)
+    workload = work(shape, adapter=adapter, state_dtype=state_dtype, num_token_rows=rows)
     engine = rehearsal_engine(workload)
     found = state_tensors(engine.optimizer, engine.parameters)
     kept = {name: tensor for name, tensor in found.items() if not name.startswith("step.")}
@@ -93,10 +95,10 @@ def test_a_run_files_step() -> None:
         "batch": {"tokens": 8192, "micro_tokens": 2048},
         "activation_checkpointing": True,
         "adapter": {"rank": 4},
-        "optimizer": {"states": "8bit"},
+        "optimizer": {"state_dtype": "8bit"},
     }
     run = Run.model_validate(with_method_defaults(values))
     made = of_run(run, catalog.get("Qwen3-0.6B"), None, "bf16", "gpu")
-    assert (made.weights, made.states, made.recompute) == ("nf4", "8bit", True)
+    assert (made.weights, made.state_dtype, made.recompute) == ("nf4", "8bit", True)
     assert (made.seq_len, made.micro_tokens, made.num_micro_batches) == (512, 2048, 4)
     assert made.num_trained_params == num_adapter_params(made.shape, Adapter(rank=4))

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.use.conftest import PAIRS
-from trivium.data.chat import ChatEncoder
-from trivium.data.formats import parse
-from trivium.data.layout import Layout
+from trivium.data.chat.columns import Layout
+from trivium.data.chat.formats import parse
+from trivium.data.chat.samples import ChatEncoder
 from trivium.data.tokenizer import load_tokenizer
 from trivium.errors import ConfigError
 from trivium.use.chat import Dialogue, Writer

@@ -10,8 +10,8 @@ import pytest
 from tests.engine.runs import adapt_values, train, write_conversations
 from tests.use.conftest import PAIRS
 from tests.use.models import STORIES, make_adapter, make_base, make_run
+from trivium.engine.record import read_record
 from trivium.engine.runfolder import RunFolder
-from trivium.report.record import read_record
 from trivium.use.answers import answers, read_questions, score
 from trivium.use.compare import Comparison, compare, find_contenders
 from trivium.use.held_out import measure, passages_of_file, passages_of_run

@@ -1,6 +1,6 @@
 """`trivium config`: what a run file says in full, what each key means, and its JSON schema for editors.
 
-Only prints; the reading and checking is `trivium.runfile`, the descriptions are `trivium.schema`. No torch.
+Only prints; the reading and checking is `trivium.config.load`, the descriptions are `trivium.config.explain`. No torch.
 """
 
 import json
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
+from trivium.config.explain import Key, json_schema, key_at, keys, suggest
+from trivium.config.load import ResolvedRun, dump_run, flatten, load_run, to_yaml
 from trivium.errors import ConfigError
-from trivium.runfile import ResolvedRun, dump_run, flatten, load_run, to_yaml
-from trivium.schema import Key, json_schema, key_at, keys, suggest
 
 FILE = click.Path(path_type=Path)
 
@@ -27,7 +27,7 @@ def config() -> None:
 def show(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print the whole configuration of FILE, defaults included, and where each value came from.
 
-    Example: trivium config show run.yaml optimizer.learning_rate=1e-3
+    Example: trivium config show run.yaml optimizer.lr=1e-3
     """
     resolved = load_run(file, overrides)
     if as_json:
@@ -42,7 +42,7 @@ def show(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 def explain(key: str | None, file: Path | None) -> None:
     """Say what KEY means, what it accepts and its default; without KEY, list all keys.
 
-    Example: trivium config explain optimizer.learning_rate
+    Example: trivium config explain optimizer.lr
     """
     resolved = load_run(file) if file else None
     if key is None:
@@ -60,7 +60,7 @@ def schema() -> None:
     """Print the JSON schema of run files.
 
     Editors that know the YAML language server complete and check a run file that begins with
-    `# yaml-language-server: $schema=trivium.schema.json`.
+    `# yaml-language-server: $schema=trivium.config.explain.json`.
     """
     click.echo(json.dumps(json_schema(), indent=2))
 

@@ -1,7 +1,7 @@
 """`trivium data`: build and import token stores, and look into stores and sources.
 
-The work is `trivium.data.build`, `imports` and `inspect`; here are flags and printing. Paths and figures go to stdout,
-progress and remarks to stderr.
+The work is in `trivium.data`; here are flags and printing. Paths and figures go to stdout, progress and remarks to
+stderr.
 """
 
 import json
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
-from trivium.config import Data, Source
+from trivium.config.run import Data, Source
 from trivium.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trivium.data.build import ConversationSettings
-    from trivium.data.inspect import Inspection
-    from trivium.data.show import Shown, Span
+    from trivium.data.look.inspect import Inspection
+    from trivium.data.look.show import Shown, Span
+    from trivium.data.store.build import ConversationSettings
 
 DEFAULTS = {name: info.default for name, info in Data.model_fields.items()}
 DOCUMENTS = click.Choice(["file", "paragraph", "line"])
@@ -64,7 +64,7 @@ READING_OPTIONS = [
     click.option(
         "--long-rows",
         type=click.Choice(["drop", "split", "truncate"]),
-        default=DEFAULTS["long_rows"],
+        default=DEFAULTS["overlong"],
         show_default=True,
         help="What becomes of turns that do not fit.",
     ),
@@ -103,9 +103,9 @@ def _sources(names: tuple[str, ...], options: dict[str, Any]) -> list[Source]:
 
 
 def _conversations(options: dict[str, Any]) -> "ConversationSettings":
-    from trivium.data.build import ConversationSettings
+    from trivium.data.store.build import ConversationSettings
 
-    return ConversationSettings(options["seq_len"], options["long_rows"], options["loss_tokens"] == "all")
+    return ConversationSettings(options["seq_len"], options["overlong"], options["loss_tokens"] == "all")
 
 
 @data.command()
@@ -152,7 +152,7 @@ def build(
 
     Example: trivium data build stories.jsonl --tokenizer Qwen/Qwen3-0.6B
     """
-    from trivium.data.build import build_sources
+    from trivium.data.store.build import build_sources
     from trivium.data.tokenizer import load_tokenizer
 
     built = build_sources(
@@ -216,7 +216,7 @@ def import_(folder: Path, out: Path, as_json: bool) -> None:
 
     Example: trivium data import binarized --out imported
     """
-    from trivium.data.imports import import_padded_mmap
+    from trivium.data.store.imports import import_padded_mmap
 
     report = import_padded_mmap(folder, out)
     if as_json:
@@ -249,7 +249,7 @@ def inspect(paths: tuple[str, ...], tokenizer: str | None, num_shown: int, as_js
       trivium data inspect chats.jsonl --tokenizer Qwen/Qwen3-0.6B
       trivium data inspect runs/cache/store-* --tokenizer Qwen/Qwen3-0.6B
     """
-    from trivium.data.inspect import Look, inspect_all
+    from trivium.data.look.inspect import Look, inspect_all
     from trivium.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer) if tokenizer else None

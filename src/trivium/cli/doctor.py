@@ -30,7 +30,7 @@ def doctor(run_file: Path, overrides: tuple[str, ...], as_json: bool, allow: tup
 
     Example: trivium doctor lora.yaml data.seq_len=4096
     """
-    from trivium.runfile import load_run
+    from trivium.config.load import load_run
 
     resolved = load_run(run_file, overrides)
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trivium.config import METHOD_DEFAULTS, parse_count
+from trivium.config.run import METHOD_DEFAULTS, parse_count
 from trivium.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trivium.config import Source
+    from trivium.config.run import Source
     from trivium.model.shape import QwenShape
     from trivium.plan.facts import DataFacts
     from trivium.plan.goal import Plan
@@ -236,7 +236,7 @@ def _survey(sources: "Sequence[Source]") -> "DataFacts":
     """What files hold, their tokens estimated, since counting takes the tokenizer and with it torch."""
     from dataclasses import fields
 
-    from trivium.data.survey import survey
+    from trivium.data.look.survey import survey
     from trivium.plan.facts import DataFacts
 
     found = survey(sources)
@@ -255,7 +255,7 @@ def _trace(plan: "Plan") -> dict[str, Any]:
     """The memory of the plan's step in the engine itself, beside what was predicted."""
     from dataclasses import asdict
 
-    from trivium.engine.trace import trace_peak
+    from trivium.measure.trace import trace_peak
 
     if plan.workload.num_devices > 1:
         raise ConfigError("A trace is of one device; plan with --devices 1 to trace it.")
@@ -265,7 +265,7 @@ def _trace(plan: "Plan") -> dict[str, Any]:
 
 def _calibrate() -> None:
     """Measure this machine, and keep the figures."""
-    from trivium.engine.calibrate import calibrate
+    from trivium.measure.calibrate import calibrate
     from trivium.plan import calibration
 
     measured = calibrate(lambda text: click.echo(text, err=True))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def train(run_file: Path, overrides: tuple[str, ...], allow: tuple[str, ...]) -> None:
     """Train what RUN_FILE describes; the same command goes on after any stop.
 
-    KEY=VALUE overrides a field, such as optimizer.learning_rate=1e-3. The doctor looks first, and stops a run that
+    KEY=VALUE overrides a field, such as optimizer.lr=1e-3. The doctor looks first, and stops a run that
     would fail or silently learn the wrong thing (`trivium doctor` looks closer). The result is a Hugging Face folder
     in RUNS_DIR/NAME/model, or a PEFT folder in RUNS_DIR/NAME/adapter, and its path goes to stdout. Exit codes: 0 done,
     2 configuration, 3 does not fit, 4 data, 75 stopped and saved.
@@ -25,7 +25,7 @@ def train(run_file: Path, overrides: tuple[str, ...], allow: tuple[str, ...]) ->
     Example:
       trivium train story.yaml budget.tokens=3M
     """
-    from trivium.runfile import load_run
+    from trivium.config.load import load_run
 
     resolved = load_run(run_file, overrides)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from trivium.config import Run
+from trivium.config.run import Run
 from trivium.doctor.case import Trial
 from trivium.doctor.findings import Rule, Trouble
 from trivium.model import hf

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from trivium.config import Run, Source
-from trivium.data.chat import ChatTemplate, describe_template
-from trivium.data.corpus import open_corpus
-from trivium.data.formats import Conversation, content_of
-from trivium.data.rows import RowError, parse_piece
+from trivium.config.run import Run, Source
+from trivium.data.chat.formats import Conversation, content_of
+from trivium.data.chat.samples import ChatTemplate, describe_template
+from trivium.data.source.corpus import open_corpus
+from trivium.data.source.records import RowError, parse_piece
 from trivium.engine.device import Machine
 from trivium.engine.engine import Engine
 from trivium.engine.setup import Job, build_engine, cache_folder

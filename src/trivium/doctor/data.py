@@ -9,9 +9,9 @@ from contextlib import suppress
 
 import numpy as np
 
-from trivium.data.chat import ChatEncoder
-from trivium.data.formats import Conversation, Turn
-from trivium.data.rows import Reason, RowError
+from trivium.data.chat.formats import Conversation, Turn
+from trivium.data.chat.samples import ChatEncoder
+from trivium.data.source.records import Reason, RowError
 from trivium.doctor.case import Case
 from trivium.doctor.findings import Rule, Trouble
 from trivium.errors import BadData
@@ -36,7 +36,7 @@ def too_long(case: Case) -> Trouble | None:
         f"were cut, since they are longer than data.seq_len {case.run.data.seq_len:,}.",
         f"at most {SHORTENED_SHARE:.0%} of them: the model learns least of what is longest, and of a cut answer it "
         "learns to stop too early.",
-        "raise data.seq_len, or set data.long_rows: split, which keeps the answers and shortens what stands before.",
+        "raise data.seq_len, or set data.overlong: split, which keeps the answers and shortens what stands before.",
     )
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trivium.config import Run
+from trivium.config.run import Run
 from trivium.doctor import adapter, data, machine, numbers, tokens, trial
 from trivium.doctor.case import Case, Trial, build_trial, read_conversations
 from trivium.doctor.findings import Finding, known_ids, look, refusal, stopping

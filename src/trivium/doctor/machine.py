@@ -9,10 +9,10 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from trivium.config import Run
+from trivium.config.run import Run
 from trivium.doctor.case import Case
 from trivium.doctor.findings import Rule, Trouble
-from trivium.engine.forecast import suggest_fixes
+from trivium.engine.plan_record import suggest_fixes
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.setup import cache_folder
 from trivium.errors import DoesNotFit
@@ -31,8 +31,8 @@ def needed_packages(run: Run) -> dict[str, str]:
         needed["peft"] = "trainable: adapter"
     if run.weights == "nf4":
         needed["bitsandbytes"] = "weights: nf4"
-    elif run.optimizer.states != "fp32":
-        needed["bitsandbytes"] = f"optimizer.states: {run.optimizer.states}"
+    elif run.optimizer.state_dtype != "fp32":
+        needed["bitsandbytes"] = f"optimizer.state_dtype: {run.optimizer.state_dtype}"
     return needed
 
 
@@ -125,7 +125,7 @@ def disk_parts(case: Case) -> dict[str, int]:
     """What the run will hold on disk at its fullest, in bytes: one checkpoint more than it keeps, and the result."""
     run, shape = case.run, case.job.shape
     num_trained = case.workload.num_trained_params
-    checkpoint = num_trained * (FP32_BYTES + 2 * MOMENT_BYTES[run.optimizer.states])
+    checkpoint = num_trained * (FP32_BYTES + 2 * MOMENT_BYTES[run.optimizer.state_dtype])
     result = shape.num_params * case.machine.compute_dtype.itemsize if run.adapter is None else num_trained * FP32_BYTES
     num_checkpoints = min(run.checkpoint.keep + 1, case.job.num_steps)
     return {f"{num_checkpoints} checkpoints": num_checkpoints * checkpoint, "the result": result}

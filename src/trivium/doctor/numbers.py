@@ -38,7 +38,7 @@ def rate_range(case: Case) -> RateRange:
 
 def learning_rate_range(case: Case) -> Trouble | None:
     """Q19: a rate of another way to train, which unlearns or learns nothing."""
-    rate, usual = case.run.optimizer.learning_rate, rate_range(case)
+    rate, usual = case.run.optimizer.lr, rate_range(case)
     if usual.above < rate < usual.below:
         return None
     fate = "what the model knows is likely to be lost" if rate >= usual.below else "next to nothing will be learnt"
@@ -46,9 +46,9 @@ def learning_rate_range(case: Case) -> Trouble | None:
         fate = "the loss is likely to diverge"
     return Trouble(
         "warning",
-        f"optimizer.learning_rate is {rate:g}; with it {fate}.",
+        f"optimizer.lr is {rate:g}; with it {fate}.",
         f"between {usual.above:g} and {usual.below:g} for {usual.what}.",
-        "leave optimizer.learning_rate out to take the method's own, or set one in that range.",
+        "leave optimizer.lr out to take the method's own, or set one in that range.",
     )
 
 
@@ -65,7 +65,7 @@ def adapter_scaling(case: Case) -> Trouble | None:
         "info" if adapter.scaling == low else "warning",
         f"the adapter's update is scaled by {formula} = {adapter.scaling:g}, where the default is 2.",
         f"{low:g} to {high:g}, since the scaling acts like a second learning rate.",
-        "leave adapter.alpha out to take twice the rank; to learn faster or slower, change optimizer.learning_rate.",
+        "leave adapter.alpha out to take twice the rank; to learn faster or slower, change optimizer.lr.",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trivium.data.pack import NO_LABEL, Batch
+from trivium.data.batch.pack import NO_LABEL, Batch
 from trivium.doctor.case import Case, Sample
 from trivium.doctor.findings import Rule, Trouble
 from trivium.engine.setup import untrained_tokens

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from trivium.data.pack import Batch, pack
+from trivium.data.batch.pack import Batch, pack
 from trivium.doctor.case import Trial, spread
 from trivium.doctor.findings import Rule, Trouble
 from trivium.engine.device import is_out_of_memory
 from trivium.engine.engine import Engine, NonFinite
-from trivium.engine.forecast import suggest_fixes
+from trivium.engine.plan_record import suggest_fixes
 from trivium.errors import TriviumError
 from trivium.model.qwen import Documents
 from trivium.plan.memory import peak_memory

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from trivium.config import Optimizer
-from trivium.data.pack import Batch
+from trivium.config.run import Optimizer
+from trivium.data.batch.pack import Batch
 from trivium.engine import checkpoint
 from trivium.engine.loss import cross_entropy_sum
 from trivium.engine.optim import build_adamw, state_tensors, take_steps
@@ -40,13 +40,13 @@ class Engine:
     Args:
         model: already on the device, with its compute type set; trained weights in fp32.
         config: AdamW's numbers.
-        b_rate_ratio: LoRA+, see `config.Adapter`.
+        loraplus_lr_ratio: LoRA+, see `config.Adapter`.
     """
 
-    def __init__(self, model: Qwen, config: Optimizer, b_rate_ratio: float = 1.0) -> None:
+    def __init__(self, model: Qwen, config: Optimizer, loraplus_lr_ratio: float = 1.0) -> None:
         self.model = model
         self.config = config
-        self.optimizer = build_adamw(model, config, b_rate_ratio)
+        self.optimizer = build_adamw(model, config, loraplus_lr_ratio)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(model.parameters()).device
 
@@ -71,16 +71,16 @@ class Engine:
             total += value
         return total / (total_weight or 1.0)
 
-    def optimizer_step(self, learning_rate: float, batches: Sequence[Batch] = ()) -> float:
+    def optimizer_step(self, lr: float, batches: Sequence[Batch] = ()) -> float:
         """Clip, update the weights, clear the gradients; return the gradient's norm before clipping.
 
         Raises: NonFinite, before anything is updated, when the norm is NaN or infinite.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         if not math.isfinite(value := float(norm)):
             raise NonFinite(f"the gradient's norm is {value}", batches)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["rate_ratio"]
+            group["lr"] = lr * group["lr_ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from trivium.data.pack import step_digest
-from trivium.engine import checkpoint, forecast
+from trivium.data.batch.pack import step_digest
+from trivium.engine import checkpoint, plan_record
 from trivium.engine.device import Machine
 from trivium.engine.engine import Engine, NonFinite
 from trivium.engine.metrics import Interval
@@ -170,7 +170,7 @@ def take_step(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -
     Raises: TriviumError naming the documents at fault when something is not finite; nothing is updated then.
     """
     start = time.perf_counter()
-    rate = learning_rate(progress.step, job.num_steps, job.run.optimizer.learning_rate, job.run.schedule)
+    rate = learning_rate(progress.step, job.num_steps, job.run.optimizer.lr, job.run.schedule)
     batches = job.rows.step(progress.step)
     try:
         loss = engine.forward_backward(batches)
@@ -184,7 +184,7 @@ def take_step(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -
     progress.train_seconds += seconds
     progress.interval.add(job.shape, batches, loss, seconds, frozen=job.run.adapter is not None)
     folder.ledger.append({"step": progress.step, "num_tokens": progress.num_tokens, "digest": progress.ledger})
-    return {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate}
+    return {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate}
 
 
 def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite) -> str:
@@ -204,7 +204,7 @@ def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite) -> 
         f"Stopped before another update, step {step:,} being the last: {error}. It came from "
         f"{len(documents)} pieces of documents, all listed in {folder.path / 'failure.json'}, the first being {shown}. "
         "Look at those documents; if they are sound, begin anew under another name with a lower "
-        "optimizer.learning_rate, or with precision: fp32."
+        "optimizer.lr, or with precision: fp32."
     )
     folder.write("failure.json", {"kind": "not finite", "step": step, "message": message, "documents": documents})
     return message
@@ -266,7 +266,7 @@ def sample(job: Job, engine: Engine, folder: RunFolder, progress: Progress, obse
 
 def save(engine: Engine, folder: RunFolder, progress: Progress, keep: int) -> None:
     """Commit a checkpoint, then remove those it makes superfluous; and say what became of the plan so far."""
-    forecast.record_measured(folder)
+    plan_record.record_measured(folder)
     for records in (folder.metrics, folder.ledger, folder.samples):
         records.sync()
     engine.save(checkpoint.step_folder(folder.checkpoints, progress.step), asdict(progress))

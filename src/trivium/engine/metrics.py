@@ -6,7 +6,7 @@ Used by the loop and the benches.
 from dataclasses import dataclass
 from typing import Any
 
-from trivium.data.pack import Batch
+from trivium.data.batch.pack import Batch
 from trivium.engine.device import GIB, Machine, peak_memory_bytes
 from trivium.model.shape import QwenShape
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from trivium.config import Optimizer, Schedule
+from trivium.config.run import Optimizer, Schedule
 from trivium.errors import ConfigError
 
 
-def build_adamw(model: nn.Module, config: Optimizer, b_rate_ratio: float = 1.0) -> torch.optim.Optimizer:
+def build_adamw(model: nn.Module, config: Optimizer, loraplus_lr_ratio: float = 1.0) -> torch.optim.Optimizer:
     """AdamW over everything trainable; weight decay on matrices (two dimensions and more) only.
 
-    Each group has a `rate_ratio`, by which the learning rate is multiplied: `b_rate_ratio` for the second matrices of a
-    low-rank adapter, 1 for all else.
+    Each group has an `lr_ratio` that multiplies the learning rate: `loraplus_lr_ratio` for the B matrices of a low-rank
+    adapter, 1 for all else.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; LoRA+, Hayou et al. 2024, arXiv:2402.12354.
     """
@@ -30,18 +30,18 @@ def build_adamw(model: nn.Module, config: Optimizer, b_rate_ratio: float = 1.0) 
         {
             "params": [p for name, p in matrices if ".lora_B." in name],
             "weight_decay": config.weight_decay,
-            "rate_ratio": b_rate_ratio,
+            "lr_ratio": loraplus_lr_ratio,
         },
     ]
-    groups = [{"rate_ratio": 1.0, **group} for group in groups if group["params"]]
+    groups = [{"lr_ratio": 1.0, **group} for group in groups if group["params"]]
     numbers: dict[str, Any] = {
-        "lr": config.learning_rate,
+        "lr": config.lr,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
     }
-    if config.states == "fp32":
+    if config.state_dtype == "fp32":
         return torch.optim.AdamW(groups, **numbers, fused=True)
-    return eight_bit_adamw(model, groups, numbers, is_paged=config.states == "paged-8bit")
+    return eight_bit_adamw(model, groups, numbers, is_paged=config.state_dtype == "paged-8bit")
 
 
 def eight_bit_adamw(
@@ -57,8 +57,8 @@ def eight_bit_adamw(
         from bitsandbytes.optim import AdamW8bit, GlobalOptimManager, PagedAdamW8bit
     except ImportError as error:
         raise ConfigError(
-            "optimizer.states asks for 8-bit moments, which need bitsandbytes. Install it with `pip install "
-            "'trivium[gpu]'`, or set optimizer.states: fp32."
+            "optimizer.state_dtype asks for 8-bit moments, which need bitsandbytes. Install it with `pip install "
+            "'trivium[gpu]'`, or set optimizer.state_dtype: fp32."
         ) from error
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -111,15 +111,15 @@ def learning_rate(step: int, num_steps: int, peak: float, schedule: Schedule) ->
 
     Source: WSD (warm-up, stable, decay) from Hu et al. 2024, arXiv:2404.06395.
     """
-    warmup_steps = round(schedule.warmup_share * num_steps)
+    warmup_steps = round(schedule.warmup_ratio * num_steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule.kind == "constant":
         return peak
     decay_steps = num_steps - warmup_steps
     if schedule.kind == "wsd":
-        decay_steps = min(decay_steps, round(schedule.decay_share * num_steps))
+        decay_steps = min(decay_steps, round(schedule.decay_ratio * num_steps))
     done = (step - (num_steps - decay_steps)) / max(1, decay_steps - 1)
     done = min(1.0, max(0.0, done))
     remaining = 0.5 * (1.0 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1.0 - done
-    return peak * (schedule.floor_share + (1.0 - schedule.floor_share) * remaining)
+    return peak * (schedule.min_lr_ratio + (1.0 - schedule.min_lr_ratio) * remaining)

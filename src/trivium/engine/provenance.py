@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trivium.config import Source
+from trivium.config.run import Source
 from trivium.engine.device import Machine, describe
 from trivium.engine.engine import Engine
 from trivium.engine.setup import Job

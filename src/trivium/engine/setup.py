@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from trivium.config import Run, Source, TrainTokenizer
-from trivium.data.build import BuiltStore, ConversationSettings, build_sources, train_tokenizer_from_sources
-from trivium.data.chat import describe_template
-from trivium.data.corpus import FileHashes
-from trivium.data.order import Order
-from trivium.data.pack import Batch, Rows, sequential_batches
-from trivium.data.store import Selection, Store
+from trivium.config.run import Run, Source, TrainTokenizer
+from trivium.data.batch.order import Order
+from trivium.data.batch.pack import Batch, Rows, sequential_batches
+from trivium.data.chat.samples import describe_template
+from trivium.data.source.corpus import FileHashes
+from trivium.data.store.build import BuiltStore, ConversationSettings, build_sources, train_tokenizer_from_sources
+from trivium.data.store.megatron import Selection, Store
 from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.device import GIB, Machine
 from trivium.engine.engine import Engine
@@ -322,7 +322,7 @@ def build_data(run: Run, tokenizer: Any) -> list[BuiltStore]:
     return build_sources(
         data.sources,
         tokenizer,
-        conversations=ConversationSettings(data.seq_len, data.long_rows, run.loss_tokens == "all"),
+        conversations=ConversationSettings(data.seq_len, data.overlong, run.loss_tokens == "all"),
         held_out=data.held_out,
         max_reject_share=data.max_reject_share,
         max_document_mib=data.max_document_mib,
@@ -366,7 +366,7 @@ def build_engine(job: Job, machine: Machine) -> Engine:
     model = load_frozen(job, machine)
     model.recompute = bool(run.activation_checkpointing)
     adapter.inject(model, run.adapter, run.seed, trained_tokens(job), job.weights_folder)
-    return Engine(model, run.optimizer, run.adapter.b_rate_ratio)
+    return Engine(model, run.optimizer, run.adapter.loraplus_lr_ratio)
 
 
 def load_frozen(job: Job, machine: Machine) -> Qwen:

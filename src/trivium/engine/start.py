@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from trivium.config import Run
-from trivium.data.build import BuiltStore
-from trivium.engine import forecast, loop
+from trivium.config.load import ResolvedRun, differences, dump_run, flatten, load_run
+from trivium.config.run import Run
+from trivium.data.store.build import BuiltStore
+from trivium.engine import loop, plan_record
 from trivium.engine.device import Machine, begin_peak, describe, is_out_of_memory, probe, return_freed_blocks
 from trivium.engine.engine import Engine
 from trivium.engine.loop import Observer
@@ -24,7 +25,6 @@ from trivium.engine.trackers import open_trackers, require_trackers
 from trivium.errors import ConfigError, Stopped
 from trivium.files import atomic_write
 from trivium.plan.check import PLAN_FILE
-from trivium.runfile import ResolvedRun, differences, dump_run, flatten, load_run
 
 DTYPE_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 PORTIONS = ("batch.micro_tokens", "activation_checkpointing")
@@ -119,11 +119,11 @@ def train(resolved: ResolvedRun, job: Job, machine: Machine, folder: RunFolder, 
             observer.note(f"goes on in other portions ({changed}): the same samples in the same order, but rounding")
     held_bytes = begin_peak(machine.device)
     if not previous:
-        folder.write(PLAN_FILE, {"predicted": forecast.predict(job, machine, versions(), held_bytes)})
+        folder.write(PLAN_FILE, {"predicted": plan_record.predict(job, machine, versions(), held_bytes)})
     left_open = [key for key in PORTIONS if flatten(resolved.run)[key] is None]
     atomic_write(folder.run_yaml, dump_run(job.run, resolved.origins | dict.fromkeys(left_open, "planner")))
     torch.manual_seed(job.run.seed)
-    if forecast.is_tight(job, machine):
+    if plan_record.is_tight(job, machine):
         return_freed_blocks()
     try:
         engine = build_engine(job, machine)
@@ -135,7 +135,7 @@ def train(resolved: ResolvedRun, job: Job, machine: Machine, folder: RunFolder, 
             loop.train(job, engine, machine, folder, watched)
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise forecast.ran_out(job, machine, error, held_bytes) from error
+            raise plan_record.ran_out(job, machine, error, held_bytes) from error
         raise
 
 

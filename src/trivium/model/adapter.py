@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trivium.config import Adapter, Projection
+from trivium.config.run import Adapter, Projection
 from trivium.errors import ConfigError
 from trivium.files import atomic_write, write_safetensors
 from trivium.model import hf
 from trivium.model.quantize import NF4Linear
 from trivium.model.qwen import Linear, Qwen, own_seed
-from trivium.model.rows import TokenRows
+from trivium.model.tokens import TokenRows
 
 CONFIG, WEIGHTS = hf.ADAPTER_FILES
 PROJECTIONS = get_args(Projection)
@@ -71,7 +71,7 @@ def inject(
         files = hf.find_tensors(_empty_like(model), weights_folder)
     for path, layer in _adapted(model):
         _compute_in_the_dtype_of_the_input(layer)
-        if config.init == "zero":
+        if config.init == "default":
             _start_uniform(layer, own_seed(seed, path))
         elif config.init == "pissa":
             _start_principal(layer, own_seed(seed, path))
@@ -91,10 +91,10 @@ def _check_start(model: Qwen, config: Adapter) -> None:
     block: Any = model.model.layers[0]
     layers = [module for path, module in block.named_modules() if path.endswith(tuple(config.targets))]
     least = min(min(layer.in_features, layer.out_features) for layer in layers)
-    if config.init != "zero" and config.rank > least:
+    if config.init != "default" and config.rank > least:
         raise ConfigError(
             f"adapter.rank is {config.rank}, and adapter.init {config.init} takes that many singular vectors of "
-            f"matrices that have {least}. Set a rank of at most {least}, or init: zero."
+            f"matrices that have {least}. Set a rank of at most {least}, or init: default."
         )
     if config.init == "pissa" and any(isinstance(layer, NF4Linear) for layer in layers):
         raise ConfigError(

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trivium.model.rows import TokenRows
 from trivium.model.shape import QwenShape
+from trivium.model.tokens import TokenRows
 
 INIT_STD = 0.02
 

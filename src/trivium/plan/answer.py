@@ -6,6 +6,7 @@ Puts together what `path`, `checklist` and `search` say; prints nothing. The ver
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trivium.config.load import flatten
 from trivium.plan.checklist import Point, checklist, warnings
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.goal import Goal, Plan
@@ -14,7 +15,6 @@ from trivium.plan.path import Path
 from trivium.plan.search import search
 from trivium.plan.situation import Situation
 from trivium.plan.write import time_and_money
-from trivium.runfile import flatten
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from trivium.config import Part
+from trivium.config.run import Part
+from trivium.config.yaml_tree import printable
 from trivium.errors import ConfigError
 from trivium.files import atomic_write
 from trivium.plan.devices import home_folder
-from trivium.yamltree import printable
 
 FILE_NAME = "calibration.json"
 

@@ -7,7 +7,7 @@ Imported by the verb `plan`; never imports torch.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from trivium.config import METHOD_DEFAULTS, parse_count
+from trivium.config.run import METHOD_DEFAULTS, parse_count
 from trivium.model.shape import QwenShape
 from trivium.plan.ladder import TOKENS_PER_PARAM, short
 from trivium.plan.path import Path

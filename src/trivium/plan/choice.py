@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trivium.config import METHOD_DEFAULTS
+from trivium.config.run import METHOD_DEFAULTS
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
 from trivium.plan.facts import DataFacts

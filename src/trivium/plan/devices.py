@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from trivium.config import Part
+from trivium.config.run import Part
+from trivium.config.yaml_tree import Problem, parse_tree, printable, read_file
 from trivium.errors import ConfigError
-from trivium.yamltree import Problem, parse_tree, printable, read_file
 
 GIB = 1 << 30
 GIGA, TERA = 1e9, 1e12

@@ -10,7 +10,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from trivium.config import METHOD_DEFAULTS, Adapter, Run
+from trivium.config.load import to_yaml
+from trivium.config.run import METHOD_DEFAULTS, Adapter, Run
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
@@ -20,13 +21,12 @@ from trivium.plan.facts import DataFacts
 from trivium.plan.memory import GIB, Memory, peak_memory
 from trivium.plan.speed import predict_speed
 from trivium.plan.workload import ComputeDtype, Place, Workload, of_run, with_batch
-from trivium.runfile import to_yaml
 
 FIT_SHARE = 0.92
 """Share of a device's memory that a predicted peak may take."""
 MIN_SEQ_LEN = 256
 MIN_RANK = 4
-ADAPTER_RATE = METHOD_DEFAULTS["lora"]["optimizer"]["learning_rate"]
+ADAPTER_RATE = METHOD_DEFAULTS["lora"]["optimizer"]["lr"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 Overrides = dict[str, object]
@@ -166,17 +166,17 @@ def _with_portion(change: Change, micro_tokens: int, recompute: bool) -> Change:
 def _coarser(here: Change) -> Iterator[list[Change]]:
     """The same learning with numbers kept in fewer bits, or in fewer places."""
     work = here.workload
-    eight_bit: Overrides = {"optimizer.states": "8bit"}
+    eight_bit: Overrides = {"optimizer.state_dtype": "8bit"}
     packed: Overrides = {"weights": "nf4"}
     if work.num_devices > 1 and work.strategy in ("ddp", "zero2"):
         sharded = replace(work, strategy="fsdp2")
         yield [replace(here, workload=sharded, overrides={"parallel.strategy": "fsdp2"})]
-    if work.states == "fp32":
-        yield [replace(here, workload=replace(work, states="8bit"), overrides=eight_bit)]
+    if work.state_dtype == "fp32":
+        yield [replace(here, workload=replace(work, state_dtype="8bit"), overrides=eight_bit)]
     if work.adapter is not None and work.weights == "pretrained":
         yield [
             replace(here, workload=replace(work, weights="nf4"), overrides=packed),
-            replace(here, workload=replace(work, weights="nf4", states="8bit"), overrides=packed | eight_bit),
+            replace(here, workload=replace(work, weights="nf4", state_dtype="8bit"), overrides=packed | eight_bit),
         ]
 
 
@@ -226,7 +226,7 @@ def _learning_less(here: Change) -> Iterator[list[Change]]:
         return replace(here, workload=to, overrides=overrides)
 
     if work.adapter is None and work.weights == "pretrained":
-        keys: Overrides = {"trainable": "adapter", "optimizer.learning_rate": ADAPTER_RATE}
+        keys: Overrides = {"trainable": "adapter", "optimizer.lr": ADAPTER_RATE}
         lora = replace(work, adapter=Adapter())
         yield [changed(keys, lora), changed(keys | {"weights": "nf4"}, replace(lora, weights="nf4"))]
     if adapter := work.adapter:

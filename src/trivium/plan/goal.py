@@ -6,7 +6,7 @@ Decides nothing. Imported by the search, its reasons and whoever shows or writes
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from trivium.config import Run
+from trivium.config.run import Run
 from trivium.model.shape import QwenShape
 from trivium.plan.calibration import Calibration
 from trivium.plan.devices import Device
@@ -101,7 +101,7 @@ def settled(run: Run, workload: Workload) -> Run:
         update={
             "batch": run.batch.model_copy(update={"micro_tokens": workload.micro_tokens}),
             "activation_checkpointing": workload.recompute,
-            "optimizer": run.optimizer.model_copy(update={"states": workload.states}),
+            "optimizer": run.optimizer.model_copy(update={"state_dtype": workload.state_dtype}),
             "parallel": run.parallel.model_copy(update=parallel),
             "precision": workload.compute_dtype,
         }

@@ -178,7 +178,7 @@ def _at_embedding(w: Workload, share: Share) -> dict[str, float]:
 def _in_optimizer(w: Workload, share: Share) -> dict[str, float]:
     """AdamW itself needs nothing; bitsandbytes' on a CPU, which updates one tensor at a time, a few of that."""
     slack = 0
-    if w.states != "fp32" and w.place == "cpu":
+    if w.state_dtype != "fp32" and w.place == "cpu":
         table = w.shape.vocab_size if w.adapter is None else 0
         slack = 3 * FP32 * w.shape.hidden_size * max(table, w.shape.intermediate_size)
     return {"gradients": w.num_trained_params * share.gradient_bytes, "temporaries": slack}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trivium.config import Run, TrainTokenizer
+from trivium.config.run import Run, TrainTokenizer
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.shape import QwenShape

@@ -8,7 +8,7 @@ of and what is left to do stands in `checklist.py`. Imported by the verb `plan`;
 
 from dataclasses import dataclass
 
-from trivium.config import parse_count
+from trivium.config.run import parse_count
 from trivium.plan.choice import Bar, Choice, choose, size_below_all
 from trivium.plan.facts import DataFacts
 from trivium.plan.ladder import LADDER, TOKENS_PER_PARAM, UNITS, Rung, RungName, amount, short

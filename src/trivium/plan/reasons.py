@@ -30,8 +30,8 @@ def reasons(goal: Goal, plan: Plan) -> dict[str, str]:
     other = with_batch(work, work.micro_tokens, not work.recompute)
     word = "keeping activations" if work.recompute else "recomputing activations"
     why["activation_checkpointing"] = f"{word} {_versus(goal, plan, other)}"
-    coarser = "8bit" if work.states == "fp32" else "fp32"
-    why["optimizer.states"] = f"{coarser} {_versus(goal, plan, replace(work, states=coarser))}"
+    coarser = "8bit" if work.state_dtype == "fp32" else "fp32"
+    why["optimizer.state_dtype"] = f"{coarser} {_versus(goal, plan, replace(work, state_dtype=coarser))}"
     if run.adapter:
         num_params = num_adapter_params(work.shape, run.adapter)
         why["adapter"] = f"{num_params:,} parameters, {num_params / work.shape.num_params:.2%} of the model"

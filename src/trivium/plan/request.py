@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from trivium.config import COUNT_PATTERN, METHOD_DEFAULTS, Run, Source, parse_count
+from trivium.config.load import ResolvedRun, load_run, quote
+from trivium.config.run import COUNT_PATTERN, METHOD_DEFAULTS, Run, Source, parse_count
 from trivium.errors import ConfigError
 from trivium.model.shape import QwenShape
 from trivium.plan import calibration, devices
@@ -21,7 +22,6 @@ from trivium.plan.path import Path as Way
 from trivium.plan.path import decide
 from trivium.plan.questions import Answers
 from trivium.plan.situation import Situation
-from trivium.runfile import ResolvedRun, load_run, quote
 
 NODE = (1, 2, 4, 8)
 """How many rented devices may work together where nobody says: up to those of one machine."""

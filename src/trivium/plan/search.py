@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trivium.config import Run
+from trivium.config.run import Run
 from trivium.errors import DoesNotFit
 from trivium.plan.devices import Device
 from trivium.plan.fit import FIT_SHARE, portions
@@ -115,7 +115,7 @@ class Group:
         """All that fit; the host's memory is used only where the device's does not do."""
         fitting: set[tuple[str, str, str]] = set()
         for run, work in self.works():
-            held = (run.method, work.states, work.strategy)
+            held = (run.method, work.state_dtype, work.strategy)
             if held not in fitting:
                 for candidate in self.portioned(run, work):
                     fitting.add(held)
@@ -132,8 +132,8 @@ class Group:
                 "parallel.offload", OFFLOADS if gpu and several else OFFLOADS[:1], base.offload
             ):
                 for strategy in self.choices("parallel.strategy", STRATEGIES if several else ("fsdp2",), base.strategy):
-                    for states in self.choices("optimizer.states", STATES if gpu else STATES[:2], base.states):
-                        yield run, replace(base, states=states, strategy=strategy, offload=offload)
+                    for dtype in self.choices("optimizer.state_dtype", STATES if gpu else STATES[:2], base.state_dtype):
+                        yield run, replace(base, state_dtype=dtype, strategy=strategy, offload=offload)
 
     def choices(self, key: str, choices: Sequence[Any], given: Any) -> Sequence[Any]:
         """What may be chosen for a key: all, or what the user has set it to."""
@@ -164,7 +164,7 @@ class Group:
 
     def _deviations(self, run: Run, work: Workload) -> int:
         shared = 1 + STRATEGIES.index(work.strategy) + OFFLOADS.index(work.offload) if work.num_devices > 1 else 0
-        return self.goal.runs.index(run) + STATES.index(work.states) + work.recompute + shared
+        return self.goal.runs.index(run) + STATES.index(work.state_dtype) + work.recompute + shared
 
 
 def _too_large(goal: Goal) -> str:

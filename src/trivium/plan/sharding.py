@@ -34,7 +34,7 @@ class Share:
 def share_of(w: Workload) -> Share:
     """The share of one device; all of it where there is one."""
     size, fp32 = w.dtype_bytes, FP32_BYTES
-    on_device = 0.0 if w.offload != "none" or (w.states == "paged-8bit" and w.place == "gpu") else 1.0
+    on_device = 0.0 if w.offload != "none" or (w.state_dtype == "paged-8bit" and w.place == "gpu") else 1.0
     if w.num_devices == 1:
         # With offload the masters go to the host, and what computes stays in the compute dtype.
         weights = fp32 if w.offload == "none" else float(size)

@@ -7,7 +7,7 @@ inside `plan` and by its verb; never imports torch.
 import math
 from dataclasses import dataclass
 
-from trivium.config import METHOD_DEFAULTS, Adapter, BatchSize, TrainTokenizer
+from trivium.config.run import METHOD_DEFAULTS, Adapter, BatchSize, TrainTokenizer
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
@@ -89,7 +89,7 @@ class Situation:
             shape=shape,
             weights=defaults["weights"],
             adapter=Adapter(rank=self.rank) if defaults["trainable"] == "adapter" else None,
-            states="fp32",
+            state_dtype="fp32",
             seq_len=ROW_TOKENS,
             micro_tokens=ROW_TOKENS,
             step_tokens=max(step_tokens, ROW_TOKENS * self.devices),

@@ -65,7 +65,7 @@ def optimizer_bytes(workload: Workload) -> float:
     """Bytes that clipping and AdamW move on one device."""
     is_sharded = workload.num_devices > 1 and workload.strategy != "ddp"
     share = 1 / workload.num_devices if is_sharded else 1.0
-    return share * workload.num_trained_params * (CLIP_BYTES + STEP_BYTES[workload.states])
+    return share * workload.num_trained_params * (CLIP_BYTES + STEP_BYTES[workload.state_dtype])
 
 
 def _micro_batch_work(workload: Workload) -> Iterator[Term]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from trivium.config import Adapter, Run
+from trivium.config.run import Adapter, Run
 from trivium.model.shape import QwenShape
 from trivium.plan.facts import DataFacts
 
@@ -46,7 +46,7 @@ class Workload:
     shape: QwenShape
     weights: Literal["pretrained", "nf4", "random"]
     adapter: Adapter | None
-    states: Literal["fp32", "8bit", "paged-8bit"]
+    state_dtype: Literal["fp32", "8bit", "paged-8bit"]
     seq_len: int
     micro_tokens: int
     step_tokens: int
@@ -132,7 +132,7 @@ def moment_bytes(w: Workload) -> int:
     In 8 bits: a byte each and an fp32 scale a block, but fp32 for embeddings and small tensors.
     Source: bitsandbytes' Optimizer2State.
     """
-    if w.states == "fp32":
+    if w.state_dtype == "fp32":
         return 2 * FP32_BYTES * w.num_trained_params
     return sum(count * _moment_bytes_8bit(size, is_wide) for size, count, is_wide in _trained_tensors(w))
 
@@ -176,7 +176,7 @@ def of_run(run: Run, shape: QwenShape, facts: DataFacts | None, compute_dtype: C
         shape=shape,
         weights=run.weights,
         adapter=run.adapter,
-        states=run.optimizer.states,
+        state_dtype=run.optimizer.state_dtype,
         seq_len=run.data.seq_len,
         micro_tokens=micro_tokens,
         step_tokens=run.batch.tokens,

@@ -9,18 +9,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trivium.config import METHOD_DEFAULTS, Run
+from trivium.config.load import quote, to_yaml
+from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError
 from trivium.files import atomic_write
 from trivium.plan.goal import Plan
 from trivium.plan.memory import GIB
 from trivium.plan.speed import Cost
-from trivium.runfile import quote, to_yaml
 
 FIRST_LINE = "Planned by `trivium plan`; the figures are predictions, each choice has its reason beside it."
 ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
     "data": ("sources", "seq_len"),
-    "optimizer": ("states",),
+    "optimizer": ("state_dtype",),
     "batch": ("tokens", "micro_tokens"),
     "adapter": ("rank", "targets"),
     "parallel": ("devices", "strategy", "offload"),

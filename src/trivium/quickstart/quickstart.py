@@ -12,6 +12,7 @@ from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
 
+from trivium.config.load import ResolvedRun, load_run, quote
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.setup import prepare
 from trivium.errors import ConfigError
@@ -19,7 +20,6 @@ from trivium.quickstart.grammar import floor_nats_per_token, write_corpus
 from trivium.quickstart.questions import write_questions
 from trivium.report.comparison import write_comparison
 from trivium.report.watch import train_with_report
-from trivium.runfile import ResolvedRun, load_run, quote
 from trivium.use.compare import Bar, Comparison, Note, compare
 
 NUM_STORIES = 24_000

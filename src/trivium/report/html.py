@@ -9,11 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from trivium.engine.record import Record, read_record
 from trivium.files import atomic_write
 from trivium.plan.check import Figure
 from trivium.plan.memory import GIB
 from trivium.report import plots
-from trivium.report.record import Record, read_record
 from trivium.report.style import CSS
 
 STATUS_MEANS = {
@@ -23,7 +23,7 @@ STATUS_MEANS = {
     "stopped": "The run is not finished and no process is at work on it. The same command goes on where it stopped.",
 }
 SMALL_PLOTS = {
-    "train/learning_rate": "learning rate",
+    "train/lr": "learning rate",
     "train/grad_norm": "gradient norm before clipping",
     "train/tokens_per_second": "training tokens a second",
     "train/peak_memory_gib": "peak memory, GiB",

@@ -15,13 +15,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from trivium.config.load import flatten, to_yaml
 from trivium.plan.answer import Answer
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.goal import Plan
 from trivium.plan.memory import GIB
 from trivium.plan.path import Path
 from trivium.plan.write import time_and_money
-from trivium.runfile import flatten, to_yaml
 
 MAX_COLUMNS = 100
 BAR_COLUMNS = 40

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from trivium.report.record import Curve
+from trivium.engine.record import Curve
 
 # matplotlib wants real colours: these stand for the page's CSS variables and are replaced in the SVG.
 STAND_INS = {

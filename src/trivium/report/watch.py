@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from trivium.config.load import ResolvedRun
 from trivium.engine.device import Machine
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.setup import Job
@@ -14,7 +15,6 @@ from trivium.engine.start import start
 from trivium.errors import ConfigError
 from trivium.report.html import write_report
 from trivium.report.panel import watch
-from trivium.runfile import ResolvedRun
 
 
 def train_with_report(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from trivium.data.tokenizer import document_encoding
+from trivium.engine.record import read_record
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError, TriviumError
-from trivium.report.record import read_record
 from trivium.use.answers import Answer, Question, Scores, answers, read_questions, score
 from trivium.use.held_out import HeldOut, Passage, measure, passages_of_file, passages_of_run
 from trivium.use.load import Loaded, Place, find, load, read_stop_ids, read_template, read_tokenizer

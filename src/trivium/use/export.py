@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from trivium.data.pack import NO_LABEL
+from trivium.data.batch.pack import NO_LABEL
+from trivium.engine.record import read_record
 from trivium.errors import ConfigError, TriviumError
 from trivium.files import fsync_directory, require_free_space
 from trivium.model import hf
-from trivium.report.record import read_record
 from trivium.use.answers import Question, prompt_text
 from trivium.use.held_out import Passage, passages_of_run
 from trivium.use.load import Loaded, Place, find, load, load_network

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from trivium.config import Data, Source
-from trivium.data.build import ConversationSettings, build_sources
-from trivium.data.pack import NO_LABEL, Batch, sequential_batches
+from trivium.config.load import load_run
+from trivium.config.run import Data, Source
+from trivium.data.batch.pack import NO_LABEL, Batch, sequential_batches
+from trivium.data.store.build import ConversationSettings, build_sources
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.setup import prepare
 from trivium.errors import BadData, ConfigError
-from trivium.runfile import load_run
 from trivium.use.load import Loaded
 
 BATCH_TOKENS = 8192

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trivium.data.pack import step_digest
+from trivium.config.load import load_run
+from trivium.data.batch.pack import step_digest
 from trivium.engine import checkpoint
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.setup import prepare
 from trivium.errors import TriviumError
 from trivium.files import sha256_file
-from trivium.runfile import load_run
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A GB is 10^9 bytes. Imported inside `plan.tables`; never imports torch.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from trivium.config import Adapter, Projection
+from trivium.config.run import Adapter, Projection
 from trivium.plan.devices import Device
 from trivium.plan.fit import FIT_SHARE, fits
 from trivium.plan.memory import peak_memory

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from trivium.config import Adapter
+from trivium.config.run import Adapter
 from trivium.model import catalog
 from trivium.plan.devices import Device
 from trivium.plan.fit import fits, moved
@@ -47,8 +47,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "recomputed": {"recompute": True},
     "a row at a time": {"recompute": True, "micro_tokens": SEQ_LEN},
-    "8-bit moments": {"recompute": True, "micro_tokens": SEQ_LEN, "states": "8bit"},
-    "paged moments": {"recompute": True, "micro_tokens": SEQ_LEN, "states": "paged-8bit"},
+    "8-bit moments": {"recompute": True, "micro_tokens": SEQ_LEN, "state_dtype": "8bit"},
+    "paged moments": {"recompute": True, "micro_tokens": SEQ_LEN, "state_dtype": "paged-8bit"},
 }
 """What may be changed to make a step fit without changing what is learnt by more than rounding, gentlest first."""
 TRAINED = {"full": "pretrained", "lora": "pretrained", "qlora": "nf4"}
@@ -60,7 +60,7 @@ def step(way: str, size: str, device: Device | None = None, rows: int = ROWS, **
         shape=catalog.get(MODELS[size]),
         weights="nf4" if TRAINED[way] == "nf4" else "pretrained",
         adapter=None if way == "full" else Adapter(rank=16),
-        states="fp32",
+        state_dtype="fp32",
         seq_len=SEQ_LEN,
         micro_tokens=rows * SEQ_LEN,
         step_tokens=ROWS * SEQ_LEN,

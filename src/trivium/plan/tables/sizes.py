@@ -4,7 +4,7 @@ Counts come from `model.shape` and `plan.workload`, which the tests hold to tran
 `plan.tables`; never imports torch.
 """
 
-from trivium.config import Adapter
+from trivium.config.run import Adapter
 from trivium.model import catalog
 from trivium.plan.tables.claim import Claim, point
 from trivium.plan.workload import Workload, num_adapter_params

@@ -1,0 +1,347 @@
+"""From a run file and `key=value` overrides to a checked `Run`, and back to text.
+
+Every value keeps where it came from, so that an error names file and line and the run folder's copy says which
+values were chosen and which were defaults. All that is wrong is reported at once, one paragraph a problem.
+Writes nothing. Whoever needs a `Run` from the user imports this file; it never imports torch.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from trivium.config.explain import KeyPath, dotted_name, key_at, keys, suggest
+from trivium.config.run import METHOD_DEFAULTS, Run, with_method_defaults
+from trivium.config.yaml_tree import (
+    ABSURD_NUMBER,
+    MAX_DEPTH,
+    Node,
+    Place,
+    Problem,
+    parse_tree,
+    printable,
+    read_file,
+    resolve_scalar,
+)
+from trivium.errors import ConfigError
+
+COMMAND_LINE = Place("command line")
+FILE_NAME = Place("file name")
+MAX_PROBLEMS_SHOWN = 20
+ENOUGH_COLUMNS = 60
+BARE_TEXT = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*( [A-Za-z0-9_./-]+)*")
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A checked run, and for each of its dotted keys where the value came from."""
+
+    run: Run
+    origins: dict[str, str]
+
+
+def load_run(path: Path | None, overrides: Sequence[str] = ()) -> ResolvedRun:
+    """Read a run file (or none), lay `key=value` overrides over it, fill in defaults, and check everything.
+
+    Of two overrides of one key the last counts. Raises: ConfigError with one paragraph for each problem.
+    """
+    problems: list[Problem] = []
+    try:
+        tree = parse_tree(read_file(path), str(path), problems) if path else Node({}, COMMAND_LINE)
+    except Problem as problem:
+        raise ConfigError(str(problem)) from None
+    if tree.value is None:
+        tree.value = {}
+    if not isinstance(tree.value, dict):
+        raise ConfigError(f"{tree.place}: found {_show(tree.plain())}; expected keys such as `method: scratch`")
+    tree = _write_out(tree, ())
+    for override in overrides:
+        try:
+            tree = _write_out(_override(tree, override), ())
+        except Problem as problem:
+            problems.append(problem)
+    if path and isinstance(tree.value, dict):
+        tree.value.setdefault("name", Node(path.stem, FILE_NAME))
+    run = _validate(tree, problems)
+    if run is None or problems:
+        raise ConfigError(_paragraphs(problems))
+    return ResolvedRun(run, {dotted_name(path): _origin(tree, path, run) for path, _ in _leaves(run.model_dump())})
+
+
+def _write_out(node: Node, path: KeyPath) -> Node:
+    """Replace shorthands such as `model: 25M` by the keys they stand for, every value keeping its place.
+
+    The rule of each shorthand is its part's own, in `config.py`; a value of a wrong type is left for validation.
+    """
+    key = key_at(path)
+    if isinstance(node.value, list) and key and key.is_list:
+        return Node([_write_out(item, (*path, index)) for index, item in enumerate(node.value)], node.place)
+    part = Run if not path else key.part if key else None
+    value: Any = node.value
+    if part is not None and not isinstance(value, dict) and hasattr(part, "from_shorthand"):
+        value = part.from_shorthand(value)
+    if not isinstance(value, dict):
+        return node
+    children = {name: _as_node(child, node.place) for name, child in value.items()}
+    return Node({name: _write_out(child, (*path, name)) for name, child in children.items()}, node.place)
+
+
+def _as_node(value: Any, place: Place) -> Node:
+    if isinstance(value, list):
+        return Node([_as_node(item, place) for item in value], place)
+    return value if isinstance(value, Node) else Node(value, place)
+
+
+def _override(tree: Node, override: str) -> Node:
+    """Set one `key=value`; unknown keys are set too, and refused by validation like those of the file."""
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        example = "optimizer.lr=1e-3"
+        raise Problem(COMMAND_LINE, f"found {_show(override)}; expected key=value, such as {example}")
+    if re.search("[\ud800-\udfff]", override):
+        raise Problem(COMMAND_LINE, f"{dotted} is not valid UTF-8 text")
+    steps = dotted.strip().split(".")
+    if len(steps) > MAX_DEPTH:
+        raise Problem(COMMAND_LINE, f"{_show(dotted)} is not a known key; no key has over {MAX_DEPTH} parts")
+    path: KeyPath = tuple(int(step) if re.fullmatch("[0-9]{1,6}", step) else step for step in steps)
+    node = tree
+    for depth in range(len(path)):
+        node = _child(node, path[: depth + 1])
+    new = _override_value(dotted, text)
+    node.value, node.place = new.value, new.place
+    return tree
+
+
+def _child(node: Node, path: KeyPath) -> Node:
+    """The node at the end of `path`, given its parent; made where it is missing."""
+    *above, step = path
+    parent = dotted_name(tuple(above))
+    if node.value is None:
+        key = key_at(tuple(above))
+        node.value, node.place = ([] if key and key.is_list else {}), COMMAND_LINE
+    if isinstance(node.value, dict):
+        return node.value.setdefault(str(step), Node(None, COMMAND_LINE))
+    if not isinstance(node.value, list):
+        found = f"{parent} is {_show(node.value)} ({node.place}) and has no keys of its own"
+        raise Problem(COMMAND_LINE, f"{dotted_name(path)} cannot be set: {found}")
+    if not isinstance(step, int) or step > len(node.value):
+        expected = f"an entry's number, 0 to {len(node.value)}"
+        raise Problem(COMMAND_LINE, f"{dotted_name(path)}: {parent} is a list; expected {expected}")
+    if step == len(node.value):
+        node.value.append(Node(None, COMMAND_LINE))
+    return node.value[step]
+
+
+def _override_value(dotted: str, text: str) -> Node:
+    """A list, mapping or quoted text is read as YAML; anything else is one unquoted word, whatever it contains."""
+    if text.lstrip()[:1] in ("[", "{", '"', "'"):
+        found: list[Problem] = []
+        try:
+            node = parse_tree(text, dotted, found)
+        except Problem as problem:
+            found, node = [problem], Node(None, COMMAND_LINE)
+        if found:
+            raise Problem(COMMAND_LINE, f"{dotted}: {found[0].text}")
+        return _on_command_line(node)
+    if ABSURD_NUMBER.match(text):
+        raise Problem(COMMAND_LINE, f"{dotted} is a number of over 100 digits; no key takes one")
+    return Node(resolve_scalar(text.strip()), COMMAND_LINE)
+
+
+def _on_command_line(node: Node) -> Node:
+    if isinstance(node.value, dict):
+        return Node({name: _on_command_line(child) for name, child in node.value.items()}, COMMAND_LINE)
+    if isinstance(node.value, list):
+        return Node([_on_command_line(item) for item in node.value], COMMAND_LINE)
+    return Node(node.value, COMMAND_LINE)
+
+
+def _find(tree: Node, path: KeyPath) -> tuple[Node, int]:
+    """The deepest node that was written on the way to `path`, and how many steps of it exist."""
+    node = tree
+    for depth, step in enumerate(path):
+        value: Any = node.value
+        in_list = isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if not in_list and not (isinstance(value, dict) and step in value):
+            return node, depth
+        node = value[step]
+    return node, len(path)
+
+
+def _validate(tree: Node, problems: list[Problem]) -> Run | None:
+    """The checked run, or None and the reasons added to `problems`."""
+    values = with_method_defaults(tree.plain())
+    try:
+        return Run.model_validate(values)
+    except ValidationError as error:
+        bad_method = values.get("method") not in list(METHOD_DEFAULTS)
+        for detail in error.errors(include_url=False)[: 2 * MAX_PROBLEMS_SHOWN]:
+            unfilled = detail["type"] == "missing" and detail["loc"][0] in METHOD_DEFAULTS["scratch"]
+            if not (bad_method and unfilled):
+                problems.append(_explain(tree, detail))
+        return None
+
+
+def _explain(tree: Node, detail: ErrorDetails) -> Problem:
+    """One of pydantic's errors in our words: where, what was found, what was expected, what to do."""
+    path, kind, found = detail["loc"], detail["type"], detail["input"]
+    place = _find(tree, path)[0].place
+    dotted = dotted_name(path)
+    if kind == "extra_forbidden":
+        return Problem(place, f"{dotted[: 2 * ENOUGH_COLUMNS]} is not a known key; {suggest(path)}")
+    if kind == "value_error":
+        reason = str(detail.get("ctx", {}).get("error", detail["msg"]))
+        return Problem(_place_of_reason(tree, reason), reason) if not path else Problem(place, f"{dotted}: {reason}")
+    key = key_at(path)
+    expected = key.expected if key else "something else"
+    if kind == "missing":
+        return Problem(place, f"{dotted} is missing; expected {expected}{_doc(key.doc if key else '')}")
+    if kind == "string_unicode":
+        return Problem(place, f"{dotted} is not valid Unicode text; expected {expected}")
+    return Problem(
+        place, f"{dotted} is {_show(found)}; expected {expected}{_hint(found, key.choices if key else (), expected)}"
+    )
+
+
+def _doc(doc: str) -> str:
+    return f" ({doc.partition('. ')[0].rstrip('.')})" if doc else ""
+
+
+def _hint(found: object, choices: tuple[str, ...], expected: str) -> str:
+    """What to do about a wrong value, where the value itself tells."""
+    if choices and isinstance(found, str) and (near := difflib.get_close_matches(found[:64], choices, n=1)):
+        return f"; did you mean {near[0]}?"
+    if isinstance(found, str) and not isinstance(resolve_scalar(found), str | None) and "text" not in expected:
+        return "; remove the quotes" if "number" in expected or "true" in expected else ""
+    if expected.startswith("text") and isinstance(found, int | float):
+        return "; put quotes around it"
+    return ""
+
+
+def _place_of_reason(tree: Node, reason: str) -> Place:
+    """The line of the first key that a message about several keys mentions and the user has written."""
+    for word in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", reason):
+        path = tuple(word.split("."))
+        node, depth = _find(tree, path)
+        if word in keys() and depth == len(path):
+            return node.place
+    return tree.place
+
+
+def _show(value: object) -> str:
+    """A value as the user would recognise it, short and printable."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return f"{str(value).lower()} (a yes-or-no value)"
+    if isinstance(value, str):
+        short = value if len(value) <= ENOUGH_COLUMNS else value[:ENOUGH_COLUMNS] + "..."
+        return f"the text {quote(short)}"
+    if isinstance(value, dict):
+        return f"a mapping ({', '.join(quote(str(name)[:20], always=False) for name in list(value)[:3]) or 'empty'})"
+    return f"a list of {len(value)}" if isinstance(value, list) else f"{value!r}"[:ENOUGH_COLUMNS]
+
+
+def _paragraphs(problems: list[Problem]) -> str:
+    """All problems in the order of the file, each once."""
+    ordered = sorted(problems, key=lambda problem: (problem.place.line is None, problem.place.line or 0))
+    lines = list(dict.fromkeys(str(problem) for problem in ordered))
+    if len(lines) > MAX_PROBLEMS_SHOWN:
+        lines[MAX_PROBLEMS_SHOWN:] = ["and more problems of this kind; these were the first"]
+    return "\n".join(lines)
+
+
+def _has_keys(value: Any, path: KeyPath) -> bool:
+    """Whether a value is a part with keys of its own; a mapping of names the user chose is one value."""
+    key = key_at(path)
+    return isinstance(value, dict) and (key is None or key.part is not None)
+
+
+def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Path and value of everything that a run holds; a list of plain values is one value."""
+    if _has_keys(value, path):
+        for name, child in value.items():
+            yield from _leaves(child, (*path, name))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for index, child in enumerate(value):
+            yield from _leaves(child, (*path, index))
+    else:
+        yield path, value
+
+
+def flatten(run: Run) -> dict[str, Any]:
+    """Every value of a run by its dotted key, as in `data.sources.0.path`."""
+    return {dotted_name(path): value for path, value in _leaves(run.model_dump())}
+
+
+def _origin(tree: Node, path: KeyPath, run: Run) -> str:
+    """Where the value at a path came from: `run.yaml:3`, `command line`, `default of method scratch` or `default`."""
+    node, depth = _find(tree, path)
+    if depth == len(path):
+        return str(node.place)
+    key = key_at(path)
+    return f"default of method {run.method}" if key and run.method in key.defaults else "default"
+
+
+def quote(text: str, always: bool = True) -> str:
+    """Text as a YAML scalar on one line: double-quoted, or bare where that is asked for and safe."""
+    is_safe = BARE_TEXT.fullmatch(text) is not None and resolve_scalar(text) == text
+    if is_safe and not always:
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{printable(escaped)}"'
+
+
+def to_yaml(value: object) -> str:
+    """A plain value as YAML on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{quote(name, always=False)}: {to_yaml(item)}' for name, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(to_yaml(item) for item in value)}]"
+    return quote(value, always=False) if isinstance(value, str) else repr(value)
+
+
+def dump_run(run: Run, origins: dict[str, str]) -> str:
+    """The whole run as YAML, where each value came from at the end of its line; it loads back to an equal Run."""
+    lines: list[tuple[str, str]] = []
+
+    def write(name: str, value: Any, path: KeyPath, indent: str) -> None:
+        if _has_keys(value, path):
+            lines.append((f"{indent}{name}:", ""))
+            for key, child in value.items():
+                write(key, child, (*path, key), f"{indent}  ")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines.append((f"{indent}{name}:", ""))
+            for index, item in enumerate(value):
+                start = len(lines)
+                for key, child in item.items():
+                    write(key, child, (*path, index, key), f"{indent}    ")
+                lines[start] = (f"{indent}  - {lines[start][0].lstrip()}", lines[start][1])
+        else:
+            origin = quote(origins.get(dotted_name(path), ""))[1:-1]
+            lines.append((f"{indent}{name}: {to_yaml(value)}", origin))
+
+    for name, value in run.model_dump().items():
+        write(name, value, (name,), "")
+    width = max(len(text) for text, _ in lines if len(text) <= ENOUGH_COLUMNS)
+    return "".join(f"{text:<{width}}  # {origin}".rstrip() + "\n" if origin else f"{text}\n" for text, origin in lines)
+
+
+def differences(old: Run, new: Run) -> list[str]:
+    """The dotted keys in which two runs differ, each with both values; `absent` where a list is shorter."""
+    before, after = flatten(old), flatten(new)
+    shown = [{dotted: to_yaml(value) for dotted, value in values.items()} for values in (before, after)]
+    return [
+        f"{dotted}: {shown[0].get(dotted, 'absent')} -> {shown[1].get(dotted, 'absent')}"
+        for dotted in dict.fromkeys([*before, *after])
+        if dotted not in before or dotted not in after or before[dotted] != after[dotted]
+    ]

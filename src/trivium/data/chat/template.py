@@ -1,0 +1,196 @@
+"""Chat templates: called as serving calls them, and asked what can be learnt of the answers they write.
+
+A template is the model's own and decides everything; nothing here knows a model. Which turns are learnt and how they
+are laid out is `chat.py`'s business. Imported inside `data`.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trivium.data.chat.messages import FULL_WEIGHT, Turn
+from trivium.data.source.records import Reason, RowError
+from trivium.data.tokenizer import CHATML_TEMPLATE
+from trivium.errors import BadData, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Source: the chat_template of the models' tokenizer_config.json.
+KNOWN_TEMPLATES = {
+    "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8": "Qwen3",
+    "87a2728cb8dc9fe424d624542f6060ec05a1d285ebbec578bb078900e33396b5": "Qwen3-Base",
+    "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326": "Qwen3-Instruct-2507",
+    "cd8e9439f0570856fd70470bf8889ebd8b5d1107207f67a5efb46e342330527f": "Qwen2.5-Instruct",
+    "44d5f08f3f72b837eaad09f13a54c1f9f4eb58d75240334548b7fd52a5437fa5": "Qwen2.5",
+    hashlib.sha256(CHATML_TEMPLATE.encode()).hexdigest(): "plain ChatML",
+}
+PROBE_ANSWER = "probe"
+PROBE = (Turn("user", "probe"), Turn("assistant", PROBE_ANSWER, weight=FULL_WEIGHT))
+SHOWN_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What is known of a tokenizer's chat template."""
+
+    sha256: str
+    known_as: str | None
+    """Whose template it is; None for one we have not met."""
+    end_of_turn: str
+    """The special token after which an answer is over."""
+    end_of_turn_id: int
+    has_thinking_switch: bool
+    """Whether `enable_thinking` changes what it writes."""
+
+
+class Continuation(NamedTuple):
+    """How a turn goes on from what serving sends."""
+
+    rest: str
+    """What the rendered conversation has after the prompt."""
+    thinking: bool | None
+    """The `enable_thinking` of that prompt, None where the template has no such switch."""
+
+
+class Renderer:
+    """A tokenizer's chat template, called as serving calls it."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        self._tokenizer = tokenizer
+        self._normalizer = tokenizer.backend_tokenizer.normalizer
+        self.modes: list[bool | None] = [None]
+        """What `enable_thinking` can be, the one with the longest prompt first."""
+        if "enable_thinking" in tokenizer.get_chat_template():
+            self.modes = sorted((False, True), key=lambda mode: -len(self._prompt(PROBE[:1], (), mode)))
+
+    def prompt_ids(self, history: Sequence[Turn], tools: Sequence[dict[str, Any]], thinking: bool | None) -> list[int]:
+        """The tokens that serving sends to be answered.
+
+        Raises: RowError when the template refuses the turns.
+        """
+        return self._apply(history, tools, thinking, add_generation_prompt=True, tokenize=True)
+
+    def whole_ids(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> list[int]:
+        """The tokens of a conversation that waits for no answer.
+
+        Raises: RowError when the template refuses the turns.
+        """
+        return self._apply(turns, tools, None, add_generation_prompt=False, tokenize=True)
+
+    def continuation(
+        self, history: Sequence[Turn], turn: Turn, tools: Sequence[dict[str, Any]], where: str
+    ) -> Continuation:
+        """Which prompt of the history the turn continues, and with what.
+
+        With a thinking switch there are two prompts; the longest that the turn continues is its own. So the empty think
+        block of an answer without reasoning belongs to the prompt, and is not learnt.
+
+        Raises: BadData when it continues none, RowError when the template refuses the turns.
+        """
+        prompt = whole = ""
+        for thinking in self.modes:
+            prompt = self._prompt(history, tools, thinking)
+            whole = self._apply([*history, turn], tools, thinking, add_generation_prompt=False, tokenize=False)
+            if whole.startswith(prompt):
+                return Continuation(whole[len(prompt) :], thinking)
+        raise self.mismatch(self.encode(prompt), self.encode(whole), where)
+
+    def _prompt(self, history: Sequence[Turn], tools: Sequence[dict[str, Any]], thinking: bool | None) -> str:
+        return self._apply(history, tools, thinking, add_generation_prompt=True, tokenize=False)
+
+    def _apply(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], thinking: bool | None, **how: bool) -> Any:
+        from jinja2 import TemplateError
+
+        arguments: dict[str, Any] = dict(how) if thinking is None else {**how, "enable_thinking": thinking}
+        try:
+            return self._tokenizer.apply_chat_template(
+                [turn.message() for turn in turns],
+                tools=list(tools) or None,
+                return_dict=False,
+                tokenizer_kwargs={"verbose": False},
+                **arguments,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RowError(Reason.TEMPLATE, f"{type(error).__name__}: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a rendered text."""
+        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def answer_ids(self, answer: str, where: str) -> list[int]:
+        """The tokens of a rendered answer, once they are known to decode to it.
+
+        Raises: BadData.
+        """
+        ids = self.encode(answer)
+        decoded = self._decode(ids)
+        if decoded != answer and self._normal(decoded) != self._normal(answer):
+            place = next((i for i, (a, b) in enumerate(zip(decoded, answer, strict=False)) if a != b), len(decoded))
+            raise BadData(
+                f"{where}: the tokenizer loses text. At character {place} the answer has "
+                f"{answer[place : place + 20]!r}, and its tokens decode to {decoded[place : place + 20]!r}. Expected "
+                "the same text, since the model can only learn the latter. Use the tokenizer that belongs to the "
+                "model, or leave such rows out."
+            )
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _normal(self, text: str) -> str:
+        return self._normalizer.normalize_str(text) if self._normalizer else text
+
+    def mismatch(self, sent: list[int], learnt: list[int], where: str) -> BadData:
+        """The error that shows where two lists of tokens part."""
+        place = next((i for i, (a, b) in enumerate(zip(sent, learnt, strict=False)) if a != b), len(learnt))
+        before = self._decode(sent[max(0, place - SHOWN_TOKENS) : place])
+        sent, learnt = (ids[place : place + SHOWN_TOKENS] for ids in (sent, learnt))
+        return BadData(
+            f"{where}: what serving sends before this answer is not how the learnt conversation begins, so no label "
+            f"could be right. They part at token {place}, after {before!r}: serving sends {sent} "
+            f"{self._decode(sent)!r}, the conversation has {learnt} {self._decode(learnt)!r}. Expected "
+            "apply_chat_template(history, add_generation_prompt=True) to be the beginning of "
+            "apply_chat_template(history and answer). Use the model's own chat template, or mend it."
+        )
+
+
+def describe_template(tokenizer: "PreTrainedTokenizerFast") -> ChatTemplate:
+    """Try a tokenizer's chat template on the simplest conversation.
+
+    Raises: ConfigError when there is none or it ends no turn, BadData when an answer is no continuation of its prompt.
+    """
+    name = tokenizer.name_or_path
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:
+        raise ConfigError(
+            f"Tokenizer {name} has no chat template, so nobody can say what a model would read of a conversation. "
+            "Expected one in chat_template.jinja or tokenizer_config.json; take the tokenizer of the model's chat "
+            "version, or put a template beside this one."
+        ) from None
+    try:
+        renderer = Renderer(tokenizer)
+        rest = renderer.continuation(PROBE[:1], PROBE[1], (), f"The chat template of {name}").rest
+    except RowError as error:
+        raise ConfigError(
+            f"The chat template of {name} cannot render the simplest conversation ({error.detail}). Expected one for "
+            "conversations of text; use the model's own, or mend it."
+        ) from None
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    after = renderer.encode(rest[rest.rfind(PROBE_ANSWER) + len(PROBE_ANSWER) :])
+    end_id = next((index for index in after if index in special), None)
+    if end_id is None:
+        raise ConfigError(
+            f"The chat template of {name} ends an answer with {rest[-40:]!r}, which holds no special token. Expected "
+            "one such as <|im_end|>, since a model learns to stop by it. Use the model's own template, or mend it."
+        )
+    sha256 = hashlib.sha256(template.encode()).hexdigest()
+    return ChatTemplate(
+        sha256=sha256,
+        known_as=KNOWN_TEMPLATES.get(sha256),
+        end_of_turn=tokenizer.added_tokens_decoder[end_id].content,
+        end_of_turn_id=end_id,
+        has_thinking_switch=len(renderer.modes) > 1,
+    )

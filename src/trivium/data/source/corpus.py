@@ -1,0 +1,349 @@
+"""Corpora: what a source consists of, what identifies it, and its blocks.
+
+A store is named by the hash of its inputs, so a corpus knows the hash of each of its files, or the revision of its
+Hub data set. Reading and cutting is `blocks.py`'s business. Imported by `build.py`, `inspect.py` and `survey.py`.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from trivium.config.run import Source
+from trivium.data.chat.formats import Layout, detect, from_dataset_info
+from trivium.data.source.blocks import (
+    BLOCK_BYTES,
+    START,
+    Block,
+    Position,
+    Reading,
+    SourceFile,
+    file_kind,
+    first_records,
+    json_pieces,
+    list_files,
+    read_blocks,
+)
+from trivium.data.source.records import Piece
+from trivium.errors import BadData, ConfigError, TriviumError
+from trivium.files import atomic_write, sha256_file
+
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".parquet")
+USUAL_COMPRESSION = 4
+FRESH_NANOSECONDS = 2_000_000_000
+LOOKED_AT_RECORDS = 20
+
+
+class Corpus(Protocol):
+    """A source whose content is known by its hash."""
+
+    @property
+    def name(self) -> str:
+        """What the source is called in messages and reports."""
+        ...
+
+    @property
+    def reading(self) -> Reading:
+        """What of a row is the document."""
+        ...
+
+    @property
+    def num_bytes(self) -> int | None:
+        """About how many bytes of plain rows there are; None when nobody knows."""
+        ...
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether some of its rows are conversations."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides which documents come out, as JSON."""
+        ...
+
+    def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+        """The rows from `start` on."""
+        ...
+
+    def require_unchanged(self) -> None:
+        """Raises: BadData when a file changed since it was hashed."""
+        ...
+
+
+def open_corpus(source: Source, max_document_mib: float, cache_dir: Path) -> Corpus:
+    """Find and hash what a source names.
+
+    Raises: ConfigError or BadData when it is not there or cannot be read.
+    """
+    hashes = FileHashes(cache_dir)
+    corpus = find_corpus(source, max_document_mib, hashes)
+    hashes.save()
+    return corpus
+
+
+def find_corpus(source: Source, max_document_mib: float, hashes: "FileHashes") -> Corpus:
+    """Find what a source names; `NoHashes` where nothing is built of it.
+
+    Raises: ConfigError or BadData when it is not there or cannot be read.
+    """
+    reading = Reading(source.field, source.documents, int(max_document_mib * 2**20))
+    layout = None
+    if source.dataset is not None:
+        source, layout = from_dataset_info(source)
+    if source.path is not None:
+        return FileCorpus.open(Path(source.path).expanduser(), source, layout, reading, hashes)
+    return HubCorpus.open(source, layout, reading, hashes)
+
+
+def find_layout(source: Source, records: list[dict[str, Any]], where: str) -> Layout | None:
+    """How records say what they hold, as the source says or as the first ones show; None for plain text.
+
+    Raises: BadData when nobody can tell.
+    """
+    if source.format == "text" or not records:
+        return None
+    layout = Layout(source.format, dict(source.fields), dict(source.roles), source.field)
+    if source.format == "auto":
+        layout = detect(records, layout, where)
+    return None if layout.format == "text" else layout
+
+
+class FileHashes:
+    """SHA-256 of files, remembered by path, size and time of change so that a large corpus is hashed once.
+
+    A file changed in the last two seconds is not remembered: within its clock's grain it may change again unseen.
+    """
+
+    def __init__(self, cache_dir: Path) -> None:
+        self.cache_dir = cache_dir.resolve()
+        self._path = self.cache_dir / "file-hashes.json"
+        self._known: dict[str, list[str]] = {}
+        if self._path.exists():
+            try:
+                self._known = json.loads(self._path.read_text())
+            except ValueError:
+                self._path.unlink()
+        self._changed = False
+
+    def sha256(self, path: Path) -> str:
+        """Raises: BadData when the file cannot be read."""
+        key = str(path.resolve())
+        before = stamp(path)
+        known = self._known.get(key)
+        if known is not None and known[0] == before:
+            return known[1]
+        try:
+            digest = sha256_file(path)
+        except OSError as error:
+            raise BadData(
+                f"{path}: cannot be read ({error.strerror}). Give read permission, or leave the file out."
+            ) from error
+        if time.time_ns() - path.stat().st_mtime_ns > FRESH_NANOSECONDS:
+            self._known[key] = [before, digest]
+            self._changed = True
+        return digest
+
+    def save(self) -> None:
+        """Keep what was learnt for the next build."""
+        if self._changed:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self._path, json.dumps(self._known, indent=0, sort_keys=True))
+
+
+class NoHashes(FileHashes):
+    """For whoever only looks: no file is read through just to be named, and nothing is remembered."""
+
+    def __init__(self, cache_dir: Path = Path(os.devnull)) -> None:
+        super().__init__(cache_dir)
+
+    def sha256(self, path: Path) -> str:
+        """None."""
+        return ""
+
+    def save(self) -> None:
+        """Nothing was learnt."""
+
+
+def stamp(path: Path) -> str:
+    """Size, inode and time of change: what differs when a file was written to."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_ino} {status.st_mtime_ns}"
+
+
+@dataclass(frozen=True)
+class FileCorpus:
+    """A file or a folder of files."""
+
+    name: str
+    reading: Reading
+    files: list[SourceFile]
+    hashes: list[str]
+    stamps: list[str]
+
+    @classmethod
+    def open(
+        cls, root: Path, source: Source, layout: Layout | None, reading: Reading, hashes: FileHashes
+    ) -> "FileCorpus":
+        """List and hash the files below `root` and find their layouts; a cache that lies among them is no source."""
+        files = list_files(root)
+        if root.resolve() in hashes.cache_dir.parents:
+            files = [file for file in files if not file.path.resolve().is_relative_to(hashes.cache_dir)]
+        if source.format != "text":
+            files = [_with_layout(file, source, layout, reading) for file in files]
+        stamps = [stamp(file.path) for file in files]
+        return cls(str(root), reading, files, [hashes.sha256(file.path) for file in files], stamps)
+
+    @property
+    def num_bytes(self) -> int:
+        """Compressed files count for four times their size."""
+        return sum(
+            file.path.stat().st_size * (USUAL_COMPRESSION if file.path.suffix in COMPRESSED_SUFFIXES else 1)
+            for file in self.files
+        )
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether one of the files has a layout."""
+        return any(file.layout is not None for file in self.files)
+
+    def identity(self) -> dict[str, Any]:
+        """Names and hashes in reading order, and how they are read."""
+        named = [
+            [file.name, digest, *([] if file.layout is None else [asdict(file.layout)])]
+            for file, digest in zip(self.files, self.hashes, strict=True)
+        ]
+        return {"files": named, "reading": asdict(self.reading)}
+
+    def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+        """The rows of all files from `start` on."""
+        return read_blocks(self.files, self.reading, start, block_bytes)
+
+    def require_unchanged(self) -> None:
+        """Raises: BadData when a file changed since it was hashed."""
+        for file, before in zip(self.files, self.stamps, strict=True):
+            if not file.path.exists() or stamp(file.path) != before:
+                raise BadData(
+                    f"{file.path}: changed while it was being read, so nobody could say what the store holds. "
+                    "Nothing was published; run the same command again when the file is at rest."
+                )
+
+
+def _with_layout(file: SourceFile, source: Source, layout: Layout | None, reading: Reading) -> SourceFile:
+    if file_kind(file.path) == "text":
+        return file
+    known = layout or find_layout(source, first_records(file, reading, LOOKED_AT_RECORDS), str(file.path))
+    return file._replace(layout=known)
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """A Hub data set, streamed; `identifier` is its id, or a folder that `datasets` can load."""
+
+    identifier: str
+    subset: str | None
+    split: str
+    revision: str
+    """Commit of the data set, or the hash of the folder: what is read is what was hashed."""
+    reading: Reading
+    layout: Layout | None = None
+
+    @classmethod
+    def open(cls, source: Source, layout: Layout | None, reading: Reading, hashes: FileHashes) -> "HubCorpus":
+        """Find out the revision, and how the first records say what they hold."""
+        assert source.hub is not None
+        if Path(source.hub).is_dir():
+            files = sorted(path for path in Path(source.hub).rglob("*") if path.is_file())
+            listing = [[path.relative_to(source.hub).as_posix(), hashes.sha256(path)] for path in files]
+            revision = json.dumps(listing)
+        else:
+            revision = _hub_commit(source.hub, source.revision)
+        corpus = cls(source.hub, source.subset, source.split, revision, reading)
+        if layout is None and source.format != "text":
+            with corpus._errors_explained():
+                records = list(islice(corpus._records(), LOOKED_AT_RECORDS))
+            layout = find_layout(source, records, corpus.name)
+        return replace(corpus, layout=layout)
+
+    @property
+    def name(self) -> str:
+        """Id, subset and split."""
+        return " ".join(filter(None, (self.identifier, self.subset, self.split)))
+
+    @property
+    def num_bytes(self) -> None:
+        """The Hub does not say."""
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """The data set, its revision, and how it is read."""
+        return {
+            "hub": None if Path(self.identifier).is_dir() else self.identifier,
+            "subset": self.subset,
+            "split": self.split,
+            "revision": self.revision,
+            "reading": asdict(self.reading),
+            "layout": None if self.layout is None else asdict(self.layout),
+        }
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether its records have a layout."""
+        return self.layout is not None
+
+    def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+        """The records from `start` on; a line number is a record's number."""
+        field = self.reading.field if self.layout is None else None
+        with self._errors_explained():
+            rows = json_pieces(iter(self._records().skip(start.offset)), field, start.offset, block_bytes)
+            for data, first_row, next_row in rows:
+                piece = Piece(self.name, "json", first_row + 1, data, None, self.layout)
+                yield Block((piece,), Position(0, next_row, next_row + 1))
+
+    def _records(self) -> Any:
+        import datasets
+
+        return datasets.load_dataset(
+            self.identifier,
+            name=self.subset,
+            split=self.split,
+            revision=None if Path(self.identifier).is_dir() else self.revision,
+            streaming=True,
+        )
+
+    @contextmanager
+    def _errors_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (GeneratorExit, TriviumError):
+            raise
+        except Exception as error:  # `datasets` lets through whatever its readers and the network raise
+            message = " ".join(str(error).split())[:300]
+            raise BadData(
+                f"{self.name}: `datasets` cannot read it ({type(error).__name__}: {message}). Check id and split."
+            ) from error
+
+    def require_unchanged(self) -> None:
+        """A revision never changes."""
+
+
+def _hub_commit(identifier: str, revision: str | None) -> str:
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        commit = HfApi().dataset_info(identifier, revision=revision).sha
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise ConfigError(
+            f"Hub data set {identifier}: its revision cannot be looked up ({type(error).__name__}). Check the id and "
+            "the network, or give `revision` as the 40 digits of a commit."
+        ) from error
+    assert commit is not None
+    return commit

@@ -1,0 +1,232 @@
+"""Measures what this machine takes for each kind of work, by timing real steps of the engine and fitting their work.
+
+Each step below is heavy in another kind (`plan/work.py`), so that together they tell the kinds apart; what a unit of
+each takes is the fit of least relative errors in which nothing takes less than no time. Minutes, once a machine. Writes
+nothing: `plan/calibration.py` does. For `trivium plan --calibrate` and the benches.
+"""
+
+import datetime
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from trivium.config.run import Adapter
+from trivium.engine.device import Machine, measure_flops, probe
+from trivium.errors import TriviumError
+from trivium.measure.synthetic import DTYPES, rehearsal_engine, rehearsal_step
+from trivium.model.shape import QwenShape
+from trivium.plan.calibration import Calibration
+from trivium.plan.work import KINDS, Kind, step_work
+from trivium.plan.workload import ComputeDtype, Place, Workload
+
+SECONDS_PER_SAMPLE = 2.0
+LEAST_REPEATS, MOST_REPEATS = 3, 30
+# A dtype that is this much slower than fp32 is emulated: nobody trains in it, and measuring it would take hours.
+EMULATED_SHARE = 0.5
+# How much wider and how many times the tokens the samples are on a GPU, so that it has something to do.
+GPU_WIDTH, GPU_TOKENS = 4, 8
+# Of a GPU's step, up to which the beginning of operations is surely hidden behind the computing.
+HIDDEN_SHARE = 0.8
+# Beyond this the timings contradict each other: their fit says less than a data sheet.
+MOST_ERROR = 0.4
+
+Trained = Literal["everything", "adapter", "packed"]
+WEIGHTS: dict[Trained, Literal["pretrained", "nf4", "random"]] = {
+    "everything": "random",
+    "adapter": "pretrained",
+    "packed": "nf4",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A step to time, at the size for a CPU: one row a micro-batch, cut into documents."""
+
+    hidden: int
+    layers: int
+    vocab: int
+    tokens: int
+    document: int
+    head_dim: int = 64
+    trained: Trained = "everything"
+    micro_batches: int = 1
+    recompute: bool = False
+    supervised_share: float = 1.0
+
+    def workload(self, dtype: ComputeDtype, place: Place) -> Workload:
+        """The step as numbers, larger on a GPU."""
+        width, times = (GPU_WIDTH, GPU_TOKENS) if place == "gpu" else (1, 1)
+        hidden, tokens = width * self.hidden, times * self.tokens
+        heads = hidden // self.head_dim
+        shape = QwenShape(
+            family="qwen3",
+            vocab_size=self.vocab,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            head_dim=self.head_dim,
+            tie_word_embeddings=True,
+        )
+        return Workload(
+            shape=shape,
+            weights=WEIGHTS[self.trained],
+            adapter=None if self.trained == "everything" else Adapter(),
+            state_dtype="fp32",
+            seq_len=tokens,
+            micro_tokens=tokens,
+            step_tokens=tokens * self.micro_batches,
+            recompute=self.recompute,
+            compute_dtype=dtype,
+            place=place,
+            supervised_share=self.supervised_share,
+            document_tokens=times * self.document,
+        )
+
+
+# Each is heavy in what stands beside it.
+SAMPLES = (
+    Sample(64, 6, 512, tokens=64, document=64, head_dim=32),  # operations; on a GPU nothing else
+    Sample(512, 2, 1024, tokens=1024, document=128),  # products
+    Sample(1024, 1, 1024, tokens=512, document=128, head_dim=128),  # wide products
+    Sample(1024, 2, 1024, tokens=1024, document=128),  # wide products over many tokens
+    Sample(128, 3, 1024, tokens=2048, document=64, head_dim=32),  # activations
+    Sample(512, 1, 16384, tokens=512, document=128),  # the head
+    Sample(64, 1, 65536, tokens=512, document=128, head_dim=32),  # logits
+    Sample(128, 1, 151936, tokens=256, document=128, head_dim=32),  # the head of a large vocabulary
+    Sample(128, 2, 1024, tokens=2048, document=2048, head_dim=32),  # scores, of narrow heads
+    Sample(256, 2, 1024, tokens=2048, document=2048, head_dim=128),  # attention's products, of wide heads
+    Sample(128, 4, 1024, tokens=1024, document=32, head_dim=32),  # documents
+    Sample(768, 2, 16384, tokens=64, document=64, micro_batches=4),  # weights, several times a step
+    Sample(512, 1, 65536, tokens=128, document=128),  # the optimizer
+    Sample(256, 3, 1024, tokens=1024, document=256, recompute=True),  # recomputation
+    Sample(384, 2, 32768, tokens=1024, document=512, supervised_share=0.5),  # a usual mixture
+    Sample(512, 2, 1024, tokens=1024, document=128, trained="adapter"),  # frozen products
+    Sample(192, 3, 8192, 1024, 256, 32, trained="adapter", recompute=True, supervised_share=0.25),  # the adapter's own
+    Sample(256, 1, 32768, tokens=512, document=256, trained="adapter"),  # a frozen head
+    Sample(768, 2, 1024, tokens=128, document=128, trained="packed"),  # unpacking
+    Sample(384, 2, 8192, 512, 256, trained="packed", recompute=True, supervised_share=0.5),  # unpacking once more
+)
+
+
+def calibrate(note: Callable[[str], None] = lambda text: None, device: str = "auto") -> Calibration:
+    """Measure what a run with this `device` trains on, in every dtype that it computes itself, in a few minutes.
+
+    `note` is told, as it happens, what is measured.
+
+    Raises: TriviumError when the timings contradict each other, as they do while something else is running.
+    """
+    machine = probe(device, "auto")
+    # Without bitsandbytes nothing is packed, and what unpacking takes remains the data sheet's guess.
+    samples = [sample for sample in SAMPLES if sample.trained != "packed" or find_spec("bitsandbytes")]
+    rates, errors = {}, {}
+    for dtype in (dtype for dtype in get_args(ComputeDtype) if _is_in_hardware(machine, dtype)):
+        steps = [sample.workload(dtype, machine.place) for sample in samples]
+        seconds = []
+        for number, workload in enumerate(steps, start=1):
+            note(f"{dtype}: step {number} of {len(steps)}")
+            seconds.append(measure_step(workload, machine.device))
+        rates[dtype], errors[dtype] = fit(steps, seconds)
+        if errors[dtype] > MOST_ERROR:
+            raise TriviumError(
+                f"The timings in {dtype} contradict each other: their best fit is {errors[dtype]:.0%} off, where "
+                f"{MOST_ERROR:.0%} is the most to be expected. Something else was probably running. Nothing was kept; "
+                "stop it and measure again."
+            )
+    planned = machine.as_planned
+    return Calibration(
+        device=planned.name,
+        title=planned.title,
+        num_threads=torch.get_num_threads(),
+        seconds_per_unit=rates,
+        error=errors,
+        date=datetime.date.today().isoformat(),
+        versions={"torch": version("torch"), "trivium": version("trivium")},
+    )
+
+
+def _is_in_hardware(machine: Machine, dtype: ComputeDtype) -> bool:
+    fp32 = measure_flops(machine.device, torch.float32)
+    return dtype == "fp32" or measure_flops(machine.device, DTYPES[dtype]) > EMULATED_SHARE * fp32
+
+
+def measure_step(workload: Workload, device: torch.device) -> float:
+    """Seconds of an optimizer step: the median of several."""
+    return statistics.median(timed_steps(workload, device, SECONDS_PER_SAMPLE))
+
+
+def timed_steps(workload: Workload, device: torch.device, least_seconds: float) -> list[float]:
+    """Seconds of each of several optimizer steps on random tokens, after one that warms up."""
+    engine, batches = rehearsal_engine(workload, device), rehearsal_step(workload)
+    times: list[float] = []
+    while len(times) <= LEAST_REPEATS or (sum(times[1:]) < least_seconds and len(times) <= MOST_REPEATS):
+        start = time.perf_counter()
+        engine.forward_backward(batches)
+        engine.optimizer_step(1e-5, batches)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def fit(steps: Sequence[Workload], seconds: Sequence[float]) -> tuple[dict[str, float], float]:
+    """What a unit of each kind in the steps takes, and the largest relative error over those that were fitted.
+
+    A GPU computes while operations are begun, and its step takes the longer of the two. There the first step, which is
+    small, tells what an operation takes, and the other kinds are fitted to the steps that are busy.
+    """
+    amounts = np.array([[_amount(workload, kind) for kind in KINDS] for workload in steps])
+    times, operations = np.array(seconds), KINDS.index("operations")
+    launch = 0.0
+    if steps[0].place == "gpu":
+        launch = times[0] / amounts[0, operations]
+        is_busy = amounts[:, operations] * launch < HIDDEN_SHARE * times
+        amounts, times = amounts[is_busy], times[is_busy]
+        amounts[:, operations] = 0.0
+    shares = amounts / times[:, None]
+    per_unit = non_negative_fit(shares, np.ones(len(times)))
+    error = float(np.abs(shares @ per_unit - 1.0).max())
+    per_unit[operations] += launch
+    told = {KINDS[place] for place in np.flatnonzero(shares.any(axis=0))} | {"operations"}
+    return {kind: float(rate) for kind, rate in zip(KINDS, per_unit, strict=True) if kind in told}, error
+
+
+def _amount(workload: Workload, kind: Kind) -> float:
+    return sum(term.amount for term in step_work(workload) if term.kind == kind)
+
+
+def non_negative_fit(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The x >= 0 with the least |matrix @ x - target|.
+
+    Source: Lawson and Hanson 1974, "Solving Least Squares Problems", chapter 23.
+    """
+    scale = np.linalg.norm(matrix, axis=0)
+    scale[scale == 0.0] = 1.0
+    matrix = matrix / scale
+    x = np.zeros(matrix.shape[1])
+    free = np.zeros(len(x), dtype=bool)
+    for _ in range(10 * len(x)):
+        slope = matrix.T @ (target - matrix @ x)
+        slope[free] = -np.inf
+        if slope.max() <= 1e-12:
+            break
+        free[slope.argmax()] = True
+        while True:
+            wished = np.zeros(len(x))
+            wished[free] = np.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
+            if (wished[free] > 0.0).all():
+                x = wished
+                break
+            blocked = free & (wished <= 0.0)
+            way = np.min(x[blocked] / np.maximum(x[blocked] - wished[blocked], np.finfo(float).tiny))
+            x += way * (wished - x)
+            free &= x > 1e-12
+    return x / scale

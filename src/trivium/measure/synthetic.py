@@ -1,0 +1,84 @@
+"""A step without a run: an engine with random weights and batches of random tokens, as a `Workload` says.
+
+For measuring what a step needs and takes: the planner's benches, its calibration, its tests. Trains nothing of use.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from trivium.config.run import Adapter, Optimizer
+from trivium.data.batch.pack import Batch, pack
+from trivium.engine.engine import Engine
+from trivium.model import adapter
+from trivium.model.quantize import NF4Linear
+from trivium.model.qwen import INIT_STD, Linear, Qwen, init_weights
+from trivium.plan.workload import Workload
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RandomStore:
+    """Documents of random tokens, of which an even share carries loss: the later ones, as in conversations."""
+
+    def __init__(self, lengths: list[int], vocab_size: int, supervised_share: float) -> None:
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self.vocab_size = vocab_size
+        self.supervised_share = supervised_share
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        return np.random.default_rng(document).integers(0, self.vocab_size, int(self.lengths[document]))[start:stop]
+
+    def weights(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        if self.supervised_share == 1.0:
+            return None
+        length = int(self.lengths[document])
+        first = length - round(self.supervised_share * length)
+        return np.where(np.arange(start, stop) >= first, 100, 0).astype(np.uint8)
+
+
+def rehearsal_engine(workload: Workload, device: torch.device | str = "cpu") -> Engine:
+    """The model of a workload with its optimizer, made as a run makes it but for the values of the weights."""
+    config = Optimizer(lr=1e-5, weight_decay=0.1, state_dtype=workload.state_dtype)
+    dtype = DTYPES[workload.compute_dtype]
+    if workload.adapter is None:
+        with torch.device(device):
+            model = Qwen(workload.shape)
+        init_weights(model, seed=0)
+    else:
+        model = frozen_model(workload, dtype, device)
+        adapter.inject(model, workload.adapter, seed=0, token_ids=range(workload.num_token_rows))
+    model.compute_dtype = dtype
+    model.recompute = workload.recompute
+    return Engine(model, config, (workload.adapter or Adapter()).loraplus_lr_ratio)
+
+
+def frozen_model(workload: Workload, dtype: torch.dtype, device: torch.device | str) -> Qwen:
+    """A base that is never trained, in the compute dtype or with its projections packed, made a matrix at a time."""
+    with torch.device("meta"):
+        model = Qwen(workload.shape)
+    for path, module in list(model.named_modules()):
+        if workload.weights == "nf4" and isinstance(module, Linear) and path != "lm_head":
+            bias = (
+                None if module.bias is None else nn.Parameter(torch.zeros_like(module.bias, dtype=dtype, device=device))
+            )
+            weight = torch.randn(module.weight.shape, device=device)
+            model.set_submodule(path, NF4Linear(weight, bias, dtype))
+        else:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0.0, INIT_STD)
+                module.register_parameter(name, nn.Parameter(value))
+    return model.requires_grad_(False)
+
+
+def rehearsal_step(workload: Workload, step: int = 0) -> list[Batch]:
+    """The micro-batches of one device in one optimizer step, full to the last token."""
+    length = round(workload.document_tokens or workload.seq_len)
+    rows = []
+    for start in range(0, workload.seq_len, length):
+        rows.append(min(length, workload.seq_len - start))
+    rows *= workload.micro_tokens // workload.seq_len
+    # Each piece is a whole document and one token more, so that the last token of a row has a label too.
+    store = RandomStore([length + 1 for length in rows], workload.shape.vocab_size, workload.supervised_share)
+    spans = np.array([(0, document, 0, length) for document, length in enumerate(rows)], dtype=np.int64)
+    return [pack([store], spans, workload.micro_tokens) for _ in range(workload.num_micro_batches)]

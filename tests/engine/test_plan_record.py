@@ -1,0 +1,181 @@
+"""What the planner promises a run: kept in its folder, measured beside it, and its advice when memory runs out."""
+
+import json
+import os
+import re
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.runs import Silent, context, finish, outcome, run_values, train, write_corpus
+from trivium.cli.main import trivium
+from trivium.config.load import dump_run
+from trivium.config.run import Run, with_method_defaults
+from trivium.engine import checkpoint, start
+from trivium.engine.device import asked_bytes, is_out_of_memory, probe
+from trivium.engine.runfolder import RunFolder
+from trivium.engine.setup import prepare
+from trivium.errors import ConfigError
+from trivium.plan.check import read_outcome
+from trivium.use.verify import verify
+
+MIB = 1 << 20
+HEADROOM = 260 * MIB
+LONG_ROWS = {
+    "model": {"shape": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4}},
+    "batch": {"tokens": 8192},
+    "budget": {"steps": 3},
+    "checkpoint": {"every_steps": 1},
+    "eval": {"every_steps": 100, "max_tokens": 256},
+}
+"""A model whose activations are most of its memory: over 400 MB in one portion, 27 MB in portions of 512 tokens."""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "stories.jsonl")
+
+
+def run_of(values: dict[str, Any]) -> Run:
+    return Run.model_validate(with_method_defaults(values))
+
+
+def open_values(corpus: Path, runs_dir: Path, **values: Any) -> dict[str, Any]:
+    """A run whose portions are the planner's to settle."""
+    return run_values(corpus, runs_dir, batch={"tokens": 512}, budget={"steps": 6}, **values)
+
+
+def plan_of(runs_dir: Path) -> dict[str, Any]:
+    plan = RunFolder(runs_dir / "small").read("plan.json")
+    assert plan is not None
+    return plan
+
+
+def test_the_plan_is_kept_and_measured(corpus, tmp_path):
+    values = open_values(corpus, tmp_path)
+    finish(values)
+    folder, plan = RunFolder(tmp_path / "small"), plan_of(tmp_path)
+    lines = [line for line in folder.metrics if "train/peak_memory_gib" in line]
+    assert re.search(r"micro_tokens: 512 +# planner", folder.run_yaml.read_text())
+    assert plan["measured"]["step"] == 6
+    assert plan["measured"]["peak_memory_bytes"] == max(line["train/peak_memory_gib"] for line in lines) * (1 << 30)
+    speeds = sorted(line["train/tokens_per_second"] for line in lines)
+    assert speeds[0] <= plan["measured"]["tokens_per_second"] <= speeds[-1]
+    memory = plan["predicted"]["peak_memory"]
+    assert sum(memory["items"].values()) == memory["bytes"] and memory["low"] < memory["bytes"] < memory["high"]
+    # So small a model is mostly libraries, of which the prediction counts what the process holds.
+    assert abs(plan["measured"]["peak_memory_error"]) < 0.25
+    found = read_outcome(folder.path)
+    assert found.status == "finished" and found.peak_bytes is not None
+    assert found.peak_bytes.error == pytest.approx(plan["measured"]["peak_memory_error"])
+
+
+def test_a_run_that_goes_on_keeps_the_portions_it_began_with(corpus, tmp_path):
+    """On a machine with next to no memory a new run would be portioned otherwise; one that goes on is not."""
+    run, notes, small = run_of(open_values(corpus, tmp_path)), [], replace(probe("cpu", "fp32"), memory_bytes=1)
+    assert (run.batch.micro_tokens, run.activation_checkpointing) == (None, None)
+    settled = prepare(run, notes.append, small).run
+    assert (settled.batch.micro_tokens, settled.activation_checkpointing) == (64, True)
+    assert "the planner chose batch.micro_tokens: 64 and activation_checkpointing: true" in notes[-1]
+    folder = RunFolder(tmp_path / "small")
+    assert start.as_begun(folder, run) == run
+    begun = run_of(run_values(corpus, tmp_path, batch={"tokens": 512, "micro_tokens": 256}, budget={"steps": 6}))
+    write_begun(folder, begun.model_copy(update={"activation_checkpointing": False}))
+    as_begun = start.as_begun(folder, run)
+    assert prepare(as_begun, notes.append, small).run == as_begun
+    assert (as_begun.batch.micro_tokens, as_begun.activation_checkpointing) == (256, False)
+    assert not start.is_finished(folder, as_begun, Silent())
+
+
+def write_begun(folder: RunFolder, run: Run) -> None:
+    """As a run leaves its folder that was killed after its first step."""
+    (folder.checkpoints / "step-00000001").mkdir(parents=True)
+    folder.run_yaml.write_text(dump_run(run, {}))
+
+
+def test_portions_may_change_and_nothing_else(corpus, tmp_path):
+    values = run_values(corpus, tmp_path, budget={"steps": 2000}, batch={"tokens": 512, "micro_tokens": 512})
+    folder = RunFolder(tmp_path / "small")
+    begun, other = run_of(values), run_of(values | {"batch": {"tokens": 512, "micro_tokens": 128}})
+    write_begun(folder, begun)
+    assert not start.is_finished(folder, other, Silent())
+    assert not start.is_finished(folder, other.model_copy(update={"activation_checkpointing": True}), Silent())
+    with pytest.raises(ConfigError, match="seed: 0 -> 1") as refused:
+        start.is_finished(folder, other.model_copy(update={"seed": 1}), Silent())
+    assert "micro_tokens" not in str(refused.value)
+
+
+def command(arguments: list[str], headroom_bytes: int | None, errors: Path) -> None:
+    """The command line in this process, which may hold no more than so many bytes beyond what it holds now."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
+    torch.set_num_threads(1)
+    if headroom_bytes is not None:
+        held = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert held is not None
+        limit = 1024 * int(held[1]) + headroom_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    trivium(arguments)
+
+
+def start_command(arguments: list[str], headroom_bytes: int | None, errors: Path) -> Any:
+    process = context.Process(target=command, args=(arguments, headroom_bytes, errors))
+    process.start()
+    return process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the data of a process")
+def test_memory_that_runs_out_is_answered_with_what_would_fit(corpus, tmp_path):
+    run_file, errors, folder = tmp_path / "small.yaml", tmp_path / "errors", RunFolder(tmp_path / "small")
+    run_file.write_text(json.dumps(run_values(corpus, tmp_path, **LONG_ROWS)))
+    process = start_command(["train", str(run_file)], None, errors)
+    while not checkpoint.steps(folder.checkpoints):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    saved, predicted = checkpoint.steps(folder.checkpoints), plan_of(tmp_path)["predicted"]
+
+    process = start_command(["train", str(run_file)], HEADROOM, errors)
+    process.join()
+    said = errors.read_text()
+    assert process.exitcode == 3, said
+    print(said)
+    assert "ran out" in said and all(f"({number}) " in said for number in (1, 2, 3)) and "Traceback" not in said
+    failure = folder.read("failure.json")
+    assert failure is not None and failure["kind"] == "DoesNotFit" and failure["message"] in said
+    assert "failed" in (folder.path / "report.html").read_text()
+    assert checkpoint.steps(folder.checkpoints) == saved
+    for step in saved:
+        checkpoint.verify(checkpoint.step_folder(folder.checkpoints, step))
+
+    process = start_command(["train", str(run_file), "batch.micro_tokens=512"], HEADROOM, errors)
+    process.join()
+    assert process.exitcode == 0, errors.read_text()
+    assert "goes on in other portions (batch.micro_tokens: 8192 -> 512)" in errors.read_text()
+    assert verify(folder.path, lambda text: None, lambda step, steps: None).is_finished
+    assert folder.read("failure.json") is None
+    assert plan_of(tmp_path)["predicted"] == predicted
+
+
+def test_errors_that_mean_want_of_memory():
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 45)
+    assert is_out_of_memory(found.value) and asked_bytes(found.value) == 1 << 47
+    with pytest.raises(MemoryError) as of_python:
+        bytearray(1 << 46)
+    assert is_out_of_memory(of_python.value) and asked_bytes(of_python.value) == 0
+    said = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.00 GiB of which 1.00 GiB"
+    assert is_out_of_memory(torch.OutOfMemoryError(said)) and asked_bytes(torch.OutOfMemoryError(said)) == 5 << 29
+    for other in (RuntimeError("shapes do not match"), OSError(2, "no file"), ValueError("out of memory")):
+        assert not is_out_of_memory(other)
+
+
+def test_killed_and_whole_runs_are_the_same_whoever_portions_them(corpus, tmp_path):
+    train(open_values(corpus, tmp_path / "open"))
+    train(run_values(corpus, tmp_path / "set", batch={"tokens": 512, "micro_tokens": 512}, budget={"steps": 6}))
+    assert outcome(tmp_path / "open") == outcome(tmp_path / "set")

@@ -1,0 +1,175 @@
+"""The counts behind a prediction against torch's own counter, and what a calibration makes of its timings."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from trivium.config.run import Adapter
+from trivium.errors import TriviumError
+from trivium.measure import calibrate as calibrating
+from trivium.measure.calibrate import SAMPLES, Sample, calibrate, fit, non_negative_fit
+from trivium.measure.synthetic import rehearsal_engine, rehearsal_step
+from trivium.model.shape import QwenShape
+from trivium.plan import calibration
+from trivium.plan.devices import processor
+from trivium.plan.speed import predict_speed
+from trivium.plan.work import KINDS, adapter_flops, attention_flops, head_flops, projection_flops, step_work
+from trivium.plan.workload import Workload
+
+CPU = torch.device("cpu")
+SMALL = Workload(
+    shape=QwenShape("qwen3", 320, 64, 160, 3, 4, 4, 16, tie_word_embeddings=True),
+    weights="random",
+    adapter=None,
+    state_dtype="fp32",
+    seq_len=128,
+    micro_tokens=256,
+    step_tokens=256,
+    recompute=False,
+    compute_dtype="bf16",  # in fp32 the head adds its products in place, which torch does not count
+    place="cpu",
+    document_tokens=64.0,
+)
+ADAPTER = Adapter(rank=8, targets=["q_proj", "v_proj", "down_proj"])
+
+
+def counted_flops(workload):
+    """What torch counts in one step; its table lacks the CPU's attention, whose formula it has."""
+    engine, batches = rehearsal_engine(workload), rehearsal_step(workload)
+
+    def forward(query, key, value, *args, out_shape=None, **kwargs):
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad_out, query, key, value, *args, out_shape=None, **kwargs):
+        return sdpa_backward_flop_count(grad_out, query, key, value)
+
+    aten = torch.ops.aten
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        engine.forward_backward(batches)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"recompute": True},
+        {"supervised_share": 0.5},
+        {"document_tokens": 128.0},
+        {"adapter": ADAPTER, "weights": "pretrained"},
+        {"adapter": ADAPTER, "weights": "pretrained", "recompute": True, "supervised_share": 0.25},
+        {"adapter": Adapter(rank=4), "weights": "nf4", "recompute": True},
+        {"adapter": Adapter(rank=4, targets=["q_proj"]), "weights": "pretrained", "recompute": True},
+        {"shape": replace(SMALL.shape, family="qwen2", tie_word_embeddings=False)},
+    ],
+    ids=lambda changes: "-".join(changes) or "everything",
+)
+def test_flops_are_those_that_torch_counts(changes):
+    workload = replace(SMALL, **changes)
+    # Torch counts the whole square of scores, of which causality needs half.
+    counts = [count(workload) for count in (projection_flops, adapter_flops, head_flops, attention_flops)]
+    assert sum(counts) + counts[-1] == pytest.approx(counted_flops(workload), rel=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(2, 12),
+    columns=st.integers(1, 6),
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.sampled_from([1e-12, 1.0, 1e9]),
+)
+def test_the_fit_is_the_best_that_is_not_negative(rows, columns, seed, scale):
+    """The conditions of Karush, Kuhn and Tucker: no step up helps anywhere, no step down where there is room."""
+    rng = np.random.default_rng(seed)
+    matrix, target = rng.normal(size=(rows, columns)), rng.normal(size=rows)
+    x = non_negative_fit(matrix * scale, target) * scale
+    slope = matrix.T @ (matrix @ x - target)
+    assert (x >= 0).all()
+    assert slope.min() > -1e-7 and np.abs(slope[x > 1e-9]).max(initial=0.0) < 1e-7
+
+
+def seconds_by(rates, workload):
+    return sum(term.amount * rates[term.kind] for term in step_work(workload))
+
+
+def test_rates_are_found_again_from_the_times_they_make():
+    """All kinds of work can be told apart by the samples."""
+    rng = np.random.default_rng(0)
+    usual = {"flops": 4e-12, "head_flops": 5e-12, "attention_flops": 1.5e-11, "attention_scores": 1e-9}
+    usual |= {"bytes": 1.4e-10, "weight_bytes": 1.2e-10, "logits": 1.7e-9, "nf4_values": 1e-9, "operations": 1e-5}
+    steps = [sample.workload("bf16", "cpu") for sample in SAMPLES]
+    for _ in range(5):
+        planted = {kind: seconds * rng.uniform(0.3, 3.0) for kind, seconds in usual.items()}
+        found, error = fit(steps, [seconds_by(planted, workload) for workload in steps])
+        assert found == pytest.approx(planted, rel=1e-6)
+        assert error < 1e-9
+
+
+def test_noise_in_the_times_stays_small_in_a_prediction():
+    rng = np.random.default_rng(1)
+    planted = dict.fromkeys(KINDS, 0.0) | {"flops": 5e-12, "head_flops": 5e-12, "bytes": 1e-10, "operations": 1e-5}
+    steps = [sample.workload("bf16", "cpu") for sample in SAMPLES]
+    times = [seconds_by(planted, workload) * rng.uniform(0.93, 1.07) for workload in steps]
+    found, error = fit(steps, times)
+    assert error < 0.2
+    unseen = Sample(320, 5, 12000, tokens=768, document=192, head_dim=32).workload("bf16", "cpu")
+    assert seconds_by(found, unseen) == pytest.approx(seconds_by(planted, unseen), rel=0.1)
+
+
+def test_what_no_step_has_gets_no_rate():
+    steps = [sample.workload("bf16", "cpu") for sample in SAMPLES if sample.trained != "packed"]
+    found, _ = fit(steps, [1.0] * len(steps))
+    assert set(found) == set(KINDS) - {"nf4_values"}
+
+
+def test_on_a_gpu_the_first_step_tells_what_an_operation_takes():
+    """A device that would take 2 microseconds for the smallest step's work waits for 5 microseconds an operation."""
+    steps = [sample.workload("bf16", "gpu") for sample in SAMPLES]
+    planted = {"flops": 2e-15, "head_flops": 2e-15, "attention_flops": 4e-15, "attention_scores": 0.0, "bytes": 1e-12}
+    planted |= {"weight_bytes": 1e-12, "logits": 1e-11, "nf4_values": 2e-12, "operations": 5e-6}
+
+    def seconds(workload):
+        computing = seconds_by(planted | {"operations": 0.0}, workload)
+        return max(computing, seconds_by(planted, workload) - computing)
+
+    found, error = fit(steps, [seconds(workload) for workload in steps])
+    assert found["operations"] == pytest.approx(5e-6)
+    assert found["flops"] == pytest.approx(2e-15, rel=0.05)
+    assert error < 0.05
+
+
+def test_timings_that_contradict_each_other_are_not_kept(monkeypatch):
+    """The same step, once in a second and once in ten: other work was running."""
+    sample = Sample(32, 1, 64, tokens=32, document=16, head_dim=16)
+    seconds = iter([1.0, 10.0])
+    monkeypatch.setattr(calibrating, "SAMPLES", (sample, sample))
+    monkeypatch.setattr(calibrating, "measure_step", lambda workload, device: next(seconds))
+    with pytest.raises(TriviumError, match="contradict each other"):
+        calibrate(device="cpu")
+
+
+def test_this_machine_is_measured_and_predicted(tmp_path, monkeypatch):
+    """Timings themselves are left to the bench: of steps as small as these they say nothing."""
+    monkeypatch.setenv("TRIVIUM_HOME", str(tmp_path))
+    samples = (Sample(32, 1, 64, tokens=32, document=16, head_dim=16), Sample(32, 2, 64, 32, 32, 16, trained="adapter"))
+    monkeypatch.setattr(calibrating, "SAMPLES", samples)
+    monkeypatch.setattr(calibrating, "SECONDS_PER_SAMPLE", 0.0)
+    monkeypatch.setattr(calibrating, "MOST_ERROR", float("inf"))
+    notes = []
+    found = calibrate(notes.append, "cpu")
+    assert found.device == processor().name and found.num_threads == torch.get_num_threads()
+    assert "fp32" in found.seconds_per_unit and notes[0] == "fp32: step 1 of 2"
+    calibration.save(found)
+    assert calibration.load() == found
+    workload = SAMPLES[1].workload("fp32", "cpu")
+    predicted = predict_speed(workload, processor(), calibration.load())
+    assert predicted.seconds_per_step > 0.0 and predicted != predict_speed(workload, processor())

@@ -1,0 +1,130 @@
+"""A step traced without values against the memory that torch's allocator really gave out."""
+
+import gc
+import resource
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from trivium.config.run import Adapter
+from trivium.engine import loss
+from trivium.measure.synthetic import rehearsal_engine, rehearsal_step
+from trivium.measure.trace import Trace, trace_peak
+from trivium.model import catalog, qwen
+from trivium.model.shape import QwenShape
+from trivium.plan.workload import Workload
+
+SMALL = QwenShape("qwen3", 2000, 128, 384, 2, 4, 2, 32, tie_word_embeddings=True)
+QWEN2 = replace(SMALL, family="qwen2")
+SCRATCH: dict[str, Any] = {"weights": "random", "adapter": None}
+LORA: dict[str, Any] = {"weights": "pretrained", "adapter": Adapter(rank=8), "supervised_share": 0.5}
+
+
+def workload(**changes: Any) -> Workload:
+    values: dict[str, Any] = {
+        "shape": SMALL,
+        "state_dtype": "fp32",
+        "seq_len": 512,
+        "micro_tokens": 512,
+        "step_tokens": 512,
+        "recompute": False,
+        "compute_dtype": "bf16",
+        "place": "cpu",
+        "document_tokens": 300,
+    }
+    return Workload(**values | changes)
+
+
+def measured_peak(work: Workload) -> int:
+    """The most bytes that the CPU's allocator had given out at one time, over two real steps."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        engine = rehearsal_engine(work)
+        made = rehearsal_step(work)
+        for _ in range(2):
+            engine.forward_backward(made)
+            engine.optimizer_step(1e-5, made)
+    assert events.profiler is not None and events.profiler.kineto_results is not None
+    changes = [event for event in events.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "scratch, fp32": {**SCRATCH, "compute_dtype": "fp32"},
+    "scratch, 8-bit, accumulated": {**SCRATCH, "recompute": True, "state_dtype": "8bit", "step_tokens": 1024},
+    "scratch, large untied head": {**SCRATCH, "shape": replace(SMALL, vocab_size=30_000, tie_word_embeddings=False)},
+    "lora, fp32, recomputed": {**LORA, "compute_dtype": "fp32", "recompute": True},
+    "qlora, one document a row": {**LORA, "weights": "nf4", "shape": QWEN2, "document_tokens": None},
+    "dora, dropout, token rows": {**LORA, "adapter": Adapter(rank=4, dora=True, dropout=0.1), "num_token_rows": 2},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_traced_peak_is_the_allocators(name: str) -> None:
+    work = workload(**CASES[name])
+    assert trace_peak(work).peak_bytes == pytest.approx(measured_peak(work), rel=0.01)
+
+
+def weight_bytes(trace: Trace) -> int:
+    return trace.items["weights"] + trace.items.get("frozen weights", 0)
+
+
+@pytest.mark.parametrize("changes", [SCRATCH, LORA, {**LORA, "weights": "nf4"}], ids=["scratch", "lora", "qlora"])
+def test_weights_gradients_and_moments_are_the_exact_counts(changes: dict[str, Any]) -> None:
+    work = workload(**changes)
+    trace = trace_peak(work)
+    trained = work.num_trained_params
+    assert weight_bytes(trace) == 4 * trained + work.frozen_bytes
+    assert sum(trace.items.values()) == trace.peak_bytes == max(trace.phases.values())
+    num_tensors = len(rehearsal_engine(replace(work, weights="pretrained")).parameters)
+    assert trace.items["moments"] == 8 * trained + 4 * num_tensors  # and the count of steps of each
+    # When the optimizer steps there are the gradients, and little more than that.
+    states = weight_bytes(trace) + trace.items["moments"] + 4 * trained
+    assert states <= trace.phases["optimizer"] < 1.05 * states
+
+
+def test_a_model_larger_than_memory_is_traced_in_little_of_it() -> None:
+    shape = replace(catalog.get("Qwen3-8B"), num_hidden_layers=2)
+    work = workload(**LORA, shape=shape, place="gpu")
+    trace_peak(workload(**LORA, place="gpu"))  # what is imported for it is there
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trace = trace_peak(work)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert weight_bytes(trace) > 3e9
+    assert grown < 2e8
+
+
+def test_a_gpus_kernels_keep_less_and_the_engine_is_left_as_it_was() -> None:
+    before = qwen.attend, F.rms_norm, F.dropout, loss.CPU_SLICE_ELEMENTS
+    work = workload(**LORA | {"adapter": Adapter(dropout=0.1)})
+    on_cpu, on_gpu = trace_peak(work), trace_peak(replace(work, place="gpu"))
+    assert on_gpu.phases["backward"] < on_cpu.phases["backward"]
+    assert on_gpu.reserved_bytes >= on_gpu.peak_bytes
+    assert (qwen.attend, F.rms_norm, F.dropout, loss.CPU_SLICE_ELEMENTS) == before
+
+
+def test_a_trace_is_of_one_device() -> None:
+    with pytest.raises(ValueError, match="one device"):
+        trace_peak(workload(**SCRATCH, num_devices=2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("changes", [SCRATCH, LORA, {**LORA, "recompute": True}], ids=["scratch", "lora", "recompute"])
+def test_the_traced_peak_is_a_gpus(changes: dict[str, Any]) -> None:
+    shape = replace(catalog.get("Qwen3-0.6B"), num_hidden_layers=4)
+    work = workload(**changes, shape=shape, place="gpu", seq_len=2048, micro_tokens=8192, step_tokens=16384)
+    engine, batches = rehearsal_engine(work, "cuda"), rehearsal_step(work)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        engine.forward_backward(batches)
+        engine.optimizer_step(1e-5, batches)
+    assert trace_peak(work).peak_bytes == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.03)
