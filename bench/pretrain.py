@@ -55,7 +55,7 @@ def train_trivium(dtype: str, steps: int) -> tuple[int, float]:
     from tests.memory_store import MemoryStore
     from trivium.config.run import Optimizer
     from trivium.data.batch.order import Order
-    from trivium.data.batch.pack import Rows
+    from trivium.data.batch.pack import StoreBatches
     from trivium.engine.engine import Engine
     from trivium.model.qwen import Qwen, init_weights
     from trivium.model.shape import QwenShape
@@ -65,8 +65,12 @@ def train_trivium(dtype: str, steps: int) -> tuple[int, float]:
     init_weights(model, seed=0)
     model.compute_dtype = getattr(torch, dtype)
     engine = Engine(model, Optimizer(lr=5e-5, weight_decay=0.0))
-    rows = Rows(
-        [store], Order([store.lengths], None, 1024, seed=0), rows_per_step=2, rows_per_micro_batch=2, num_rows=None
+    rows = StoreBatches(
+        [store],
+        Order([store.lengths], None, 1024, seed=0),
+        sequences_per_step=2,
+        sequences_per_micro_batch=2,
+        num_rows=None,
     )
     num_tokens, start = 0, 0.0
     for step in range(steps + WARMUP_STEPS):

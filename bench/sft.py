@@ -122,8 +122,9 @@ def train_trivium(method: str, folder: Path, steps: int) -> dict[str, float]:
     """As `trivium train` does it, without the records and checkpoints."""
     from trivium.config.run import Run, with_method_defaults
     from trivium.engine import engine as engine_module
+    from trivium.engine.build import build_engine
     from trivium.engine.device import probe
-    from trivium.engine.setup import build_engine, prepare
+    from trivium.engine.prepare import prepare
 
     values = {
         "method": method,
@@ -142,7 +143,7 @@ def train_trivium(method: str, folder: Path, steps: int) -> dict[str, float]:
     count = Count()
     engine_module.cross_entropy_sum = count.in_head(engine_module.cross_entropy_sum)  # its gradients are computed there
     for step in range(steps + WARMUP_STEPS):
-        batches = job.rows.step(step)
+        batches = job.batches.step(step)
         for batch in batches:
             count.batch(batch.num_tokens, batch.num_supervised, len(batch.supervised))
         engine.forward_backward(batches)

@@ -14,10 +14,11 @@ from tests.engine.runs import write_conversations, write_corpus
 from tests.use.models import make_base
 from trivium.config.load import load_run
 from trivium.config.run import Run
+from trivium.engine.build import build_engine
 from trivium.engine.device import Machine
 from trivium.engine.loop import Progress, take_step
+from trivium.engine.prepare import prepare
 from trivium.engine.runfolder import RunFolder
-from trivium.engine.setup import build_engine, prepare
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
 from trivium.plan import devices

@@ -71,9 +71,9 @@ def test_method_of_a_wrong_type_is_left_for_validation():
 @given(seq_len=st.integers(8, 20_000), rows=st.integers(1, 300))
 def test_micro_batches_divide_the_step_and_fit_their_tokens(seq_len: int, rows: int):
     run = build(data={"sources": ["a"], "seq_len": seq_len}, batch={"tokens": seq_len * rows})
-    assert run.rows_per_step == rows
-    assert rows % run.rows_per_micro_batch == 0
-    assert run.rows_per_micro_batch * seq_len <= max(8192, seq_len)
+    assert run.sequences_per_step == rows
+    assert rows % run.sequences_per_micro_batch == 0
+    assert run.sequences_per_micro_batch * seq_len <= max(8192, seq_len)
 
 
 @given(seq_len=st.integers(8, 5000), tokens=st.integers(1, 10**6))

@@ -14,12 +14,12 @@ document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 @given(st.lists(document_lengths, min_size=1, max_size=3), st.integers(8, 40), st.integers(0, 5), st.integers(0, 3))
 def test_an_epoch_reads_every_token_exactly_once(sources, seq_len, seed, epoch):
     order = Order([np.array(lengths) for lengths in sources], None, seq_len, seed)
-    first = sum(order.num_rows(e) for e in range(epoch))
+    first = sum(order.num_sequences(e) for e in range(epoch))
     read = [np.zeros(length, dtype=int) for lengths in sources for length in lengths]
     offset = np.cumsum([0] + [len(lengths) for lengths in sources])
     sizes = []
-    for row in range(first, first + order.num_rows(epoch)):
-        spans = order.row(row)
+    for row in range(first, first + order.num_sequences(epoch)):
+        spans = order.sequence(row)
         sizes.append((spans[:, 3] - spans[:, 2]).sum())
         for source, document, start, stop in spans:
             read[offset[source] + document][start:stop] += 1
@@ -34,16 +34,16 @@ def test_a_row_depends_on_nothing_but_its_number(lengths, seq_len, row):
 
     one, other = build(), build()
     for earlier in (3, 0, 17):
-        other.row(earlier)
-    assert np.array_equal(one.row(row), other.row(row))
+        other.sequence(earlier)
+    assert np.array_equal(one.row(row), other.sequence(row))
 
 
 def test_epochs_and_seeds_shuffle_differently():
     lengths = [np.full(200, 10)]
     order = Order(lengths, None, 100, seed=0)
-    first, second = ([tuple(order.row(e * 20 + r)[:, 1]) for r in range(20)] for e in (0, 1))
+    first, second = ([tuple(order.sequence(e * 20 + r)[:, 1]) for r in range(20)] for e in (0, 1))
     assert first != second
-    assert first != [tuple(Order(lengths, None, 100, seed=1).row(r)[:, 1]) for r in range(20)]
+    assert first != [tuple(Order(lengths, None, 100, seed=1).sequence(r)[:, 1]) for r in range(20)]
 
 
 def test_weights_set_the_share_of_tokens_whatever_the_sizes():
@@ -53,8 +53,8 @@ def test_weights_set_the_share_of_tokens_whatever_the_sizes():
     for epoch in (0, 1, 5):
         assert order.token_shares(epoch)[1] == pytest.approx(0.75, abs=0.02)
     tokens = np.zeros(2)
-    for row in range(order.num_rows(0)):
-        for source, _, start, stop in order.row(row):
+    for row in range(order.num_sequences(0)):
+        for source, _, start, stop in order.sequence(row):
             tokens[source] += stop - start
     assert tokens[1] / tokens.sum() == pytest.approx(order.token_shares(0)[1])
 
@@ -72,8 +72,8 @@ def test_a_weighted_source_is_read_evenly_over_the_epochs():
 @given(document_lengths, st.integers(8, 40), st.floats(0.1, 3.9))
 def test_rows_of_a_fraction_of_an_epoch(lengths, seq_len, epochs):
     order = Order([np.array(lengths)], None, seq_len, seed=0)
-    exact = epochs * order.num_rows(0)
-    assert exact - 1e-6 <= order.num_rows_in_epochs(epochs) < exact + 1
+    exact = epochs * order.num_sequences(0)
+    assert exact - 1e-6 <= order.num_sequences_in_epochs(epochs) < exact + 1
 
 
 def test_the_fingerprint_sees_lengths_seed_and_row_length():
@@ -95,8 +95,8 @@ def test_a_source_without_tokens_is_refused():
 @given(st.lists(document_lengths, min_size=1, max_size=3), st.integers(8, 40), st.integers(0, 5), st.integers(0, 2))
 def test_whole_pieces_are_read_once_and_cut_only_where_they_must_be(sources, seq_len, seed, epoch):
     order = Order([np.array(lengths) for lengths in sources], None, seq_len, seed, whole=True)
-    first = sum(order.num_rows(e) for e in range(epoch))
-    spans = [order.row(row) for row in range(first, first + order.num_rows(epoch))]
+    first = sum(order.num_sequences(e) for e in range(epoch))
+    spans = [order.sequence(row) for row in range(first, first + order.num_sequences(epoch))]
     assert all(0 < (row[:, 3] - row[:, 2]).sum() <= seq_len for row in spans)
     expected = [
         (source, document, start, min(start + seq_len, length))
@@ -119,4 +119,4 @@ def test_best_fit_leaves_no_two_rows_that_would_fit_into_one(lengths):
 def test_thousands_of_short_conversations_fill_their_rows():
     lengths = np.random.default_rng(0).integers(20, 200, size=20_000)
     order = Order([lengths], None, 1024, seed=0, whole=True)
-    assert lengths.sum() / (1024 * order.num_rows(0)) > 0.995
+    assert lengths.sum() / (1024 * order.num_sequences(0)) > 0.995

@@ -8,23 +8,32 @@ from hypothesis import strategies as st
 
 from tests.memory_store import random_store
 from trivium.data.batch.order import Order
-from trivium.data.batch.pack import NO_LABEL, SUPERVISED_MULTIPLE, Rows, pack, sequential_batches, step_digest
+from trivium.data.batch.pack import (
+    NO_LABEL,
+    SUPERVISED_MULTIPLE,
+    StoreBatches,
+    pack,
+    sequence_digests,
+    sequential_batches,
+    share,
+    step_digest,
+)
 
 document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
 
-def rows_of(lengths, seq_len=16, rows_per_step=4, rows_per_micro_batch=2, num_rows=None):
+def rows_of(lengths, seq_len=16, sequences_per_step=4, sequences_per_micro_batch=2, num_sequences=None):
     store = random_store(np.random.default_rng(0), lengths)
     order = Order([store.lengths], None, seq_len, seed=3)
-    return store, Rows([store], order, rows_per_step, rows_per_micro_batch, num_rows)
+    return store, StoreBatches([store], order, sequences_per_step, sequences_per_micro_batch, num_sequences)
 
 
 @given(document_lengths)
 def test_every_token_but_each_first_is_a_label_once_an_epoch(lengths):
     store, rows = rows_of(lengths)
-    rows.num_rows = rows.order.num_rows(0)
+    rows.num_sequences = rows.order.num_sequences(0)
     labels = []
-    for step in range(-(-rows.num_rows // rows.rows_per_step)):
+    for step in range(-(-rows.num_sequences // rows.sequences_per_step)):
         for batch in rows.step(step):
             labels += batch.supervised_labels[: batch.num_supervised].tolist()
     expected = [int(token) for document in store.documents for token in document[1:]]
@@ -54,21 +63,34 @@ def test_a_batch_says_the_truth_about_its_documents(lengths, step):
         assert len(batch.supervised) % SUPERVISED_MULTIPLE == 0
 
 
-@given(document_lengths, st.integers(0, 6))
-def test_ranks_and_micro_batches_do_not_change_what_a_step_reads(lengths, step):
-    digests = set()
-    for rows_per_micro_batch in (1, 2, 4):
-        _, rows = rows_of(lengths, rows_per_micro_batch=rows_per_micro_batch)
-        digests.add(step_digest("", rows.step(step)))
-    assert len(digests) == 1
-    _, rows = rows_of(lengths, rows_per_micro_batch=1)
-    whole = [batch.spans.tolist() for batch in rows.step(step)]
-    shared = [[batch.spans.tolist() for batch in rows.step(step, rank, 2)] for rank in (0, 1)]
-    assert sorted(shared[0] + shared[1]) == sorted(whole)
+@given(document_lengths, st.integers(0, 6), st.integers(1, 5), st.sampled_from([None, 3, 9, 10]))
+def test_ranks_and_micro_batches_do_not_change_what_a_step_reads(lengths, step, world_size, num_sequences):
+    ledgers, spans = set(), set()
+    for per_micro_batch in (1, 2, 4):
+        _, rows = rows_of(lengths, sequences_per_micro_batch=per_micro_batch, num_sequences=num_sequences)
+        shares = [rows.step(step, rank, world_size) for rank in range(world_size)]
+        assert len({len(one) for one in shares}) == 1, "every rank makes as many forwards"
+        in_order = [batch for micro_batches in zip(*shares, strict=True) for batch in micro_batches]
+        ledgers.add(step_digest("", [batch.digests for batch in in_order]))
+        spans.add(str([span for batch in in_order for span in batch.spans.tolist()]))
+        for batch in in_order:
+            assert len(batch.supervised) >= SUPERVISED_MULTIPLE and len(batch.tokens) == 16 * per_micro_batch
+    assert len(ledgers) == len(spans) == 1
+
+
+@given(document_lengths, st.integers(1, 5))
+def test_share_gives_every_batch_to_one_rank_and_pads_the_rest(lengths, world_size):
+    store = random_store(np.random.default_rng(0), lengths)
+    batches = sequential_batches(store, 32, 16, 10_000)
+    shares = [share(batches, rank, world_size) for rank in range(world_size)]
+    assert len({len(one) for one in shares}) == 1
+    given = [batch for one in shares for batch in one if batch.num_tokens]
+    assert sorted(map(id, given)) == sorted(map(id, batches))
+    assert all(batch.num_supervised == 0 for one in shares for batch in one if not batch.num_tokens)
 
 
 def test_the_last_step_of_a_counted_run_holds_what_is_left():
-    _, rows = rows_of([16] * 10, rows_per_step=4, rows_per_micro_batch=4, num_rows=10)
+    _, rows = rows_of([16] * 10, sequences_per_step=4, sequences_per_micro_batch=4, num_sequences=10)
     assert [sum(batch.num_tokens for batch in rows.step(step)) for step in range(4)] == [64, 64, 32, 0]
 
 
@@ -84,13 +106,15 @@ def test_evaluation_reads_the_first_documents_whole(lengths, max_tokens):
     assert len(documents) == len(lengths) or read + lengths[len(documents)] > max_tokens
 
 
-def test_the_digest_sees_one_changed_token():
+def test_sequence_digests_see_one_changed_token_and_step_digest_its_past():
     store = random_store(np.random.default_rng(0), [20, 12])
     spans = np.array([[0, 0, 0, 20], [0, 1, 0, 12]])
-    before = step_digest("x", [pack([store], spans, 32)])
+    before = list(sequence_digests(pack([store], spans, 32), [1, 1]))
     store.documents[1][11] += 1
-    assert step_digest("x", [pack([store], spans, 32)]) != before
-    assert step_digest("y", [pack([store], spans, 32)]) != step_digest("x", [pack([store], spans, 32)])
+    after = list(sequence_digests(pack([store], spans, 32), [1, 1]))
+    assert before[0] == after[0] and before[1] != after[1]
+    assert step_digest("x", [before]) == step_digest("x", [before[:1], before[1:]])
+    assert len({step_digest("x", [before]), step_digest("x", [after]), step_digest("y", [before])}) == 3
 
 
 @given(document_lengths, st.integers(0, 2**32 - 1))
@@ -100,8 +124,8 @@ def test_loss_falls_on_the_labels_the_mask_names_with_its_weights(lengths, seed)
     store.masks = [rng.choice(np.array([0, 100, 50], dtype=np.uint8), size=length) for length in lengths]
     order = Order([store.lengths], None, 64, seed=3, whole=True)
     found = []
-    for row in range(order.num_rows(0)):
-        batch = pack([store], order.row(row), 64)
+    for row in range(order.num_sequences(0)):
+        batch = pack([store], order.sequence(row), 64)
         weights = batch.supervised_weights
         count = batch.num_supervised
         hundredths = [100] * count if weights is None else (100 * weights[:count]).round().int().tolist()

@@ -15,7 +15,7 @@ from trivium.doctor.case import Case, Trial, build_trial, read_conversations
 from trivium.doctor.examine import CASE_RULES, RUN_RULES, try_out
 from trivium.doctor.findings import Finding, look
 from trivium.engine.device import Machine
-from trivium.engine.setup import prepare
+from trivium.engine.prepare import prepare
 from trivium.model import hf
 from trivium.model.qwen import Qwen, init_weights
 from trivium.model.shape import QwenShape

@@ -10,7 +10,7 @@ from tests.doctor.cases import case_of, found_in, run_of, severity_of, trial_of
 from trivium.config.load import dump_run, load_run
 from trivium.doctor.machine import disk_parts
 from trivium.engine.device import memory_bytes
-from trivium.engine.setup import settle_portions
+from trivium.engine.prepare import settle_batching
 from trivium.errors import ConfigError, DoesNotFit
 from trivium.model import quantize
 from trivium.plan.fit import cheapest_fixes
@@ -124,8 +124,8 @@ def test_q21_offers_what_then_fits(long, tmp_path):
 def test_q21_takes_the_portions_that_the_planner_settles(long):
     tight = with_memory(long, 0.99 * peak_memory(long.workload).total)
     notes = []
-    settled = settle_portions(tight.run, tight.job.shape, tight.job.facts, tight.machine, notes.append)
-    assert settled.rows_per_micro_batch < tight.run.rows_per_micro_batch or settled.activation_checkpointing
+    settled = settle_batching(tight.run, tight.job.shape, tight.job.facts, tight.machine, notes.append)
+    assert settled.sequences_per_micro_batch < tight.run.sequences_per_micro_batch or settled.activation_checkpointing
     assert len(notes) == 1 and "the planner chose" in notes[0]
     assert severity_of(replace(tight, job=replace(tight.job, run=settled)), "Q21") is None
 

@@ -19,7 +19,7 @@ from tests.doctor.cases import (
     write_base,
     zero_rows,
 )
-from trivium.data.batch.pack import Rows
+from trivium.data.batch.pack import StoreBatches
 from trivium.data.store.megatron import StoreWriter
 from trivium.data.tokenizer import CHATML_TEMPLATE
 from trivium.errors import BadData
@@ -61,10 +61,10 @@ def chat_ids(question="hi", answer="yes", before="assistant"):
     return np.array(ids), np.array([0] * len(prompt) + [100] * (len(ids) - len(prompt)))
 
 
-class MaskedById(Rows):
+class MaskedById(StoreBatches):
     """What packing would do if it masked padding by the id of the pad token."""
 
-    def __init__(self, rows: Rows, pad: int) -> None:
+    def __init__(self, rows: StoreBatches, pad: int) -> None:
         self.__dict__ |= rows.__dict__
         self.pad = pad
 
@@ -79,7 +79,7 @@ class MaskedById(Rows):
 def test_q01_ends_are_kept_whatever_the_pad_token(case, pad):
     case.job.tokenizer.pad_token_id = pad
     assert severity_of(case, "Q01") is None
-    broken = replace(case, job=replace(case.job, rows=MaskedById(case.job.rows, pad)))
+    broken = replace(case, job=replace(case.job, batches=MaskedById(case.job.batches, pad)))
     assert severity_of(broken, "Q01") == ("error" if pad == TURN_END else None)
     case.job.tokenizer.pad_token_id = END_OF_TEXT
 

@@ -97,7 +97,7 @@ def test_q25_a_mean_of_means(trial):
 
 
 def test_q25_a_step_without_a_learnt_token(trial, monkeypatch):
-    rows = trial.case.job.rows
+    rows = trial.case.job.batches
     step = rows.step
 
     def silent(number):

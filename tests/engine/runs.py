@@ -16,7 +16,7 @@ WALL_CLOCK = {"time", "train/tokens_per_second", "train/mfu", "train/peak_memory
 
 context = multiprocessing.get_context("forkserver")
 # The server imports torch once and forks, so that a run in a new process starts in milliseconds.
-context.set_forkserver_preload(["tests.engine.runs", "trivium.engine.start", "torch", "peft", "bitsandbytes"])
+context.set_forkserver_preload(["tests.engine.runs", "trivium.train", "torch", "peft", "bitsandbytes"])
 
 
 def write_corpus(path: Path, num_stories: int = 150) -> Path:
@@ -75,32 +75,18 @@ def run_values(corpus: Path, runs_dir: Path, **values: Any) -> dict[str, Any]:
     }
 
 
-def train(values: dict[str, Any]) -> None:
-    """Start or go on with a run, here and now."""
+def train(values: dict[str, Any], observer: Any = None) -> None:
+    """Start or resume a run, in this process."""
     import torch
 
     from trivium.config.load import ResolvedRun
     from trivium.config.run import Run, with_method_defaults
-    from trivium.engine.start import start
+    from trivium.doctor.examine import IDS
+    from trivium.engine.loop import Silent
+    from trivium.train import train_quietly
 
     torch.set_num_threads(1)
-    start(ResolvedRun(Run.model_validate(with_method_defaults(values)), {}), Silent())
-
-
-class Silent:
-    """An observer that shows nothing."""
-
-    def note(self, text: str) -> None:
-        pass
-
-    def begin(self, step: int, num_steps: int) -> None:
-        pass
-
-    def step(self, step: int, loss: float) -> None:
-        pass
-
-    def record(self, record: dict[str, Any]) -> None:
-        pass
+    train_quietly(ResolvedRun(Run.model_validate(with_method_defaults(values)), {}), observer or Silent(), IDS)
 
 
 def spawn(values: dict[str, Any]) -> Any:

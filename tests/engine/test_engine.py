@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tests.memory_store import random_store
 from trivium.config.run import Optimizer
 from trivium.data.batch.order import Order
-from trivium.data.batch.pack import Rows, pack
+from trivium.data.batch.pack import StoreBatches, pack
 from trivium.engine.engine import Engine, NonFinite
 from trivium.model.qwen import Documents, Qwen, init_weights
 from trivium.model.shape import QwenShape
@@ -42,9 +42,11 @@ def small_engine(family: str = "qwen3", tied: bool = True, config: Optimizer = C
     return Engine(model, config)
 
 
-def rows_of(rows_per_micro_batch: int, rows_per_step: int = 4) -> Rows:
+def rows_of(sequences_per_micro_batch: int, sequences_per_step: int = 4) -> StoreBatches:
     store = random_store(np.random.default_rng(0), [5, 17, 40, 3, 90, 21, 33, 8, 64, 50], vocab_size=500)
-    return Rows([store], Order([store.lengths], None, 64, seed=0), rows_per_step, rows_per_micro_batch, None)
+    return StoreBatches(
+        [store], Order([store.lengths], None, 64, seed=0), sequences_per_step, sequences_per_micro_batch, None
+    )
 
 
 def gradients(engine: Engine) -> dict[str, torch.Tensor]:
@@ -61,9 +63,9 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", True)])
 def test_four_times_one_equals_one_times_four(family, tied):
     engine = small_engine(family, tied)
-    whole = engine.forward_backward(rows_of(rows_per_micro_batch=4).step(0))
+    whole = engine.forward_backward(rows_of(sequences_per_micro_batch=4).step(0))
     expected = gradients(engine)
-    split = engine.forward_backward(rows_of(rows_per_micro_batch=1).step(0))
+    split = engine.forward_backward(rows_of(sequences_per_micro_batch=1).step(0))
     assert split == pytest.approx(whole, rel=1e-6)
     assert_same(expected, gradients(engine))
 
@@ -82,16 +84,16 @@ def test_packed_equals_unpacked(family, tied):
 
 def test_the_loss_is_a_mean_over_tokens_not_over_micro_batches():
     engine = small_engine()
-    batches = rows_of(rows_per_micro_batch=1).step(0)
+    batches = rows_of(sequences_per_micro_batch=1).step(0)
     losses = [engine.evaluate([batch]) for batch in batches]
     expected = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
-    assert engine.forward_backward(batches) == pytest.approx(expected, rel=1e-6)
+    assert engine.forward_backward(batches)["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 @torch.no_grad()
 def test_the_loss_is_the_plain_one_of_the_logits():
     engine = small_engine()
-    batch = rows_of(rows_per_micro_batch=4).step(0)[0]
+    batch = rows_of(sequences_per_micro_batch=4).step(0)[0]
     total = 0.0
     for begin, end in zip(batch.bounds, batch.bounds[1:], strict=False):
         length = end - begin
@@ -112,7 +114,7 @@ def test_weight_decay_falls_on_matrices_only():
 
 def test_a_bad_loss_names_its_micro_batch():
     engine = small_engine(tied=False)
-    batches = rows_of(rows_per_micro_batch=1).step(0)
+    batches = rows_of(sequences_per_micro_batch=1).step(0)
     others = {token for index in (0, 1, 3) for token in batches[index].tokens.tolist()}
     poison = next(token for token in batches[2].tokens.tolist() if token not in others)
     with torch.no_grad():
@@ -124,7 +126,7 @@ def test_a_bad_loss_names_its_micro_batch():
 
 def test_a_bad_gradient_is_found_before_the_update():
     engine = small_engine()
-    batches = rows_of(rows_per_micro_batch=2).step(0)
+    batches = rows_of(sequences_per_micro_batch=2).step(0)
     engine.forward_backward(batches)
     next(iter(engine.parameters.values())).grad[0, 0] = float("inf")
     before = {name: parameter.clone() for name, parameter in engine.parameters.items()}
@@ -135,7 +137,7 @@ def test_a_bad_gradient_is_found_before_the_update():
 
 @pytest.mark.parametrize("state_dtype", ["fp32", "8bit"])
 def test_save_and_load_go_on_bit_for_bit(tmp_path, state_dtype):
-    rows = rows_of(rows_per_micro_batch=2)
+    rows = rows_of(sequences_per_micro_batch=2)
     config = CONFIG.model_copy(update={"state_dtype": state_dtype})
     straight, first = (small_engine(tied=False, config=config) for _ in range(2))
     for step in range(6):
@@ -169,7 +171,7 @@ def test_loss_weights_count_like_so_many_tokens():
 
     def loss_and_gradients(*masks: int) -> tuple[float, dict[str, torch.Tensor]]:
         store.masks = [np.full(30, masks[0], np.uint8), np.full(20, masks[1], np.uint8)]
-        loss = engine.forward_backward([pack([store], spans, 64)])
+        loss = engine.forward_backward([pack([store], spans, 64)])["loss"]
         return loss, gradients(engine)
 
     first, second = (loss_and_gradients(*masks)[0] for masks in ((100, 0), (0, 100)))

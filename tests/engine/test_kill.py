@@ -9,6 +9,7 @@ import pytest
 
 from tests.engine.runs import finish, outcome, run_values, spawn, train, write_corpus
 from trivium.engine import checkpoint
+from trivium.engine.loop import Silent
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError, TriviumError
 
@@ -125,17 +126,11 @@ def test_a_damaged_newest_checkpoint_is_found_and_the_one_before_used(corpus, un
             file.unlink()
     notes = []
 
-    from tests.engine import runs
-
-    class Noting(runs.Silent):
+    class Noting(Silent):
         def note(self, text: str) -> None:
             notes.append(text)
 
-    original, runs.Silent = runs.Silent, Noting
-    try:
-        train(values)
-    finally:
-        runs.Silent = original
+    train(values, Noting())
     assert any("set aside a damaged checkpoint" in note and f"step-{newest:08d}" in note for note in notes)
     assert any(f"resumed after step {before}" in note for note in notes)
     assert outcome(tmp_path) == expected

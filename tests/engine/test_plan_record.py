@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.runs import Silent, context, finish, outcome, run_values, train, write_corpus
+from tests.engine.runs import context, finish, outcome, run_values, train, write_corpus
+from trivium import train as start
 from trivium.cli.main import trivium
 from trivium.config.load import dump_run
 from trivium.config.run import Run, with_method_defaults
-from trivium.engine import checkpoint, start
+from trivium.engine import checkpoint
 from trivium.engine.device import asked_bytes, is_out_of_memory, probe
+from trivium.engine.loop import Silent
+from trivium.engine.prepare import prepare
 from trivium.engine.runfolder import RunFolder
-from trivium.engine.setup import prepare
 from trivium.errors import ConfigError
 from trivium.plan.check import read_outcome
 from trivium.use.verify import verify
@@ -84,10 +86,10 @@ def test_a_run_that_goes_on_keeps_the_portions_it_began_with(corpus, tmp_path):
     assert (settled.batch.micro_tokens, settled.activation_checkpointing) == (64, True)
     assert "the planner chose batch.micro_tokens: 64 and activation_checkpointing: true" in notes[-1]
     folder = RunFolder(tmp_path / "small")
-    assert start.as_begun(folder, run) == run
+    assert start.with_recorded_batching(folder, run) == run
     begun = run_of(run_values(corpus, tmp_path, batch={"tokens": 512, "micro_tokens": 256}, budget={"steps": 6}))
     write_begun(folder, begun.model_copy(update={"activation_checkpointing": False}))
-    as_begun = start.as_begun(folder, run)
+    as_begun = start.with_recorded_batching(folder, run)
     assert prepare(as_begun, notes.append, small).run == as_begun
     assert (as_begun.batch.micro_tokens, as_begun.activation_checkpointing) == (256, False)
     assert not start.is_finished(folder, as_begun, Silent())

@@ -37,9 +37,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trivium.config.run import Run, with_method_defaults
 from trivium.data.batch.pack import Batch
 from trivium.data.tokenizer import train_tokenizer
+from trivium.engine.build import build_engine
 from trivium.engine.device import Machine
 from trivium.engine.optim import learning_rate
-from trivium.engine.setup import Job, build_engine, prepare
+from trivium.engine.prepare import Job, prepare
 from trivium.model import adapter, hf
 from trivium.model.qwen import Qwen, init_weights
 from trivium.model.shape import QwenShape
@@ -132,8 +133,8 @@ def train_here(job: Job, folder: Path) -> tuple[list[float], list[float]]:
         adapter.save(engine.model, folder, str(job.weights_folder), None, {})
     losses, norms = [], []
     for step in range(STEPS):
-        batches = job.rows.step(step)
-        losses.append(engine.forward_backward(batches))
+        batches = job.batches.step(step)
+        losses.append(engine.forward_backward(batches)["loss"])
         norms.append(engine.optimizer_step(rate(job.run, step), batches))
     return losses, norms
 
@@ -185,7 +186,7 @@ def train_there(job: Job, folder: Path, output: Path) -> tuple[list[float], list
             save_strategy="no",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list([{"rows": [*rows_of(job.rows.step(step))]} for step in range(STEPS)]),
+        train_dataset=Dataset.from_list([{"rows": [*rows_of(job.batches.step(step))]} for step in range(STEPS)]),
         processing_class=AutoTokenizer.from_pretrained(job.tokenizer_folder),
         data_collator=lambda steps: pad(steps[0]["rows"]),
     )

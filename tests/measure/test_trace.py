@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from trivium.config.run import Adapter
-from trivium.engine import loss
 from trivium.measure.synthetic import rehearsal_engine, rehearsal_step
 from trivium.measure.trace import Trace, trace_peak
-from trivium.model import catalog, qwen
+from trivium.model import catalog, head, qwen
 from trivium.model.shape import QwenShape
 from trivium.plan.workload import Workload
 
@@ -103,12 +102,12 @@ def test_a_model_larger_than_memory_is_traced_in_little_of_it() -> None:
 
 
 def test_a_gpus_kernels_keep_less_and_the_engine_is_left_as_it_was() -> None:
-    before = qwen.attend, F.rms_norm, F.dropout, loss.CPU_SLICE_ELEMENTS
+    before = qwen.attend, F.rms_norm, F.dropout, head.CPU_SLICE_ELEMENTS
     work = workload(**LORA | {"adapter": Adapter(dropout=0.1)})
     on_cpu, on_gpu = trace_peak(work), trace_peak(replace(work, place="gpu"))
     assert on_gpu.phases["backward"] < on_cpu.phases["backward"]
     assert on_gpu.reserved_bytes >= on_gpu.peak_bytes
-    assert (qwen.attend, F.rms_norm, F.dropout, loss.CPU_SLICE_ELEMENTS) == before
+    assert (qwen.attend, F.rms_norm, F.dropout, head.CPU_SLICE_ELEMENTS) == before
 
 
 def test_a_trace_is_of_one_device() -> None:

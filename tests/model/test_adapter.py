@@ -17,7 +17,7 @@ from trivium.model import adapter, hf
 from trivium.model.quantize import load_quantised
 from trivium.model.qwen import Documents, Qwen, init_weights
 from trivium.model.shape import QwenShape
-from trivium.model.tokens import TokenRows
+from trivium.model.tokens import TrainableTokens
 
 SHAPES = {
     "qwen2-tied": QwenShape("qwen2", 211, 64, 176, 2, 4, 2, 16, True),
@@ -259,7 +259,7 @@ def test_trained_rows_learn_and_all_others_stay(base: Path) -> None:
     model = load_base(base)
     adapter.inject(model, Adapter(rank=4), seed=1, token_ids=TOKEN_IDS)
     table = model.model.embed_tokens
-    assert isinstance(table, TokenRows)
+    assert isinstance(table, TrainableTokens)
     train(model)
     folded, original = table.folded(), load_base(base).model.embed_tokens.weight
     changed = (folded != original).any(1).nonzero().flatten().tolist()

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from tests.allocator import allocated_peak
 from trivium.config.run import Adapter
 from trivium.data.batch import pack
-from trivium.engine import loss
-from trivium.model import catalog
+from trivium.model import catalog, head
 from trivium.model.shape import QwenShape
 from trivium.plan import memory
 from trivium.plan.memory import peak_memory
@@ -51,9 +50,9 @@ def test_the_predicted_peak_is_the_allocators(name: str) -> None:
 
 
 def test_constants_are_the_engines() -> None:
-    assert memory.LOGITS_CHUNK_BYTES == loss.LOGITS_CHUNK_BYTES
-    assert memory.FROZEN_HEAD_CHUNK_BYTES == loss.FROZEN_HEAD_CHUNK_BYTES
-    assert memory.CPU_SLICE_VALUES == loss.CPU_SLICE_ELEMENTS
+    assert memory.LOGITS_CHUNK_BYTES == head.LOGITS_CHUNK_BYTES
+    assert memory.FROZEN_HEAD_CHUNK_BYTES == head.FROZEN_HEAD_CHUNK_BYTES
+    assert memory.CPU_SLICE_VALUES == head.CPU_SLICE_ELEMENTS
     assert memory.SUPERVISED_MULTIPLE == pack.SUPERVISED_MULTIPLE
 
 

@@ -509,16 +509,16 @@ class Run(Part):
         return self
 
     @property
-    def rows_per_step(self) -> int:
+    def sequences_per_step(self) -> int:
         """Rows of `data.seq_len` tokens that one optimizer step consumes."""
         return self.batch.tokens // self.data.seq_len
 
     @property
-    def rows_per_micro_batch(self) -> int:
-        """Rows of one forward and backward; divides `rows_per_step`."""
+    def sequences_per_micro_batch(self) -> int:
+        """Rows of one forward and backward; divides `sequences_per_step`."""
         if self.batch.micro_tokens is not None:
             return self.batch.micro_tokens // self.data.seq_len
-        return math.gcd(self.rows_per_step, max(1, 8192 // self.data.seq_len))
+        return math.gcd(self.sequences_per_step, max(1, 8192 // self.data.seq_len))
 
 
 def with_method_defaults(values: dict[str, Any]) -> dict[str, Any]:

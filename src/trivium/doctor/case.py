@@ -20,9 +20,10 @@ from trivium.data.chat.formats import Conversation, content_of
 from trivium.data.chat.samples import ChatTemplate, describe_template
 from trivium.data.source.corpus import open_corpus
 from trivium.data.source.records import RowError, parse_piece
+from trivium.engine.build import build_engine
 from trivium.engine.device import Machine
 from trivium.engine.engine import Engine
-from trivium.engine.setup import Job, build_engine, cache_folder
+from trivium.engine.prepare import Job, cache_folder
 from trivium.errors import BadData, ConfigError
 from trivium.model import hf
 from trivium.plan.workload import Workload, of_run

@@ -192,10 +192,10 @@ def default_system(case: Case) -> Trouble | None:
 
 def small_corpus(case: Case) -> Trouble | None:
     """Q33: few documents for a pretrained model; says what they can do and what not."""
-    num_tokens = sum(int(np.asarray(part.store.lengths).sum(dtype=np.int64)) for part in case.job.parts)
+    num_tokens = sum(int(np.asarray(part.store.lengths).sum(dtype=np.int64)) for part in case.job.mixture)
     if case.run.weights == "random" or case.job.has_conversations or num_tokens >= SMALL_CORPUS_TOKENS:
         return None
-    epochs = case.job.rows.epoch(case.job.num_steps)
+    epochs = case.job.batches.epoch(case.job.num_steps)
     return Trouble(
         "info",
         f"{num_tokens:,} tokens of documents are read {epochs:.1f} times.",

@@ -18,8 +18,8 @@ from trivium.doctor import adapter, data, machine, numbers, tokens, trial
 from trivium.doctor.case import Case, Trial, build_trial, read_conversations
 from trivium.doctor.findings import Finding, known_ids, look, refusal, stopping
 from trivium.engine.device import Machine, probe
+from trivium.engine.prepare import Job, prepare
 from trivium.engine.runfolder import RunFolder
-from trivium.engine.setup import Job, prepare
 
 RUN_RULES = (*machine.RUN_RULES, *adapter.RUN_RULES)
 CASE_RULES = (*tokens.RULES, *data.RULES, *numbers.RULES, *machine.RULES)

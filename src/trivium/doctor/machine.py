@@ -13,8 +13,8 @@ from trivium.config.run import Run
 from trivium.doctor.case import Case
 from trivium.doctor.findings import Rule, Trouble
 from trivium.engine.plan_record import suggest_fixes
+from trivium.engine.prepare import cache_folder
 from trivium.engine.runfolder import RunFolder
-from trivium.engine.setup import cache_folder
 from trivium.errors import DoesNotFit
 from trivium.plan.fit import FIT_SHARE, fits
 from trivium.plan.memory import peak_memory

@@ -13,7 +13,7 @@ import numpy as np
 from trivium.data.batch.pack import NO_LABEL, Batch
 from trivium.doctor.case import Case, Sample
 from trivium.doctor.findings import Rule, Trouble
-from trivium.engine.setup import untrained_tokens
+from trivium.engine.build import untrained_tokens
 from trivium.errors import BadData, TriviumError
 
 MIN_ENDED_SHARE = 0.99
@@ -25,7 +25,7 @@ MAX_EMPTY_THINK_TOKENS = 4
 
 def pad_equals_end(case: Case) -> Trouble | None:
     """Q01: ends of turns or documents that the store has as labels and the first batch has not."""
-    batch = case.job.rows.step(0)[0]
+    batch = case.job.batches.step(0)[0]
     wanted = kept = 0
     for expected, labels in _labels(case, batch):
         ends = np.isin(expected, case.job.stop_ids)
@@ -45,7 +45,7 @@ def pad_equals_end(case: Case) -> Trouble | None:
 
 def _labels(case: Case, batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each piece of a batch the labels that its store gives, and those that the batch has."""
-    stores = case.job.rows.stores
+    stores = case.job.batches.stores
     for (source, document, start, stop), (begin, end) in zip(
         batch.spans.tolist(), pairwise(batch.bounds), strict=False
     ):

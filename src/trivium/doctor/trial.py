@@ -30,10 +30,10 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 def one_step(trial: Trial) -> Trouble | None:
     """M04: a forward and backward pass over the first micro-batch."""
-    batch, engine = trial.case.job.rows.step(0)[0], trial.engine
+    batch, engine = trial.case.job.batches.step(0)[0], trial.engine
     start = time.perf_counter()
     try:
-        loss = engine.forward_backward([batch])
+        loss = engine.forward_backward([batch])["loss"]
         norm = math.sqrt(sum(float(g.float().pow(2).sum()) for g in gradients(engine).values()))
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -100,7 +100,7 @@ def saved_and_loaded(trial: Trial) -> Trouble | None:
 
 def leaking_documents(trial: Trial) -> Trouble | None:
     """Q24: a change in one document of a row must not be felt in the next."""
-    stores = trial.case.job.rows.stores
+    stores = trial.case.job.batches.stores
     documents = _documents(trial)
     pair = [documents[0], documents[-1]]
     lengths = [min(LEAK_TOKENS, int(stores[source].lengths[document])) for source, document in pair]
@@ -122,7 +122,7 @@ def leaking_documents(trial: Trial) -> Trouble | None:
 
 def _documents(trial: Trial) -> list[tuple[int, int]]:
     """(source, document) of some documents that have a label, spread over all stores."""
-    stores = trial.case.job.rows.stores
+    stores = trial.case.job.batches.stores
     found = []
     for source, store in enumerate(stores):
         longer = np.flatnonzero(np.asarray(store.lengths) > 1)
@@ -142,7 +142,7 @@ def hidden_states(engine: Engine, batch: Batch, tokens: torch.Tensor) -> torch.T
 
 def mean_of_means(trial: Trial) -> Trouble | None:
     """Q25: two unequal micro-batches must give the gradient that one batch of both gives."""
-    rows = trial.case.job.rows
+    rows = trial.case.job.batches
     empty = [step for step in {0, trial.case.job.num_steps - 1} if not sum(b.num_supervised for b in rows.step(step))]
     if empty:
         return _wrong_norm(f"step {1 + empty[0]:,} reads no token that carries loss.")
@@ -171,7 +171,7 @@ def _wrong_norm(found: str) -> Trouble:
 
 def _unequal_spans(trial: Trial) -> tuple[np.ndarray, np.ndarray]:
     """Two pieces of documents, int64 [4] each: one with many learnt tokens, one with at most a quarter of that."""
-    stores, seq_len = trial.case.job.rows.stores, trial.case.run.data.seq_len
+    stores, seq_len = trial.case.job.batches.stores, trial.case.run.data.seq_len
     spans = [
         np.array([source, document, 0, min(seq_len, int(stores[source].lengths[document]))], dtype=np.int64)
         for source, document in _documents(trial)

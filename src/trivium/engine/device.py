@@ -53,6 +53,10 @@ class Machine:
         """The compute type, as run files name it."""
         return "bf16" if self.compute_dtype == torch.bfloat16 else "fp32"
 
+    def with_precision(self, precision: ComputeDtype) -> "Machine":
+        """The machine computing in another type."""
+        return replace(self, compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+
     @property
     def place(self) -> Place:
         """Which of the two ways attention and softmax run."""

@@ -1,13 +1,13 @@
 """The training engine: four verbs (forward_backward, optimizer_step, save, load) over one model.
 
-It knows nothing of files of data, budgets, logs or run folders; `loop` does. The loss of a step is the weighted sum of
-the token losses of all its micro-batches over the sum of the weights of the whole step (the number of supervised
-tokens, where all weights are 1), never a mean of means. What is frozen is neither updated nor saved. Tests and benches
-drive these verbs directly.
+It knows nothing of data files, budgets, logs or run folders; `loop` does. The loss of a step is the sum of the losses
+of all its micro-batches on all ranks divided by the sum of their weights (for next-token learning: by the sum of the
+loss weights of all supervised tokens), never a mean of means. Frozen weights are neither updated nor saved. Tests and
+benches drive these verbs directly.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,18 @@ import torch
 from trivium.config.run import Optimizer
 from trivium.data.batch.pack import Batch
 from trivium.engine import checkpoint
-from trivium.engine.loss import cross_entropy_sum
+from trivium.engine.objective import Loss, NextToken, Objective
 from trivium.engine.optim import build_adamw, state_tensors, take_steps
+from trivium.engine.ranks import ALONE, Ranks
 from trivium.errors import TriviumError
 from trivium.model.qwen import Documents, Qwen
 
 
 class NonFinite(TriviumError):
-    """A loss or a gradient is NaN or infinite; nothing was updated.
+    """A loss or a gradient is NaN or infinite; nothing was updated. Raised on every rank at once.
 
     Attributes:
-        batches: the micro-batches to look at: the one with the bad loss, or all of the step.
+        batches: this rank's micro-batches to look at: those with the bad loss, or all of the step.
     """
 
     def __init__(self, message: str, batches: Sequence[Batch]) -> None:
@@ -35,41 +36,49 @@ class NonFinite(TriviumError):
 
 
 class Engine:
-    """A model with its optimizer on one device.
+    """A model with its optimizer on one device, in step with those of the other ranks.
 
     Args:
-        model: already on the device, with its compute type set; trained weights in fp32.
-        config: AdamW's numbers.
+        model: already on the device, with its compute dtype set; trained weights in fp32.
+        config: the settings of AdamW.
         loraplus_lr_ratio: LoRA+, see `config.Adapter`.
+        objective: what is learned.
+        ranks: the processes that share every step.
     """
 
-    def __init__(self, model: Qwen, config: Optimizer, loraplus_lr_ratio: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: Qwen,
+        config: Optimizer,
+        loraplus_lr_ratio: float = 1.0,
+        objective: Objective | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.model = model
         self.config = config
+        self.objective = objective or NextToken()
+        self.ranks = ranks
         self.optimizer = build_adamw(model, config, loraplus_lr_ratio)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(model.parameters()).device
 
-    def forward_backward(self, batches: Sequence[Batch]) -> float:
-        """Add the gradient of the step's loss; return that loss in nats per supervised token.
+    def forward_backward(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Add the gradient of the step's loss; return `loss` (nats per token for `NextToken`) and the other figures.
 
-        Raises: NonFinite naming the first micro-batch whose loss is NaN or infinite.
+        Every rank gives as many micro-batches as the others, some of them padding; see `StoreBatches.step`.
+
+        Raises: NonFinite with the micro-batches whose loss is NaN or infinite.
         """
         if not self.model.training:
             self.model.train()
-        total_weight = sum(batch.total_weight for batch in batches)
-        sums = []
+        (total_weight,) = self.ranks.sum([sum(self.objective.weight(batch) for batch in batches)])
+        losses = []
         for batch in batches:
-            if batch.num_supervised:
-                loss = self._loss_sum(batch)
-                (loss / total_weight).backward()
-                sums.append((batch, loss.detach()))
-        total = 0.0
-        for batch, loss_sum in sums:
-            if not math.isfinite(value := float(loss_sum)):
-                raise NonFinite(f"the loss is {value}", [batch])
-            total += value
-        return total / (total_weight or 1.0)
+            loss = self._loss(batch)
+            (loss.surrogate / (total_weight or 1.0)).backward()
+            losses.append(Loss(loss.value, loss.value, loss.figures))
+        self.ranks.sum_gradients(self.parameters.values())
+        return self._figures(losses, batches, total_weight, "the loss")
 
     def optimizer_step(self, lr: float, batches: Sequence[Batch] = ()) -> float:
         """Clip, update the weights, clear the gradients; return the gradient's norm before clipping.
@@ -86,29 +95,48 @@ class Engine:
         return value
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Mean loss in nats over the supervised tokens of all batches by their weights, and how many tokens they are.
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """The loss over all batches of all ranks as if they were one step, and how many supervised tokens they have.
 
-        Raises: NonFinite naming the first batch whose loss is NaN or infinite.
+        Raises: NonFinite with the batches whose loss is NaN or infinite.
         """
         self.model.eval()
-        total, total_weight, num_supervised = 0.0, 0.0, 0
-        for batch in batches:
-            if batch.num_supervised:
-                loss_sum = float(self._loss_sum(batch))
-                if not math.isfinite(loss_sum):
-                    raise NonFinite(f"the held-out loss is {loss_sum}", [batch])
-                total += loss_sum
-                total_weight += batch.total_weight
-                num_supervised += batch.num_supervised
-        return total / (total_weight or 1.0), num_supervised
+        weight, num_supervised = self.ranks.sum(
+            [sum(self.objective.weight(batch) for batch in batches), sum(batch.num_supervised for batch in batches)]
+        )
+        losses = [self._loss(batch) for batch in batches]
+        return self._figures(losses, batches, weight, "the held-out loss")["loss"], int(num_supervised)
+
+    def _loss(self, batch: Batch) -> Loss:
+        batch = batch.to(self.device)
+        documents = Documents(batch.cu_seqlens, batch.bounds, batch.max_document_tokens)
+        hidden_TD = self.model(batch.tokens, batch.positions, documents)
+        return self.objective.loss(self.model, hidden_TD[batch.supervised], batch)
+
+    def _figures(
+        self, losses: Sequence[Loss], batches: Sequence[Batch], total_weight: float, what: str
+    ) -> dict[str, float]:
+        """Sums over all micro-batches and ranks, divided by the weight of the step; all ranks check the same number."""
+        names = ["loss", *(losses[0].figures if losses else ())]
+        values = [float(loss.value) for loss in losses]
+        sums = [sum(values), *(sum(float(loss.figures[name]) for loss in losses) for name in names[1:])]
+        sums = self.ranks.sum(sums)
+        if not math.isfinite(sums[0]):
+            bad = [batch for batch, value in zip(batches, values, strict=True) if not math.isfinite(value)]
+            raise NonFinite(f"{what} is {sums[0]}", bad)
+        return {name: value / (total_weight or 1.0) for name, value in zip(names, sums, strict=True)}
 
     def save(self, folder: Path, state: Mapping[str, object]) -> None:
-        """Write weights, moments, random state and `state` as one checkpoint, crash-safe; see `checkpoint`."""
-        checkpoint.write(folder, self._tensors(), state)
+        """Write weights, optimizer state, random state and `state` as one checkpoint, crash-safe; see `checkpoint`.
+
+        Every rank holds the same, so the first one writes.
+        """
+        if self.ranks.is_first:
+            checkpoint.write(folder, self._tensors(), state)
+        self.ranks.barrier()
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Take weights, moments and random state from a checkpoint that verifies; return its `state`.
+        """Load weights, optimizer state and random state from a checkpoint that verifies; return its `state`.
 
         Raises: checkpoint.Damaged when a byte differs from what was written.
         """
@@ -122,22 +150,8 @@ class Engine:
             torch.cuda.set_rng_state(tensors["training"]["rng.cuda"], self.device)
         return state
 
-    def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        move = {"device": self.device, "non_blocking": True}
-        documents = Documents(batch.cu_seqlens.to(**move), batch.bounds, batch.max_document_tokens)
-        hidden_TD = self.model(batch.tokens.to(**move), batch.positions.to(**move), documents)
-        supervised_MD = hidden_TD[batch.supervised.to(**move)]
-        weights = batch.supervised_weights
-        return cross_entropy_sum(
-            supervised_MD,
-            self.model.head_weight,
-            batch.supervised_labels.to(**move),
-            None if weights is None else weights.to(**move),
-            self.model.head_rows,
-        )
-
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What a checkpoint holds, by file: the trained weights under their names; moments, steps and random state."""
+        """What a checkpoint holds, by file: the trained weights by name; optimizer state and random state."""
         training = state_tensors(self.optimizer, self.parameters)
         training["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":

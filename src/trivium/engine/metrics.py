@@ -1,7 +1,4 @@
-"""What a line of metrics says, and the formula behind its MFU. Names are those of the Hugging Face Trainer.
-
-Used by the loop and the benches.
-"""
+"""What a line of metrics says, and the formula behind its MFU. Names follow the Hugging Face Trainer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +14,11 @@ MFU_FORMULA = (
 
 
 def training_flops(shape: QwenShape, batch: Batch, frozen: bool = False) -> float:
-    """FLOPs of a forward and backward over the documents of a batch, nothing recomputed.
+    """FLOPs of a forward and backward over the documents of a batch, without recomputation.
 
-    Matrix products cost 6 a parameter and token, 4 where the weights are `frozen` and get no gradient; the output head
-    is paid for supervised tokens only, embedding look-ups are free, an adapter's own products are left out. Causal
-    attention costs 6 * heads * head_dim * length^2 a layer and document. Source: Chowdhery et al. 2022,
+    Matrix products cost 6 per parameter and token, 4 where the weights are `frozen` and get no gradient. The output
+    head counts supervised tokens only; embedding look-ups and the products of an adapter are not counted. Causal
+    attention costs 6 * heads * head_dim * length^2 per layer and document. Source: Chowdhery et al. 2022,
     arXiv:2204.02311, appendix B, with the causal half of the attention matrix counted once.
     """
     pieces = batch.spans[:, 3] - batch.spans[:, 2]
@@ -34,7 +31,7 @@ def training_flops(shape: QwenShape, batch: Batch, frozen: bool = False) -> floa
 
 @dataclass
 class Interval:
-    """Sums over the steps since the last line of metrics; kept in checkpoints, so that a kill changes no figure."""
+    """Sums over the steps since the last line of metrics; part of checkpoints, so that a kill changes no figure."""
 
     loss: float = 0.0
     flops: float = 0.0
@@ -42,19 +39,19 @@ class Interval:
     tokens: int = 0
     seconds: float = 0.0
 
-    def add(self, shape: QwenShape, batches: list[Batch], loss: float, seconds: float, frozen: bool) -> None:
-        """Count one step; `frozen` says that the network's own weights get no gradient."""
+    def add(self, loss: float, flops: float, num_tokens: int, seconds: float) -> None:
+        """Count one step."""
         self.loss += loss
-        self.flops += sum(training_flops(shape, batch, frozen) for batch in batches)
+        self.flops += flops
         self.steps += 1
-        self.tokens += sum(batch.num_tokens for batch in batches)
+        self.tokens += num_tokens
         self.seconds += seconds
 
-    def figures(self, machine: Machine) -> dict[str, Any]:
-        """Mean loss in nats a token, real tokens a second (padding not counted), MFU, peak memory in GiB."""
+    def figures(self, machine: Machine, num_devices: int) -> dict[str, Any]:
+        """Mean loss in nats per token, real tokens per second (padding not counted), MFU, peak memory in GiB."""
         return {
             "train/loss": self.loss / self.steps,
             "train/tokens_per_second": self.tokens / self.seconds,
-            "train/mfu": self.flops / self.seconds / machine.peak_flops,
+            "train/mfu": self.flops / self.seconds / (num_devices * machine.peak_flops),
             "train/peak_memory_gib": peak_memory_bytes(machine.device) / GIB,
         }

@@ -9,9 +9,10 @@ from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
+from trivium.engine.build import trained_tokens
 from trivium.engine.device import GIB, LOOSE_FACTOR, Machine, asked_bytes, peak_memory_bytes
+from trivium.engine.prepare import Job
 from trivium.engine.runfolder import RunFolder, now
-from trivium.engine.setup import Job, trained_tokens
 from trivium.errors import DoesNotFit
 from trivium.plan import calibration
 from trivium.plan.check import PLAN_FILE
@@ -101,7 +102,7 @@ def _kept_bytes(job: Job, machine: Machine, memory: Memory) -> int:
 
 def share_of_real_tokens(job: Job) -> float:
     """How full the rows are, by those of the first step: conversations stay whole, so theirs end in padding."""
-    batches = job.rows.step(0)
+    batches = job.batches.step(0)
     return sum(batch.num_tokens for batch in batches) / sum(len(batch.tokens) for batch in batches)
 
 

@@ -1,8 +1,9 @@
-"""What a run was made of: the record `provenance.json`. Used by `start`."""
+"""What a run is made of: the record `provenance.json`, and the lines that say it when a run starts."""
 
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,12 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from trivium.config.run import Source
-from trivium.engine.device import Machine, describe
+from trivium.config.load import flatten
+from trivium.config.run import Run, Source
+from trivium.data.store.build import BuiltStore
+from trivium.engine.device import Machine, describe, probe
 from trivium.engine.engine import Engine
-from trivium.engine.setup import Job
+from trivium.engine.prepare import Job, supervised_share
+from trivium.engine.runfolder import RunFolder, now
 from trivium.files import sha256_file
 
+BATCHING_KEYS = ("batch.micro_tokens", "activation_checkpointing")
+"""How a step is divided: all that a resumed run may change, since it reads the same samples in the same order."""
+DTYPE_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 RECORDED_PACKAGES = ("trivium", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 
@@ -50,7 +57,7 @@ def provenance(job: Job, engine: Engine, machine: Machine) -> dict[str, Any]:
                 "num_tokens": int(part.store.lengths.sum(dtype=np.int64)),
                 "token_share": share,
             }
-            for part, share in zip(job.parts, job.rows.order.token_shares(epoch=0), strict=True)
+            for part, share in zip(job.mixture, job.batches.order.token_shares(epoch=0), strict=True)
         ],
         "inputs": job.inputs,
         "num_steps": job.num_steps,
@@ -71,3 +78,78 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
+
+
+def begun_machine(provenance: dict[str, Any], run: Run) -> Machine:
+    """The machine with the compute dtype that the run began with, whatever a probe says in a busier moment."""
+    return probe(run.device, DTYPE_PRECISIONS[provenance["hardware"]["compute_dtype"]])
+
+
+def record_start(job: Job, engine: Engine, machine: Machine, folder: RunFolder, previous: dict[str, Any]) -> None:
+    """Write provenance.json: what the run is made of, as at its first start, and one more entry in its starts."""
+    record = provenance(job, engine, machine)
+    settled = flatten(job.run)
+    this_start = {
+        "time": now(),
+        "versions": record["versions"],
+        "hardware": record["hardware"],
+        "batching": {key: settled[key] for key in BATCHING_KEYS},
+    }
+    folder.write("provenance.json", {**record, **previous, "starts": [*previous.get("starts", []), this_start]})
+    if folder.is_writer:
+        (folder.path / "failure.json").unlink(missing_ok=True)
+
+
+def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
+    """What is about to happen, and what the user may have overlooked, line by line."""
+    run = job.run
+    num_trained = sum(parameter.numel() for parameter in engine.parameters.values())
+    shares = [
+        f"{part.built.name if part.kind == 'all' else part.kind} {share:.1%}"
+        for part, share in zip(job.mixture, job.batches.order.token_shares(epoch=0), strict=True)
+    ]
+    yield (
+        f"{job.shape.num_params:,} parameters"
+        + (
+            f", {num_trained:,} of them trained in an adapter with scaling {run.adapter.scaling:g}"
+            if run.adapter
+            else ""
+        )
+        + f", {job.facts.num_tokens:,} training tokens"
+        + (f" ({', '.join(shares)})" if len(job.mixture) > 1 else "")
+        + f", {job.num_steps:,} steps of {run.batch.tokens:,} tokens, {describe(machine.device)}, "
+        + str(machine.compute_dtype).removeprefix("torch.")
+    )
+    for built in job.built:
+        if built.report.get("conversations"):
+            yield describe_conversations(built)
+    if engine.model.head_rows is not None:
+        tokens = ", ".join(job.tokenizer.convert_ids_to_tokens(engine.model.head_rows[0].tolist()))
+        yield (
+            f"the embedding rows of {tokens} are trained together with the adapter; transformers and PEFT load them, "
+            "servers that accept only low-rank matrices (vLLM) need the merged model: trivium export --merge"
+        )
+    if not job.held_out:
+        yield (
+            "nothing is held out, so there is no evaluation: data.held_out is 0, every source is a ready store, or "
+            "there is only one document (a text file is one; data.sources.0.documents: paragraph makes it many)"
+        )
+
+
+def describe_conversations(built: BuiltStore) -> str:
+    """What happened to a source's conversations, in one line."""
+    report = built.report
+    counts = {
+        "split into several samples": report["split"],
+        "rejected": report["rejected"],
+        "turns dropped as too long": report["dropped_turns"],
+        "answers cut": report["cut_turns"],
+        "turns whose reasoning the template does not show": report["lost_reasoning_turns"],
+        "with control tokens in the text": report["control_token_rows"],
+    }
+    notes = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
+    share = report["reasoning_documents"] / max(1, report["kept"] + report["split"])
+    return (
+        f"{built.name}: {report['rows']:,} records{notes}; {supervised_share(built):.1%} of the tokens are supervised"
+        + (f"; {share:.1%} of the samples have reasoning" if share else "")
+    )

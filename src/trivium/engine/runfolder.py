@@ -1,19 +1,19 @@
-"""The run folder: its lock, its records, and what becomes of them when a killed run goes on.
+"""The run folder: its lock and its records, which are cut back when a killed run resumes.
 
     run.yaml          resolved configuration, with where each value came from
     provenance.json   versions, hashes, hardware, every start and resume
     plan.json         what the planner predicted, and what was measured so far
-    metrics.jsonl     one line a log step or evaluation
-    ledger.jsonl      one line an optimizer step: a hash chain over the tokens it read
-    samples.jsonl     what the model wrote along the way
-    trackers.json     which figures other trackers have; tensorboard/ and wandb/ are theirs
+    metrics.jsonl     one line per log step or evaluation
+    ledger.jsonl      one line per optimizer step: a hash chain over the tokens it read
+    samples.jsonl     text generated during training
+    trackers.json     which figures other trackers have; tensorboard/ and wandb/ belong to them
     checkpoints/      see `checkpoint`
     model/            the result, a Hugging Face folder
     adapter/          the result of a run that trains an adapter, a PEFT folder
     finished.json     written last
     failure.json      why the run stopped by itself, until it is resumed
 
-Knows files, not tensors. Used by the engine, `use` and `report`.
+Knows files, not tensors. Of several ranks only the first one writes; for the others writing does nothing.
 """
 
 import datetime
@@ -33,18 +33,21 @@ def now() -> str:
 
 
 class JsonLines:
-    """A file of one JSON object a line, each with a `step`, that can be cut back to a step."""
+    """A file with one JSON object per line, each with a `step`, that can be cut back to a step."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_writer: bool = True) -> None:
         self.path = path
+        self.is_writer = is_writer
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a line, at once visible to readers."""
+        """Add a line, immediately visible to readers."""
+        if not self.is_writer:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The records in order; a torn last line, as a crash leaves it, is left out."""
+        """The records in order, without a last line that a crash left incomplete."""
         if not self.path.exists():
             return
         with self.path.open(encoding="utf-8") as file:
@@ -55,29 +58,32 @@ class JsonLines:
                     return
 
     def cut_after(self, step: int) -> None:
-        """Forget every record of a later step: the run goes on from `step` and will write them again."""
+        """Drop every record of a later step: the run continues from `step` and will write them again."""
+        if not self.is_writer:
+            return
         kept = [json.dumps(record) + "\n" for record in self if record["step"] <= step]
         atomic_write(self.path, "".join(kept))
 
     def sync(self) -> None:
         """Make what was appended durable."""
-        if self.path.exists():
+        if self.is_writer and self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
 
 class RunFolder:
-    """One run's folder."""
+    """The folder of one run; `is_writer` is false for all ranks but the first."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_writer: bool = True) -> None:
         self.path = path
+        self.is_writer = is_writer
         self.run_yaml = path / "run.yaml"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self.adapter = path / "adapter"
-        self.metrics = JsonLines(path / "metrics.jsonl")
-        self.ledger = JsonLines(path / "ledger.jsonl")
-        self.samples = JsonLines(path / "samples.jsonl")
+        self.metrics = JsonLines(path / "metrics.jsonl", is_writer)
+        self.ledger = JsonLines(path / "ledger.jsonl", is_writer)
+        self.samples = JsonLines(path / "samples.jsonl", is_writer)
         self._lock = FolderLock(path / "lock")
 
     @classmethod
@@ -88,7 +94,7 @@ class RunFolder:
         """
         if not (path / "run.yaml").is_file():
             raise TriviumError(
-                f"{path} is no run folder: it has no run.yaml. Name the folder that `trivium train` made: runs/NAME."
+                f"{path} is not a run folder: it has no run.yaml. Give the folder that `trivium train` made: runs/NAME."
             )
         return cls(path)
 
@@ -97,12 +103,14 @@ class RunFolder:
 
         Raises: TriviumError naming the process that holds it.
         """
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._lock.acquire(wait=False)
+        if self.is_writer:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(wait=False)
 
     def close(self) -> None:
-        """Let go of the lock."""
-        self._lock.release()
+        """Release the lock."""
+        if self.is_writer:
+            self._lock.release()
 
     def cut_after(self, step: int) -> None:
         """Cut all records back to `step`."""
@@ -118,7 +126,8 @@ class RunFolder:
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Replace a JSON record of the folder."""
-        atomic_write(self.path / name, json.dumps(record, indent=1) + "\n")
+        if self.is_writer:
+            atomic_write(self.path / name, json.dumps(record, indent=1) + "\n")
 
     @property
     def result(self) -> Path:

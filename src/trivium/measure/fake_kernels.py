@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trivium.engine import loss, optim
-from trivium.model import qwen
+from trivium.engine import optim
+from trivium.model import head, qwen
 from trivium.model.quantize import BLOCK_SIZE, NF4Linear
 from trivium.model.qwen import Documents, Linear, attend
 from trivium.plan.workload import Place
@@ -40,7 +40,7 @@ def pretending(place: Place) -> Iterator[None]:
             (qwen, "attend", _attend),
             (F, "rms_norm", _rms_norm),
             (F, "dropout", _dropout),
-            (loss, "CPU_SLICE_ELEMENTS", sys.maxsize),  # there the softmax takes a chunk at a time
+            (head, "CPU_SLICE_ELEMENTS", sys.maxsize),  # there the softmax takes a chunk at a time
         ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in stand_ins]
     try:

@@ -49,7 +49,7 @@ def rehearsal_engine(workload: Workload, device: torch.device | str = "cpu") -> 
         model = frozen_model(workload, dtype, device)
         adapter.inject(model, workload.adapter, seed=0, token_ids=range(workload.num_token_rows))
     model.compute_dtype = dtype
-    model.recompute = workload.recompute
+    model.activation_checkpointing = workload.recompute
     return Engine(model, config, (workload.adapter or Adapter()).loraplus_lr_ratio)
 
 

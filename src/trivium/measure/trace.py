@@ -164,7 +164,7 @@ def _model_without_storage(workload: Workload) -> Qwen:
     dtype = DTYPES[workload.compute_dtype]
     with torch.device("meta"):
         model = Qwen(workload.shape)
-    model.compute_dtype, model.recompute = dtype, workload.recompute
+    model.compute_dtype, model.activation_checkpointing = dtype, workload.recompute
     if workload.adapter is None:
         return model
     model.to(dtype)

@@ -22,7 +22,7 @@ from trivium.files import atomic_write, write_safetensors
 from trivium.model import hf
 from trivium.model.quantize import NF4Linear
 from trivium.model.qwen import Linear, Qwen, own_seed
-from trivium.model.tokens import TokenRows
+from trivium.model.tokens import TrainableTokens
 
 CONFIG, WEIGHTS = hf.ADAPTER_FILES
 PROJECTIONS = get_args(Projection)
@@ -208,7 +208,7 @@ def _train_rows(model: Qwen, token_ids: Sequence[int]) -> Any:
     for path in tables:
         table = model.get_submodule(path)
         assert isinstance(table, nn.Embedding | nn.Linear)
-        model.set_submodule(path, TokenRows(table, ids))
+        model.set_submodule(path, TrainableTokens(table, ids))
     return ids if model.shape.tie_word_embeddings else {path.rpartition(".")[2]: ids for path in tables}
 
 
@@ -363,7 +363,7 @@ def merge(model: Qwen) -> Qwen:
 
 def _folded(module: Any) -> Tensor:
     """A module's weight with what was trained on it, fp32. Source for the magnitude: DoRA, arXiv:2402.09353, eq. 5."""
-    if isinstance(module, TokenRows):
+    if isinstance(module, TrainableTokens):
         return module.folded()
     if not hasattr(module, "lora_A"):
         return module.weight

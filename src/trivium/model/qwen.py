@@ -1,9 +1,9 @@
-"""The network: Qwen2.5 and Qwen3, dense, on one device, read from top to bottom.
+"""The network: dense Qwen2.5 and Qwen3 models in one file, from tokens to hidden states and token losses.
 
-Two switches tell the families apart: Qwen2.5 adds a bias to queries, keys and values, Qwen3 normalises queries and
-keys. Parameter names and arithmetic are those of transformers, so weights go both ways and gradients agree. There
-is no batch axis: a batch is one row of tokens holding whole documents that never see each other. There is no loss,
-no logits, no cache and nothing distributed here. `engine` and `use` import this file; it imports torch.
+Two switches separate the families: Qwen2.5 adds a bias to queries, keys and values; Qwen3 normalizes queries and keys.
+Parameter names and arithmetic are those of transformers, so weights load both ways and gradients agree. There is no
+batch axis: a batch is one flat axis of tokens holding documents that cannot attend to each other. There is no
+key-value cache and nothing distributed here; `engine/sample.py` generates through transformers on the same layers.
 
 Shapes: T tokens, D hidden, N heads, K key-value heads, H head size, F feed-forward, V vocabulary.
 """
@@ -18,18 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trivium.model.head import cross_entropy_sum, token_logprobs
 from trivium.model.shape import QwenShape
-from trivium.model.tokens import TokenRows
+from trivium.model.tokens import TrainableTokens
 
 INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of one row of tokens begin and end, on the device and, read without a sync, on the host.
+    """Where the documents on the token axis begin and end, on the device and, readable without a sync, on the host.
 
-    `cu_seqlens`: int32, the borders from 0 to T, padded at the end by repeating T so that its length never changes.
-    `bounds`: the same borders without the padding. `max_len`: tokens of the longest document, or any bound on it.
+    `cu_seqlens`: int32, the borders from 0 to T, padded by repeating T so that few different lengths occur.
+    `bounds`: the same borders without the padding. `max_len`: tokens of the longest document, or an upper bound.
     """
 
     cu_seqlens: Tensor
@@ -38,10 +39,10 @@ class Documents:
 
 
 class Linear(nn.Linear):
-    """A projection whose fp32 master weight is cast to the dtype of what comes in."""
+    """A projection whose fp32 master weight is cast to the dtype of its input."""
 
     def reset_parameters(self) -> None:
-        """Leave the weight unset: `init_weights` or `load_weights` gives every value."""
+        """Leave the weight uninitialized: `init_weights` or `load_weights` sets every value."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -49,10 +50,10 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """The token table; unset until `init_weights` or `load_weights`."""
+    """The token table; uninitialized until `init_weights` or `load_weights`."""
 
     def reset_parameters(self) -> None:
-        """Leave the weight unset: `init_weights` or `load_weights` gives every value."""
+        """Leave the weight uninitialized: `init_weights` or `load_weights` sets every value."""
 
 
 class RMSNorm(nn.Module):
@@ -69,7 +70,7 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of one row: cosine and sine, (T, 1, H/2), computed in fp32 and cast to the compute dtype."""
+    """Rotary positions of one batch: cosine and sine, (T, 1, H/2), computed in fp32 and cast to the compute dtype."""
 
     cos: Tensor
     sin: Tensor
@@ -87,15 +88,15 @@ class Rope:
 
 
 def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -> Tensor:
-    """Causal attention inside each document, (T, N, H); the cost grows with the documents, not with the row.
+    """Causal attention inside each document, (T, N, H); the cost grows with the documents, not with the batch.
 
-    On a GPU in 16 bits one kernel takes the whole row with its borders. Elsewhere each document goes to the fused
-    kernel by itself, as views: no mask is ever made. On a CPU that kernel runs in fp32, since in bf16 it compiles and
-    keeps code for every length of document, which costs more time than it saves, and memory without end.
+    On a GPU in 16 bits one varlen kernel takes the whole token axis with its borders. Elsewhere each document goes to
+    the fused kernel separately, as views: no mask is ever built. On a CPU that kernel runs in fp32: in bf16 it compiles
+    and caches code for every document length, which costs more time than it saves and an unbounded amount of memory.
     """
     on_gpu = q_TNH.is_cuda and q_TNH.dtype != torch.float32
     if on_gpu and torch.cuda.get_device_capability(q_TNH.device) >= (8, 0):
-        from torch.nn.attention.varlen import varlen_attn  # a second of imports that no CPU needs
+        from torch.nn.attention.varlen import varlen_attn  # takes a second to import; a CPU does not need it
 
         cu, longest = documents.cu_seqlens, documents.max_len
         out = varlen_attn(q_TNH, k_TKH, v_TKH, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
@@ -149,7 +150,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each normalised before and added to the residual stream."""
+    """One layer: attention, then feed-forward, each with a norm before it, added to the residual stream."""
 
     def __init__(self, shape: QwenShape) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the head, under the prefix `model.` that Hugging Face names have."""
+    """Everything except the head, under the `model.` prefix of Hugging Face parameter names."""
 
     def __init__(self, shape: QwenShape) -> None:
         super().__init__()
@@ -174,39 +175,47 @@ class Decoder(nn.Module):
 
 
 class Qwen(nn.Module):
-    """A dense Qwen model. Its weights are unset until `init_weights` or `hf.load_weights` fills them.
+    """A dense Qwen model. Weights are uninitialized until `init_weights` or `hf.load_weights` fills them.
 
-    Weights are fp32 masters by default; `compute_dtype` says what the arithmetic runs in. With `recompute` each layer
-    keeps its input only, and computes the rest again in backward. Source: Chen et al. 2016, arXiv:1604.06174.
+    Weights are fp32 masters by default; `compute_dtype` is the dtype of the arithmetic. With `activation_checkpointing`
+    each layer keeps only its input and recomputes the rest in backward. Source: Chen et al. 2016, arXiv:1604.06174.
     """
 
     def __init__(self, shape: QwenShape) -> None:
         super().__init__()
         self.shape = shape
         self.compute_dtype = torch.float32
-        self.recompute = False
+        self.activation_checkpointing = False
         self.model = Decoder(shape)
         if not shape.tie_word_embeddings:
             self.lm_head = Linear(shape.hidden_size, shape.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head, (V, D): logits are hidden @ head_weight.T, which the loss computes a chunk at a time."""
+        """The output head, (V, D): logits are hidden @ head_weight.T."""
         return self.model.embed_tokens.weight if self.shape.tie_word_embeddings else self.lm_head.weight
 
     @property
     def head_rows(self) -> tuple[Tensor, Tensor] | None:
-        """What stands in for some of the head's rows: ids, int64 (k,), and values, fp32 (k, D); None where nothing."""
+        """Rows that replace some of the head's: ids, int64 (k,), and values, fp32 (k, D); None if there are none."""
         head = self.model.embed_tokens if self.shape.tie_word_embeddings else self.lm_head
-        return (head.ids, head.rows) if isinstance(head, TokenRows) else None
+        return (head.ids, head.rows) if isinstance(head, TrainableTokens) else None
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """All logits of a few tokens, (T, V), in the dtype of `hidden_TD`; the loss never has them all at once."""
+        """All logits of a few tokens, (T, V), in the dtype of `hidden_TD`; for generation, not for training."""
         logits_TV = F.linear(hidden_TD, self.head_weight.to(hidden_TD.dtype))
         if self.head_rows is None:
             return logits_TV
         ids, rows_KD = self.head_rows
         return logits_TV.index_copy(-1, ids, F.linear(hidden_TD, rows_KD.to(hidden_TD.dtype)))
+
+    def token_loss_sum(self, hidden_MD: Tensor, labels_M: Tensor, weights_M: Tensor | None = None) -> Tensor:
+        """Weighted sum of the tokens' cross entropies, fp32 scalar in nats; see `head.cross_entropy_sum`."""
+        return cross_entropy_sum(hidden_MD, self.head_weight, labels_M, weights_M, self.head_rows)
+
+    def token_logprobs(self, hidden_MD: Tensor, labels_M: Tensor) -> Tensor:
+        """Log-probability of every token's label, fp32 (M,), without a gradient; see `head.token_logprobs`."""
+        return token_logprobs(hidden_MD, self.head_weight, labels_M, self.head_rows)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, documents: Documents) -> Tensor:
         """Hidden states after the final norm, (T, D), in the compute dtype.
@@ -216,7 +225,7 @@ class Qwen(nn.Module):
         x_TD = self.model.embed_tokens(tokens_T).to(self.compute_dtype)
         rope = Rope.at(positions_T, self.shape.head_dim, self.shape.rope_theta, self.compute_dtype)
         for block in self.model.layers:
-            if self.recompute and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x_TD = checkpoint(block, x_TD, rope, documents, use_reentrant=False)
             else:
                 x_TD = block(x_TD, rope, documents)
@@ -224,16 +233,16 @@ class Qwen(nn.Module):
 
 
 def own_seed(seed: int, name: str) -> int:
-    """A tensor's own seed: its first values depend on neither device nor order of construction."""
+    """The seed of one tensor: initial values depend on neither device nor order of construction."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
 
 
 @torch.no_grad()
 def init_weights(model: Qwen, seed: int) -> None:
-    """Start from nothing: normal weights of deviation 0.02, norms 1, biases 0.
+    """Initialize from scratch: normal weights with standard deviation 0.02, norms 1, biases 0.
 
-    What writes to the residual stream starts smaller by sqrt(2 * layers), so that its variance does not grow with
-    depth. Each tensor has its own CPU generator, so neither device nor order of construction changes its values.
+    Projections that write to the residual stream start smaller by sqrt(2 * layers), so that its variance does not grow
+    with depth. Each tensor has its own CPU generator, so neither device nor order of construction changes its values.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3.
     """

@@ -1,8 +1,8 @@
-"""Rows of a few tokens that are trained while the table they belong to is frozen.
+"""Trainable tokens: embedding and head rows of a few tokens, trained while the rest of the table is frozen.
 
-A base model has never learnt some of its tokens, such as the one that ends a turn; an adapter alone cannot mend that.
-The table is never copied: what is looked up is replaced afterwards, and the loss replaces the logits of those tokens.
-Knows neither the network nor files. `qwen` and `adapter` import this file.
+A base model may never have trained some of its tokens, for example the one that ends a turn; an adapter alone cannot
+fix that. The table is never copied: looked-up rows are replaced afterwards, and the loss replaces the logits of those
+tokens.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 
-class TokenRows(nn.Module):
-    """An embedding table or a head (V, D), frozen but for the rows of a few tokens.
+class TrainableTokens(nn.Module):
+    """An embedding table or a head (V, D), frozen except for the rows of a few tokens.
 
-    ids: int64 (k,), the tokens. rows: fp32 (k, D), trained; they stand in for the table's own, which stay as they are.
+    ids: int64 (k,), the tokens. rows: fp32 (k, D), trained; they replace the table's rows, which keep their values.
     """
 
     def __init__(self, base_layer: nn.Embedding | nn.Linear, ids: Sequence[int]) -> None:
@@ -26,14 +26,14 @@ class TokenRows(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table without the trained rows."""
+        """The frozen table, without the trained rows."""
         return self.base_layer.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look tokens up, in the table's dtype; only the trained rows get a gradient.
+        """Look up tokens, in the table's dtype; only the trained rows get a gradient.
 
-        The rows are picked by a product with ones and zeros: exact, and its gradient is a product too, which unlike a
-        scatter always adds in the same order.
+        Rows are selected by a product with ones and zeros. That is exact, and its gradient is a product too, which
+        unlike a scatter always sums in the same order.
         """
         looked_up = nn.functional.embedding(tokens, self.weight)
         is_row = tokens.unsqueeze(-1) == self.ids
@@ -41,5 +41,5 @@ class TokenRows(nn.Module):
         return torch.where(is_row.any(-1, keepdim=True), rows, looked_up)
 
     def folded(self) -> Tensor:
-        """The whole table with the trained rows in their places, fp32 (V, D)."""
+        """The whole table with the trained rows written into it, fp32 (V, D)."""
         return self.weight.detach().float().index_copy(0, self.ids, self.rows.detach())

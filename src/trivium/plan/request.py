@@ -177,9 +177,9 @@ def _goal(request: Request, resolved: Sequence[ResolvedRun], facts: DataFacts | 
     counts = NODE if request.device and there[0].kind == "gpu" else NODE[:1]
     if request.num_devices or "parallel.devices" in set_keys:
         counts = (request.num_devices or run.parallel.devices,)
-    if run.rows_per_step % counts[0]:
+    if run.sequences_per_step % counts[0]:
         raise ConfigError(
-            f"A step of {run.batch.tokens:,} tokens is {run.rows_per_step} rows of {run.data.seq_len:,}, which "
+            f"A step of {run.batch.tokens:,} tokens is {run.sequences_per_step} rows of {run.data.seq_len:,}, which "
             f"{counts[0]} devices cannot share evenly. Change batch.tokens or the number of devices."
         )
     return Goal(

@@ -126,7 +126,7 @@ class Group:
         gpu, several = self.device.kind == "gpu", self.num_devices > 1
         for run in self.goal.runs:
             base = self.goal.workload(run, self.device, self.num_devices)
-            if run.rows_per_step % self.num_devices:
+            if run.sequences_per_step % self.num_devices:
                 continue
             for offload in self.choices(
                 "parallel.offload", OFFLOADS if gpu and several else OFFLOADS[:1], base.offload

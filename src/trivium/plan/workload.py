@@ -171,7 +171,7 @@ def _trained_tensors(w: Workload) -> Iterator[tuple[int, int, bool]]:
 
 def of_run(run: Run, shape: QwenShape, facts: DataFacts | None, compute_dtype: ComputeDtype, place: Place) -> Workload:
     """The step of a run file; what the data would say and does not is taken as full rows that all carry loss."""
-    micro_tokens = run.rows_per_micro_batch * run.data.seq_len
+    micro_tokens = run.sequences_per_micro_batch * run.data.seq_len
     return Workload(
         shape=shape,
         weights=run.weights,

@@ -13,13 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from trivium.config.load import ResolvedRun, load_run, quote
+from trivium.engine.prepare import prepare
 from trivium.engine.runfolder import RunFolder
-from trivium.engine.setup import prepare
 from trivium.errors import ConfigError
 from trivium.quickstart.grammar import floor_nats_per_token, write_corpus
 from trivium.quickstart.questions import write_questions
 from trivium.report.comparison import write_comparison
-from trivium.report.watch import train_with_report
+from trivium.train import train
 from trivium.use.compare import Bar, Comparison, Note, compare
 
 NUM_STORIES = 24_000
@@ -43,7 +43,8 @@ def train_all(runs_dir: Path, overrides: tuple[str, ...], note: Note) -> list[Ru
     stories, questions = runs_dir / "stories.jsonl", runs_dir / "questions.jsonl"
     write_corpus(stories, NUM_STORIES, CORPUS_SEED)
     resolved = run_of("scratch", runs_dir, (f"data.sources.0.path={quote(str(stories))}", *overrides))
-    folders = [train_with_report(resolved, before_report=lambda folder: write_floor(resolved, folder))]
+    write_floor(resolved)
+    folders = [train(resolved)]
     write_questions(
         questions,
         runs_dir / HELD_OUT_QUESTIONS,
@@ -59,7 +60,7 @@ def train_all(runs_dir: Path, overrides: tuple[str, ...], note: Note) -> list[Ru
             note("QLoRA is left out: it needs bitsandbytes (pip install 'trivium[gpu]'), which works on a CPU too")
             continue
         note(f"\nnow {way}: questions about stories, on the model just made")
-        folders.append(train_with_report(run_of(way, runs_dir, settings)))
+        folders.append(train(run_of(way, runs_dir, settings)))
     return folders
 
 
@@ -93,14 +94,17 @@ def train_on_text(text_file: Path, runs_dir: Path, overrides: tuple[str, ...]) -
     settings = [f"name={name}", f"data.sources.0.path={quote(str(text_file))}"]
     if text_file.suffix in (".txt", ".md"):
         settings.append("data.sources.0.documents=paragraph")
-    return train_with_report(run_of("scratch", runs_dir, (*settings, *overrides)))
+    return train(run_of("scratch", runs_dir, (*settings, *overrides)))
 
 
-def write_floor(resolved: ResolvedRun, folder: RunFolder) -> None:
-    """Write floor.json: the grammar's entropy on exactly the stories that the evaluation reads.
+def write_floor(resolved: ResolvedRun) -> None:
+    """Write floor.json to the run folder: the grammar's entropy on exactly the stories that the evaluation reads.
 
-    There is none when a row is too short for a story: a model that reads half of one cannot know the other half.
+    There is none when seq_len is too short for a story: a model that reads half of one cannot know the other half.
     """
+    folder = RunFolder(Path(resolved.run.runs_dir) / resolved.run.name)
+    if folder.read("floor.json") is not None:
+        return
     job = prepare(resolved.run, note=lambda _: None)
     texts, num_tokens = [], []
     for batch in job.held_out:
@@ -109,6 +113,7 @@ def write_floor(resolved: ResolvedRun, folder: RunFolder) -> None:
                 return
             texts.append(job.tokenizer.decode(ids, skip_special_tokens=True))
             num_tokens.append(len(ids))
+    folder.path.mkdir(parents=True, exist_ok=True)
     folder.write(
         "floor.json",
         {

@@ -21,8 +21,8 @@ from trivium.config.load import load_run
 from trivium.config.run import Data, Source
 from trivium.data.batch.pack import NO_LABEL, Batch, sequential_batches
 from trivium.data.store.build import ConversationSettings, build_sources
+from trivium.engine.prepare import prepare
 from trivium.engine.runfolder import RunFolder
-from trivium.engine.setup import prepare
 from trivium.errors import BadData, ConfigError
 from trivium.use.load import Loaded
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from trivium.config.load import load_run
 from trivium.data.batch.pack import step_digest
 from trivium.engine import checkpoint
+from trivium.engine.prepare import prepare
 from trivium.engine.runfolder import RunFolder
-from trivium.engine.setup import prepare
 from trivium.errors import TriviumError
 from trivium.files import sha256_file
 
@@ -53,8 +53,8 @@ def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], 
         step = index + 1
         if record["step"] != step:
             raise TriviumError(f"{folder.ledger.path}: found step {record['step']} where step {step} should stand.")
-        batches = job.rows.step(index)
-        digest = step_digest(digest, batches)
+        batches = job.batches.step(index)
+        digest = step_digest(digest, [batch.digests for batch in batches])
         num_tokens += sum(batch.num_tokens for batch in batches)
         if (record["digest"], record["num_tokens"]) != (digest, num_tokens):
             raise TriviumError(

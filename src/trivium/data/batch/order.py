@@ -1,9 +1,9 @@
-"""The global order of training rows: a pure function of (seed, epoch, row), whatever the number of devices.
+"""The global order of packed sequences: a pure function of (seed, epoch, number), whatever the number of devices.
 
-An epoch is a list of documents, shuffled. Documents are laid end to end: row r is the tokens [r * seq_len,
-(r + 1) * seq_len) of that line. Conversations stay whole: each goes to the fullest row that still has room for it.
-Either way every token of an epoch is read exactly once, and the place in the data is one integer.
-Reads lengths only, never a token, and knows nothing of devices. Used by `pack`, the engine and `verify`.
+An epoch is a shuffled list of documents. Documents are concatenated and chunked: sequence n is the tokens [n * seq_len,
+(n + 1) * seq_len) of that line. Conversations stay whole: each goes to the fullest sequence that still has room for it
+(best fit). Either way every token of an epoch is read exactly once, and the position in the data is one integer. Only
+lengths are read, never a token.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -22,23 +23,23 @@ SPAN_FIELDS = ("source", "document", "start", "stop")
 BEST_FIT_PIECES = 4096
 
 
-class Layout(Protocol):
-    """The rows of one epoch."""
+class EpochLayout(Protocol):
+    """The packed sequences of one epoch."""
 
-    def row(self, row: int) -> np.ndarray:
-        """The pieces of documents in a row of the epoch, int64 [pieces, 4], the columns named by SPAN_FIELDS."""
+    def sequence(self, number: int) -> np.ndarray:
+        """The spans of documents in one sequence of the epoch, int64 [spans, 4], with the columns of SPAN_FIELDS."""
         ...
 
 
 @dataclass(frozen=True)
-class Line:
-    """Documents end to end, cut into rows wherever a row is full.
+class ConcatAndChunk:
+    """Documents end to end, cut wherever a sequence is full.
 
     Attributes:
         sources, documents: which ones, in order.
-        ends: where on the line each ends.
+        ends: where each ends on the line of all of them.
         lengths: tokens of each.
-        seq_len: tokens in a row.
+        seq_len: tokens of a packed sequence.
     """
 
     sources: np.ndarray
@@ -47,9 +48,9 @@ class Line:
     lengths: np.ndarray
     seq_len: int
 
-    def row(self, row: int) -> np.ndarray:
-        """See `Layout`; empty pieces are left out."""
-        first = row * self.seq_len
+    def sequence(self, number: int) -> np.ndarray:
+        """See `EpochLayout`; empty spans are left out."""
+        first = number * self.seq_len
         last = min(first + self.seq_len, int(self.ends[-1]))
         low, high = np.searchsorted(self.ends, [first, last - 1], side="right")
         pieces = np.arange(low, high + 1)
@@ -61,24 +62,24 @@ class Line:
 
 
 @dataclass(frozen=True)
-class WholePieces:
-    """Pieces that are never cut, put together into rows.
+class BestFit:
+    """Whole documents packed into sequences.
 
     Attributes:
-        spans: int64 [pieces, 4], row after row.
-        borders: int64 [rows + 1], where in `spans` each row begins, and their number.
+        spans: int64 [spans, 4], sequence after sequence.
+        borders: int64 [sequences + 1], where each sequence begins in `spans`, and the number of spans.
     """
 
     spans: np.ndarray
     borders: np.ndarray
 
-    def row(self, row: int) -> np.ndarray:
-        """See `Layout`."""
-        return self.spans[self.borders[row] : self.borders[row + 1]]
+    def sequence(self, number: int) -> np.ndarray:
+        """See `EpochLayout`."""
+        return self.spans[self.borders[number] : self.borders[number + 1]]
 
 
-def cut_to_rows(sources: np.ndarray, documents: np.ndarray, lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """Spans [pieces, 4] of documents in order, those longer than `seq_len` in several pieces."""
+def cut_to_seq_len(sources: np.ndarray, documents: np.ndarray, lengths: np.ndarray, seq_len: int) -> np.ndarray:
+    """Spans [spans, 4] of documents in order, those longer than `seq_len` in several pieces."""
     num_pieces = -(-lengths // seq_len)
     owner = np.repeat(np.arange(len(lengths)), num_pieces)
     first_piece = np.concatenate([[0], np.cumsum(num_pieces)[:-1]])
@@ -87,34 +88,34 @@ def cut_to_rows(sources: np.ndarray, documents: np.ndarray, lengths: np.ndarray,
 
 
 def best_fit(lengths: Sequence[int], seq_len: int) -> list[int]:
-    """The row of each piece: longest first, into the fullest row with room for it, or a new one.
+    """The sequence that each piece goes to: longest first, into the fullest one with room for it, or a new one.
 
     Source: best-fit decreasing, Johnson 1973, "Near-optimal bin packing algorithms".
     """
-    row_of = [0] * len(lengths)
-    rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    num_rows = 0
+    sequence_of = [0] * len(lengths)
+    rooms: list[tuple[int, int]] = []  # (tokens left, sequence), sorted
+    num_sequences = 0
     for piece in sorted(range(len(lengths)), key=lambda piece: (-lengths[piece], piece)):
         place = bisect_left(rooms, (lengths[piece], -1))
         if place == len(rooms):
-            room, row = seq_len, num_rows
-            num_rows += 1
+            room, sequence = seq_len, num_sequences
+            num_sequences += 1
         else:
-            room, row = rooms.pop(place)
-        row_of[piece] = row
-        insort(rooms, (room - lengths[piece], row))
-    return row_of
+            room, sequence = rooms.pop(place)
+        sequence_of[piece] = sequence
+        insort(rooms, (room - lengths[piece], sequence))
+    return sequence_of
 
 
 class Order:
-    """Which tokens stand in which row, for one or several mixed sources.
+    """Which tokens go into which packed sequence, for one or several mixed sources.
 
     Args:
         lengths: per source, the number of tokens of each document.
         weights: per source, its share of the training tokens (relative); None reads every document once an epoch.
-        seq_len: tokens in a row.
+        seq_len: tokens of a packed sequence.
         seed: of the shuffling.
-        whole: a document is cut only where it is longer than a row; otherwise wherever a row is full.
+        whole: cut a document only if it is longer than seq_len; otherwise wherever a sequence is full.
 
     Raises: BadData when a source has no tokens.
     """
@@ -136,7 +137,8 @@ class Order:
                 raise BadData(f"Source {source} holds no tokens to train on. Look at it with: trivium data inspect")
         self.documents_per_epoch = self._documents_per_epoch(weights)
         self._epoch = lru_cache(maxsize=2)(self._lay_out_epoch)
-        self._rows_in_epoch: list[int] = []
+        self._sequences_in_epoch: list[int] = []
+        self._counting = Lock()  # the loop and its prefetching thread both ask
 
     def _documents_per_epoch(self, weights: Sequence[float] | None) -> list[int]:
         """How many documents each source gives to one epoch.
@@ -154,7 +156,7 @@ class Order:
         ]
 
     def _documents(self, source: int, epoch: int) -> np.ndarray:
-        """The documents a source gives to an epoch: the next ones of its endless, pass by pass reshuffled line."""
+        """The documents a source gives to an epoch: the next ones of its endless stream, reshuffled in every pass."""
         count, total = self.documents_per_epoch[source], len(self.lengths[source])
         first, last = epoch * count, (epoch + 1) * count
         chosen = []
@@ -163,7 +165,7 @@ class Order:
             chosen.append(permutation[max(0, first - turn * total) : last - turn * total])
         return np.concatenate(chosen)
 
-    def _lay_out_epoch(self, epoch: int) -> Layout:
+    def _lay_out_epoch(self, epoch: int) -> EpochLayout:
         per_source = [self._documents(source, epoch) for source in range(len(self.lengths))]
         sources = np.repeat(np.arange(len(per_source), dtype=np.int64), [len(chosen) for chosen in per_source])
         documents = np.concatenate(per_source)
@@ -171,56 +173,58 @@ class Order:
         shuffle = np.random.default_rng([self.seed, 2, epoch]).permutation(len(documents))
         sources, documents, lengths = sources[shuffle], documents[shuffle], lengths[shuffle]
         if not self.whole:
-            return Line(sources, documents, np.cumsum(lengths), lengths, self.seq_len)
-        return self._fit_whole(cut_to_rows(sources, documents, lengths, self.seq_len), epoch)
+            return ConcatAndChunk(sources, documents, np.cumsum(lengths), lengths, self.seq_len)
+        return self._fit_whole(cut_to_seq_len(sources, documents, lengths, self.seq_len), epoch)
 
-    def _fit_whole(self, spans: np.ndarray, epoch: int) -> WholePieces:
-        """Best fit among a few thousand pieces at a time, and their rows shuffled: full ones are not all in front."""
+    def _fit_whole(self, spans: np.ndarray, epoch: int) -> BestFit:
+        """Best fit among a few thousand pieces at a time, then shuffled, so that full sequences are not all first."""
         laid: list[np.ndarray] = []
         sizes: list[np.ndarray] = []
         for start in range(0, len(spans), BEST_FIT_PIECES):
             window = spans[start : start + BEST_FIT_PIECES]
-            row_of = np.array(best_fit((window[:, 3] - window[:, 2]).tolist(), self.seq_len))
-            num_rows = int(row_of.max()) + 1
-            place = np.random.default_rng([self.seed, 3, epoch, start]).permutation(num_rows)[row_of]
+            sequence_of = np.array(best_fit((window[:, 3] - window[:, 2]).tolist(), self.seq_len))
+            count = int(sequence_of.max()) + 1
+            place = np.random.default_rng([self.seed, 3, epoch, start]).permutation(count)[sequence_of]
             laid.append(window[np.argsort(place, kind="stable")])
-            sizes.append(np.bincount(place, minlength=num_rows))
-        return WholePieces(np.concatenate(laid), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
+            sizes.append(np.bincount(place, minlength=count))
+        return BestFit(np.concatenate(laid), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
 
-    def num_rows(self, epoch: int) -> int:
-        """Rows of an epoch; one may be shorter than seq_len."""
-        while len(self._rows_in_epoch) <= epoch:
-            next_epoch = len(self._rows_in_epoch)
-            if self.whole:
-                layout = self._epoch(next_epoch)
-                assert isinstance(layout, WholePieces)
-                self._rows_in_epoch.append(len(layout.borders) - 1)
-            else:
-                self._rows_in_epoch.append(-(-sum(self._tokens_per_source(next_epoch)) // self.seq_len))
-        return self._rows_in_epoch[epoch]
+    def num_sequences(self, epoch: int) -> int:
+        """Packed sequences of an epoch; one may be shorter than seq_len."""
+        with self._counting:
+            while len(self._sequences_in_epoch) <= epoch:
+                self._sequences_in_epoch.append(self._count_sequences(len(self._sequences_in_epoch)))
+        return self._sequences_in_epoch[epoch]
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """(epoch, row inside it) of a row counted from the beginning of training."""
+    def _count_sequences(self, epoch: int) -> int:
+        if not self.whole:
+            return -(-sum(self._tokens_per_source(epoch)) // self.seq_len)
+        layout = self._epoch(epoch)
+        assert isinstance(layout, BestFit)
+        return len(layout.borders) - 1
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """(epoch, number inside it) of a packed sequence counted from the beginning of training."""
         epoch = 0
-        while row >= self.num_rows(epoch):
-            row -= self.num_rows(epoch)
+        while number >= self.num_sequences(epoch):
+            number -= self.num_sequences(epoch)
             epoch += 1
-        return epoch, row
+        return epoch, number
 
-    def row(self, row: int) -> np.ndarray:
-        """The pieces of documents in a row counted from the beginning of training.
+    def sequence(self, number: int) -> np.ndarray:
+        """The spans of documents in a packed sequence counted from the beginning of training.
 
-        Returns: int64 [pieces, 4], the columns named by SPAN_FIELDS; tokens [start, stop) of each document.
+        Returns: int64 [spans, 4], with the columns of SPAN_FIELDS; tokens [start, stop) of each document.
         """
-        epoch, inside = self.locate(row)
-        return self._epoch(epoch).row(inside)
+        epoch, inside = self.locate(number)
+        return self._epoch(epoch).sequence(inside)
 
-    def num_rows_in_epochs(self, epochs: float) -> int:
-        """Rows of the first `epochs` passes; a part of an epoch is rounded up to whole rows."""
+    def num_sequences_in_epochs(self, epochs: float) -> int:
+        """Packed sequences of the first `epochs` passes; part of an epoch is rounded up to whole sequences."""
         whole = int(epochs)
-        rows = sum(self.num_rows(epoch) for epoch in range(whole))
-        part = round((epochs - whole) * self.num_rows(whole), 6)
-        return rows + math.ceil(part)
+        count = sum(self.num_sequences(epoch) for epoch in range(whole))
+        part = round((epochs - whole) * self.num_sequences(whole), 6)
+        return count + math.ceil(part)
 
     def token_shares(self, epoch: int) -> list[float]:
         """Each source's achieved share of an epoch's tokens."""

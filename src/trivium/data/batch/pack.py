@@ -6,8 +6,8 @@ of models or devices. Used by the engine and `verify`.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from trivium.data.batch.order import Order
 
 NO_LABEL = -100
 SUPERVISED_MULTIPLE = 64
+NO_SPANS = np.empty((0, 4), dtype=np.int64)
 
 
 class TokenStore(Protocol):
@@ -53,6 +54,7 @@ class Batch:
         supervised_weights: float32 [M], their loss weights, 0 in the padding; None where all are 1.
         num_supervised: how many carry loss.
         spans: int64 [pieces, 4], (source, document, start, stop) of what was read; padding has none.
+        digests: hex SHA-256 of each packed sequence, see `sequence_digests`; empty for evaluation.
     """
 
     tokens: torch.Tensor
@@ -65,6 +67,19 @@ class Batch:
     supervised_weights: torch.Tensor | None
     num_supervised: int
     spans: np.ndarray
+    digests: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on a device; without waiting for the copy where they are pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The batch in memory that a GPU can copy from while the host goes on."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
     @property
     def total_weight(self) -> float:
@@ -127,59 +142,77 @@ def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Ba
 
 
 def _padded(values: np.ndarray, padding: int) -> torch.Tensor:
-    """The values, and `padding` up to a multiple of SUPERVISED_MULTIPLE."""
-    size = -(-len(values) // SUPERVISED_MULTIPLE) * SUPERVISED_MULTIPLE
+    """The values, and `padding` up to a multiple of SUPERVISED_MULTIPLE, at least one."""
+    size = max(1, -(-len(values) // SUPERVISED_MULTIPLE)) * SUPERVISED_MULTIPLE
     padded = np.full(size, padding, dtype=values.dtype)
     padded[: len(values)] = values
     return torch.from_numpy(padded)
 
 
-class Rows:
-    """The micro-batches of every optimizer step.
+class BatchSource(Protocol):
+    """What a training loop asks of its data: the micro-batches of step n, always the same for the same n."""
+
+    def step(self, step: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
+        """The micro-batches that one rank reads in a step (counted from 0): as many as every other rank."""
+        ...
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+        ...
+
+
+class StoreBatches:
+    """Token stores in their global order, packed into the micro-batches of every optimizer step.
 
     Args:
         stores: the token stores, in the order's numbering.
-        order: the order of rows.
-        rows_per_step: rows one optimizer step consumes.
-        rows_per_micro_batch: rows of one forward and backward; divides rows_per_step.
-        num_rows: rows of the whole run; None goes on for ever.
+        order: the order of packed sequences.
+        sequences_per_step: packed sequences of one optimizer step.
+        sequences_per_micro_batch: packed sequences of one forward and backward; divides sequences_per_step.
+        num_sequences: packed sequences of the whole run; None for no end.
     """
 
     def __init__(
         self,
         stores: Sequence[TokenStore],
         order: Order,
-        rows_per_step: int,
-        rows_per_micro_batch: int,
-        num_rows: int | None,
+        sequences_per_step: int,
+        sequences_per_micro_batch: int,
+        num_sequences: int | None,
     ) -> None:
         self.stores = stores
         self.order = order
-        self.rows_per_step = rows_per_step
-        self.rows_per_micro_batch = rows_per_micro_batch
-        self.num_rows = num_rows
+        self.sequences_per_step = sequences_per_step
+        self.sequences_per_micro_batch = sequences_per_micro_batch
+        self.num_sequences = num_sequences
 
     def step(self, step: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
-        """The micro-batches that a rank reads in a step (counted from 0).
+        """See `BatchSource`.
 
-        All ranks together read the same rows whatever their number and the size of a micro-batch; the last step
-        of a run counted in epochs may hold fewer.
+        All ranks together read the same sequences whatever their number and the size of a micro-batch: micro-batch i
+        goes to rank i % world_size. The last step of a run counted in epochs may have fewer sequences. Where there are
+        not enough micro-batches for all ranks, the last ranks get one of padding: each makes as many forwards.
         """
-        first = step * self.rows_per_step
-        last = first + self.rows_per_step
-        if self.num_rows is not None:
-            last = min(last, self.num_rows)
-        starts = range(first, last, self.rows_per_micro_batch)[rank::world_size]
-        return [self._micro_batch(start, min(start + self.rows_per_micro_batch, last)) for start in starts]
+        first = step * self.sequences_per_step
+        last = first + self.sequences_per_step
+        if self.num_sequences is not None:
+            last = min(last, self.num_sequences)
+        starts = list(range(first, last, self.sequences_per_micro_batch))
+        starts += [last] * (-len(starts) % world_size)
+        return [self._micro_batch(start, last) for start in starts[rank::world_size]]
 
     def epoch(self, step: int) -> float:
-        """Passes over the data after `step` steps."""
-        epoch, row = self.order.locate(step * self.rows_per_step)
-        return epoch + row / self.order.num_rows(epoch)
+        """See `BatchSource`."""
+        epoch, sequence = self.order.locate(step * self.sequences_per_step)
+        return epoch + sequence / self.order.num_sequences(epoch)
 
-    def _micro_batch(self, first: int, last: int) -> Batch:
-        spans = np.concatenate([self.order.row(row) for row in range(first, last)])
-        return pack(self.stores, spans, self.rows_per_micro_batch * self.order.seq_len)
+    def _micro_batch(self, start: int, last: int) -> Batch:
+        stop = min(start + self.sequences_per_micro_batch, last)
+        spans = [self.order.sequence(number) for number in range(start, stop)]
+        batch = pack(
+            self.stores, np.concatenate([NO_SPANS, *spans]), self.sequences_per_micro_batch * self.order.seq_len
+        )
+        return replace(batch, digests=tuple(sequence_digests(batch, [len(one) for one in spans])))
 
 
 def sequential_batches(store: TokenStore, batch_tokens: int, seq_len: int, max_tokens: int) -> list[Batch]:
@@ -207,16 +240,36 @@ def sequential_batches(store: TokenStore, batch_tokens: int, seq_len: int, max_t
     return batches
 
 
-def step_digest(previous: str, batches: Sequence[Batch]) -> str:
-    """Hex SHA-256 over the digest before it and what a step read, pieces, ids and labels: a link of the run's ledger.
+def share(batches: Sequence[Batch], rank: int, world_size: int) -> list[Batch]:
+    """One rank's part of a list of equal batches; padding where they do not divide, so that all get as many."""
+    missing = -len(batches) % world_size if batches else 0
+    padding = [pack([], NO_SPANS, len(batches[0].tokens))] * missing if missing else []
+    return [*batches, *padding][rank::world_size]
 
-    The order of pieces is the order of rows, so it does not depend on the size of a micro-batch.
+
+def sequence_digests(batch: Batch, num_spans: Sequence[int]) -> Iterator[str]:
+    """Hex SHA-256 of each packed sequence of a batch: its spans, ids and labels.
+
+    `num_spans`: how many spans each sequence has, in order.
+    """
+    first = 0
+    for count in num_spans:
+        begin, end = batch.bounds[first], batch.bounds[first + count]
+        digest = hashlib.sha256(batch.spans[first : first + count].astype(np.int64).tobytes())
+        digest.update(batch.tokens[begin:end].numpy().tobytes())
+        digest.update(batch.labels[begin:end].numpy().tobytes())
+        yield digest.hexdigest()
+        first += count
+
+
+def step_digest(previous: str, micro_batches: Sequence[Sequence[str]]) -> str:
+    """A link of the run's ledger: hex SHA-256 over the link before it and the digests of a step's sequences, in order.
+
+    It depends neither on the size of a micro-batch nor on the number of ranks: any can compute it from the digests of
+    all micro-batches, and any can verify it.
     """
     digest = hashlib.sha256(previous.encode())
-    for batch in batches:
-        digest.update(batch.spans.astype(np.int64).tobytes())
-    for batch in batches:
-        digest.update(batch.tokens[: batch.num_tokens].numpy().tobytes())
-    for batch in batches:
-        digest.update(batch.labels[: batch.num_tokens].numpy().tobytes())
+    for digests in micro_batches:
+        for sequence in digests:
+            digest.update(bytes.fromhex(sequence))
     return digest.hexdigest()

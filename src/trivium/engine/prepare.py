@@ -1,35 +1,31 @@
-"""From a `Run` to everything its loop needs: tokenizer, token stores, order of rows, shape, engine.
+"""From a `Run` to what its loop reads: tokenizer, token stores, order of the data, shape of the network, batching.
 
-Decides nothing a run file could not say; where the file is silent, what was chosen is in the run folder's
-provenance. Used by `start`, `verify` and the quickstart.
+Chooses only what a run file could set; what was chosen is recorded in the run folder. `build.py` makes the engine.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from trivium.config.run import Run, Source, TrainTokenizer
 from trivium.data.batch.order import Order
-from trivium.data.batch.pack import Batch, Rows, sequential_batches
+from trivium.data.batch.pack import Batch, StoreBatches, sequential_batches
 from trivium.data.chat.samples import describe_template
 from trivium.data.source.corpus import FileHashes
 from trivium.data.store.build import BuiltStore, ConversationSettings, build_sources, train_tokenizer_from_sources
 from trivium.data.store.megatron import Selection, Store
 from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.device import GIB, Machine
-from trivium.engine.engine import Engine
 from trivium.engine.sample import end_ids
 from trivium.errors import ConfigError
 from trivium.files import sha256_file
-from trivium.model import adapter, catalog, hf, quantize
-from trivium.model.qwen import Qwen, init_weights
+from trivium.model import catalog, hf
 from trivium.model.shape import QwenShape
 from trivium.plan.facts import DataFacts
 from trivium.plan.fit import settle_batch
@@ -38,15 +34,15 @@ VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class Part:
+class MixtureComponent:
     """A store, or some of its samples, with a share of the training tokens.
 
     Attributes:
-        source: what the run file calls it.
-        built: what it was made into.
-        kind: `all`, or `reasoning` and `plain` where the two have shares of their own.
+        source: the source as the run file names it.
+        built: the store built from it.
+        kind: `all`, or `reasoning` and `plain` where each has a share.
         store: its samples.
-        weight: its share, relative to the other parts; None reads every sample once an epoch.
+        weight: its share, relative to the other components; None reads every sample once an epoch.
     """
 
     source: Source
@@ -58,21 +54,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """A run with its data found and its sizes settled.
+    """A run with its data built and its sizes settled.
 
     Attributes:
         shape: the network.
-        weights_folder: where pretrained weights lie; None when they start at random.
+        weights_folder: where pretrained weights are; None when they start at random.
         tokenizer: the transformers tokenizer.
-        tokenizer_folder: where it lies.
-        built: the data of each source.
-        parts: what the order mixes: the sources, or their reasoned and plain samples.
-        rows: the micro-batches of every step.
-        held_out: the evaluation's batches, always the same; empty when nothing is held out.
+        tokenizer_folder: where it is.
+        built: the token store of each source.
+        mixture: what the order mixes: the sources, or their reasoning and plain samples.
+        batches: the micro-batches of every step.
+        held_out: the batches of the evaluation, always the same; empty when nothing is held out.
         num_steps: optimizer steps of the whole run.
-        stop_ids: the tokens at which the result stops writing, the first being its own end token.
-        inputs: hex digest of all that is read: tokenizer, data, order, and weights that stay as they are.
-        facts: the data in numbers, as the planner takes them.
+        stop_ids: the tokens at which the result stops generating; the first is its end token.
+        inputs: hex digest of everything that is read: tokenizer, data, order, frozen weights.
+        facts: the data in numbers, for the planner.
     """
 
     run: Run
@@ -81,8 +77,8 @@ class Job:
     tokenizer: Any
     tokenizer_folder: Path
     built: list[BuiltStore]
-    parts: list[Part]
-    rows: Rows
+    mixture: list[MixtureComponent]
+    batches: StoreBatches
     held_out: list[Batch]
     num_steps: int
     stop_ids: list[int]
@@ -91,23 +87,23 @@ class Job:
 
     @property
     def has_conversations(self) -> bool:
-        """Whether it learns to answer, beside or instead of going on with a text."""
+        """Whether it learns to answer, not only to continue text."""
         return any(store.has_conversations for store in self.built)
 
 
 def cache_folder(run: Run) -> Path:
-    """Where token stores and trained tokenizers are kept."""
+    """Where token stores and trained tokenizers are cached."""
     return Path(run.data.cache_dir) if run.data.cache_dir else Path(run.runs_dir) / "cache"
 
 
 def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = None) -> Job:
-    """Find the model, tokenizer and data of a run, and build what is not there yet.
+    """Find the model, tokenizer and data of a run, and build what does not exist yet.
 
     Args:
         run: the run.
-        note: is told in one line what takes long, and what the planner chose.
-        machine: for whose memory the planner settles the micro-batch where the run file does not; None where nothing
-            is to be trained, and the default is taken.
+        note: receives one line about each long task, and what the planner chose.
+        machine: its memory decides the batching that the run file leaves open; None (nothing will be trained) takes
+            the default.
 
     Raises: ConfigError, BadData.
     """
@@ -117,15 +113,16 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
     tokenizer = load_tokenizer(str(tokenizer_folder))
     shape = settle_shape(run, known_shape, len(tokenizer), tokenizer_folder)
     built = build_data(run, tokenizer)
-    parts = find_parts(run, built)
+    mixture = find_mixture(run, built)
     has_conversations = any(store.has_conversations for store in built)
-    facts = count_facts(parts)
+    facts = count_facts(mixture)
     if machine is not None:
-        run = settle_portions(run, shape, facts, machine, note)
-    stores = [part.store for part in parts]
-    weights = [part.weight for part in parts if part.weight is not None]
+        run = settle_batching(run, shape, facts, machine, note)
+    stores = [part.store for part in mixture]
+    weights = [part.weight for part in mixture if part.weight is not None]
     order = Order([store.lengths for store in stores], weights or None, run.data.seq_len, run.seed, has_conversations)
-    num_rows = None if run.budget.epochs is None else order.num_rows_in_epochs(run.budget.epochs)
+    epochs = run.budget.epochs
+    num_sequences = None if epochs is None else order.num_sequences_in_epochs(epochs)
     frozen_folder = model_folder if run.trainable == "adapter" else None
     return Job(
         run=run,
@@ -134,10 +131,10 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         built=built,
-        parts=parts,
-        rows=Rows(stores, order, run.rows_per_step, run.rows_per_micro_batch, num_rows),
+        mixture=mixture,
+        batches=StoreBatches(stores, order, run.sequences_per_step, run.sequences_per_micro_batch, num_sequences),
         held_out=held_out_batches(run, built),
-        num_steps=count_steps(run, num_rows),
+        num_steps=count_steps(run, num_sequences),
         stop_ids=stop_ids(tokenizer, has_conversations),
         inputs=digest_inputs(run, tokenizer_folder, built, order, frozen_folder),
         facts=facts,
@@ -145,7 +142,7 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
 
 
 def require_one_device(run: Run) -> None:
-    """Refuse what the planner foresees and training does not do yet.
+    """Refuse what the planner knows and training does not support yet.
 
     Raises: ConfigError.
     """
@@ -159,11 +156,11 @@ def require_one_device(run: Run) -> None:
         )
 
 
-def settle_portions(run: Run, shape: QwenShape, facts: DataFacts, machine: Machine, note: Callable[[str], None]) -> Run:
-    """The run with its micro-batch and its recomputation settled: as set, else the default, else what fits."""
+def settle_batching(run: Run, shape: QwenShape, facts: DataFacts, machine: Machine, note: Callable[[str], None]) -> Run:
+    """The run with its micro-batch and activation checkpointing settled: as set, else the default, else what fits."""
     settled = settle_batch(run, shape, machine.precision, machine.place, machine.memory_bytes, facts)
     chosen = []
-    if settled.rows_per_micro_batch != run.rows_per_micro_batch:
+    if settled.sequences_per_micro_batch != run.sequences_per_micro_batch:
         chosen.append(f"batch.micro_tokens: {settled.batch.micro_tokens}")
     if settled.activation_checkpointing and run.activation_checkpointing is None:
         chosen.append("activation_checkpointing: true")
@@ -173,17 +170,17 @@ def settle_portions(run: Run, shape: QwenShape, facts: DataFacts, machine: Machi
     return settled
 
 
-def count_facts(parts: Sequence[Part]) -> DataFacts:
-    """The data in numbers, from the stores and their reports; all of a ready store is taken to carry loss."""
-    num_rows = sum(len(part.store.lengths) for part in parts)
-    tokens = [int(part.store.lengths.sum(dtype=np.int64)) for part in parts]
-    supervised = sum(supervised_share(part.built) * count for part, count in zip(parts, tokens, strict=True))
-    reports = {part.built.path: part.built.report for part in parts if part.built.report}.values()
+def count_facts(mixture: Sequence[MixtureComponent]) -> DataFacts:
+    """The data in numbers, from the stores and their reports; every token of a ready store counts as supervised."""
+    num_rows = sum(len(part.store.lengths) for part in mixture)
+    tokens = [int(part.store.lengths.sum(dtype=np.int64)) for part in mixture]
+    supervised = sum(supervised_share(part.built) * count for part, count in zip(mixture, tokens, strict=True))
+    reports = {part.built.path: part.built.report for part in mixture if part.built.report}.values()
     samples = sum(report["kept"] + report["split"] for report in reports)
     return DataFacts(
         num_rows=num_rows,
         num_tokens=sum(tokens),
-        kind="conversations" if any(part.built.has_conversations for part in parts) else "documents",
+        kind="conversations" if any(part.built.has_conversations for part in mixture) else "documents",
         mean_tokens=sum(tokens) / max(1, num_rows),
         supervised_share=supervised / max(1, sum(tokens)),
         reasoning_share=sum(report["reasoning_documents"] for report in reports) / max(1, samples),
@@ -192,23 +189,23 @@ def count_facts(parts: Sequence[Part]) -> DataFacts:
 
 
 def supervised_share(built: BuiltStore) -> float:
-    """Share of a source's tokens that carry loss."""
+    """Share of a source's tokens that are supervised."""
     report = built.report
     if not report.get("conversations"):
         return 1.0
     return min(1.0, report["supervised_tokens"] / max(1, report["tokens"] + report["held_out_tokens"]))
 
 
-def find_parts(run: Run, built: Sequence[BuiltStore]) -> list[Part]:
-    """What the order mixes: one part a source, or two where reasoned samples have a share of their own.
+def find_mixture(run: Run, built: Sequence[BuiltStore]) -> list[MixtureComponent]:
+    """What the order mixes: one component per source, or two where samples with reasoning have a share.
 
-    Raises: ConfigError when that share cannot be had.
+    Raises: ConfigError when there are no samples for that share.
     """
     share = run.data.reasoning_share
     sources = zip(run.data.sources, built, strict=True)
     if share is None:
-        return [Part(source, one, "all", one.open(), source.weight) for source, one in sources]
-    parts = []
+        return [MixtureComponent(source, one, "all", one.open(), source.weight) for source, one in sources]
+    mixture = []
     for source, one in sources:
         store, reasoning = one.open(), one.reasoning()
         weight = source.weight or float(store.num_tokens)
@@ -216,18 +213,18 @@ def find_parts(run: Run, built: Sequence[BuiltStore]) -> list[Part]:
         for kind, part_share, chosen in (("reasoning", share, is_reasoned), ("plain", 1 - share, ~is_reasoned)):
             if part_share and chosen.any():
                 samples = Selection(store, np.flatnonzero(chosen))
-                parts.append(Part(source, one, kind, samples, part_share * weight))
+                mixture.append(MixtureComponent(source, one, kind, samples, part_share * weight))
     wanted = {kind for kind, part_share in (("reasoning", share), ("plain", 1 - share)) if part_share}
-    if missing := wanted - {part.kind for part in parts}:
+    if missing := wanted - {part.kind for part in mixture}:
         raise ConfigError(
-            f"data.reasoning_share is {share}, and the data holds no {' and no '.join(sorted(missing))} samples to "
-            "make it up from. Add some, or leave data.reasoning_share out."
+            f"data.reasoning_share is {share}, and the data holds no {' and no '.join(sorted(missing))} samples. "
+            "Add some, or leave data.reasoning_share out."
         )
-    return parts
+    return mixture
 
 
 def stop_ids(tokenizer: Any, has_conversations: bool) -> list[int]:
-    """Where the result stops: at the end of a turn if it learns to answer, and at the end of a document in any case."""
+    """Where the result stops generating: at the end of a document, and of a turn if it learns to answer."""
     turn_end = [describe_template(tokenizer).end_of_turn_id] if has_conversations else []
     return list(dict.fromkeys([*turn_end, *end_ids(tokenizer)]))
 
@@ -235,8 +232,8 @@ def stop_ids(tokenizer: Any, has_conversations: bool) -> list[int]:
 def digest_inputs(
     run: Run, tokenizer_folder: Path, built: Sequence[BuiltStore], order: Order, frozen_folder: Path | None
 ) -> str:
-    """Hex digest of the tokenizer, every store's bytes (of a ready store, its fingerprint), the order of rows, and the
-    weights an adapter stands on, which no checkpoint holds."""
+    """Hex digest of the tokenizer, every store's bytes (of a ready store, its fingerprint), the order of the data, and
+    the frozen base weights of an adapter, which no checkpoint holds."""
     stores = [store.manifest.get("sha256") or store.open().fingerprint for store in built]
     parts: list[Any] = [sha256_file(tokenizer_folder / "tokenizer.json"), stores, order.fingerprint()]
     if frozen_folder is not None:
@@ -247,9 +244,9 @@ def digest_inputs(
 
 
 def find_shape(run: Run) -> tuple[QwenShape | None, Path | None]:
-    """The network a run names, and its Hugging Face folder where it has one; without weights when they start at random.
+    """The network that a run names, and its Hugging Face folder if it has one; without weights if they start at random.
 
-    Returns: (None, None) for a parameter budget, whose shape waits for the vocabulary.
+    Returns: (None, None) for a parameter budget, whose shape depends on the vocabulary.
     """
     model = run.model
     if model.shape is not None:
@@ -289,7 +286,7 @@ def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], No
 
 
 def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_folder: Path) -> QwenShape:
-    """The shape with its vocabulary fixed: as pretrained, as asked for, or as the tokenizer needs.
+    """The shape with its vocabulary size: as pretrained, as set, or as the tokenizer needs.
 
     Raises: ConfigError when the embedding table would have fewer rows than the tokenizer has tokens.
     """
@@ -306,8 +303,7 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_f
     if vocab_size < num_tokens:
         raise ConfigError(
             f"The tokenizer in {tokenizer_folder} has {num_tokens:,} tokens and the model's table {vocab_size:,} rows; "
-            "a token without a row cannot be read. Set model.vocab_size to at least the former, or take the model's "
-            "own tokenizer."
+            f"every token needs a row. Set model.vocab_size to at least {num_tokens}, or use the model's own tokenizer."
         )
     if shape is None:
         assert run.model.params is not None
@@ -317,7 +313,7 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_f
 
 
 def build_data(run: Run, tokenizer: Any) -> list[BuiltStore]:
-    """A token store for every source, built now or found."""
+    """A token store for every source, built now or found in the cache."""
     data = run.data
     return build_sources(
         data.sources,
@@ -332,95 +328,20 @@ def build_data(run: Run, tokenizer: Any) -> list[BuiltStore]:
 
 
 def held_out_batches(run: Run, built: Sequence[BuiltStore]) -> list[Batch]:
-    """The evaluation's batches: every source's held-out documents, up to an equal part of eval.max_tokens each."""
+    """The evaluation's batches: held-out documents of every source, up to an equal part of eval.max_tokens each."""
     stores = [store for store in (one.open_held_out() for one in built) if store is not None]
-    batch_tokens = run.rows_per_micro_batch * run.data.seq_len
+    batch_tokens = run.sequences_per_micro_batch * run.data.seq_len
     batches = []
     for store in stores:
         batches += sequential_batches(store, batch_tokens, run.data.seq_len, run.eval.max_tokens // len(stores))
     return batches
 
 
-def count_steps(run: Run, num_rows: int | None) -> int:
+def count_steps(run: Run, num_sequences: int | None) -> int:
     """Optimizer steps of the whole run."""
     if run.budget.steps is not None:
         return run.budget.steps
     if run.budget.tokens is not None:
         return math.ceil(run.budget.tokens / run.batch.tokens)
-    assert num_rows is not None
-    return max(1, math.ceil(num_rows / run.rows_per_step))
-
-
-def build_engine(job: Job, machine: Machine) -> Engine:
-    """The model with its first weights on its device, adapted where that is asked for, and its optimizer."""
-    run = job.run
-    if run.adapter is None:
-        model = Qwen(job.shape)
-        if job.weights_folder is None:
-            init_weights(model, run.seed)
-        else:
-            hf.load_weights(model, job.weights_folder)
-        model.compute_dtype = machine.compute_dtype
-        model.recompute = bool(run.activation_checkpointing)
-        return Engine(model.to(machine.device), run.optimizer)
-    model = load_frozen(job, machine)
-    model.recompute = bool(run.activation_checkpointing)
-    adapter.inject(model, run.adapter, run.seed, trained_tokens(job), job.weights_folder)
-    return Engine(model, run.optimizer, run.adapter.loraplus_lr_ratio)
-
-
-def load_frozen(job: Job, machine: Machine) -> Qwen:
-    """The base of an adapter: its weights as they are computed with, never in memory in full precision beside that."""
-    assert job.weights_folder is not None
-    with torch.device("meta"):
-        model = Qwen(job.shape)
-    if job.run.weights == "nf4":
-        return quantize.load_quantised(model, job.weights_folder, machine.compute_dtype, machine.device)
-    model = model.to(machine.compute_dtype).to_empty(device=machine.device)
-    hf.load_weights(model, job.weights_folder)
-    model.compute_dtype = machine.compute_dtype
-    return model
-
-
-def trained_tokens(job: Job) -> list[int]:
-    """Ids whose rows are trained beside the adapter: those the run names, else those the data needs and the model never
-    learnt. Whether too few are named is the doctor's question.
-
-    Raises: ConfigError when a named token is none.
-    """
-    assert job.run.adapter is not None
-    named = job.run.adapter.train_tokens
-    if named is None:
-        control = control_tokens(job)
-        return untrained_tokens(job, {token for store in job.built for token in store.open().found_among(control)})
-    known = job.tokenizer.get_vocab()
-    if unknown := [token for token in named if token not in known]:
-        raise ConfigError(
-            f"adapter.train_tokens names {unknown[0]!r}, and {job.tokenizer_folder} has no such token. Name tokens as "
-            "the tokenizer writes them, such as <|im_end|>."
-        )
-    return [known[token] for token in named]
-
-
-def control_tokens(job: Job) -> list[int]:
-    """Ids of the tokens that steer a model, such as the one that ends a turn."""
-    return sorted(job.tokenizer.get_added_vocab().values())
-
-
-def untrained_tokens(job: Job, used: Collection[int]) -> list[int]:
-    """Which control tokens, of those that the data uses, the pretrained model never learnt.
-
-    Only the rows of reserved tokens are read, from the model's embedding and, where it is another tensor, its head.
-    """
-    assert job.weights_folder is not None
-    control = control_tokens(job)
-    reserved = [*control, *range(len(job.tokenizer), job.shape.vocab_size)]
-    places = [place for place, token in enumerate(control) if token in used]
-    if not places:
-        return []
-    with torch.device("meta"):
-        files = hf.find_tensors(Qwen(job.shape), job.weights_folder)
-    names = [hf.EMBEDDINGS] if job.shape.tie_word_embeddings else [hf.EMBEDDINGS, hf.HEAD]
-    embedding, *head = [hf.read_rows(files[name], name, reserved) for name in names]
-    untrained = adapter.untrained_rows(embedding, head[0] if head else None, places, range(len(reserved)))
-    return [reserved[place] for place in untrained]
+    assert num_sequences is not None
+    return max(1, math.ceil(num_sequences / run.sequences_per_step))

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.engine.runs import Silent, adapt_values, write_conversations
+from tests.engine.runs import adapt_values, write_conversations
 from trivium.config.run import Run, with_method_defaults
 from trivium.data.store.megatron import Selection, Store
 from trivium.data.tokenizer import train_tokenizer
-from trivium.engine.setup import Job, prepare
+from trivium.engine.loop import Silent
+from trivium.engine.prepare import Job, prepare
 from trivium.errors import ConfigError
 from trivium.model import hf
 from trivium.model.qwen import Qwen, init_weights
@@ -75,12 +76,12 @@ def prepared(base: Path, data: Path, folder: Path, **changes) -> Job:
 def test_reasoning_gets_the_share_it_is_given(base, tmp_path):
     data = write_mixed(tmp_path / "mixed.jsonl", num_reasoned=30, num_plain=300)
     job = prepared(base, data, tmp_path, reasoning_share=0.75)
-    assert [part.kind for part in job.parts] == ["reasoning", "plain"]
-    order, tokens = job.rows.order, np.zeros(2)
-    for row in range(order.num_rows(0)):
-        for source, document, start, stop in order.row(row).tolist():
+    assert [part.kind for part in job.mixture] == ["reasoning", "plain"]
+    order, tokens = job.batches.order, np.zeros(2)
+    for row in range(order.num_sequences(0)):
+        for source, document, start, stop in order.sequence(row).tolist():
             tokens[source] += stop - start
-            text = job.tokenizer.decode(job.parts[source].store.tokens(document, start, stop))
+            text = job.tokenizer.decode(job.mixture[source].store.tokens(document, start, stop))
             assert ("<think>" in text) == (source == 0)
     assert tokens[0] / tokens.sum() == pytest.approx(0.75, abs=0.05)
 
@@ -94,7 +95,7 @@ def test_a_share_of_reasoning_that_nobody_has_is_refused(base, tmp_path):
 def test_what_learns_to_answer_stops_at_the_end_of_a_turn_first(base, tmp_path):
     job = prepared(base, write_conversations(tmp_path / "talk.jsonl"), tmp_path)
     assert job.tokenizer.convert_ids_to_tokens(job.stop_ids) == ["<|im_end|>", "<|endoftext|>"]
-    assert job.rows.order.whole
+    assert job.batches.order.whole
 
 
 def test_a_selection_is_the_documents_it_names(base, tmp_path):

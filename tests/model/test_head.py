@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivium.engine.loss import CPU_SLICE_ELEMENTS, LOGITS_CHUNK_BYTES, cross_entropy_sum, default_chunk_rows
+from trivium.model.head import CPU_SLICE_ELEMENTS, LOGITS_CHUNK_BYTES, cross_entropy_sum, default_chunk_rows
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
