@@ -2,21 +2,17 @@
 
 import hashlib
 import json
-import multiprocessing
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from transformers import AutoTokenizer  # noqa: F401  imported here so that the fork server has it before it forks
 
+from tests.support.processes import context
 from trivium.engine.runfolder import RunFolder
 from trivium.quickstart.grammar import story
 
 WALL_CLOCK = {"time", "train/tokens_per_second", "train/mfu", "train/peak_memory_gib", "train/seconds"}
-
-context = multiprocessing.get_context("forkserver")
-# The server imports torch once and forks, so that a run in a new process starts in milliseconds.
-context.set_forkserver_preload(["tests.engine.runs", "trivium.engine.start", "torch", "peft", "bitsandbytes"])
 
 
 def write_corpus(path: Path, num_stories: int = 150) -> Path:
