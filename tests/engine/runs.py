@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -104,6 +106,13 @@ def spawn(values: dict[str, Any]) -> Any:
     process = context.Process(target=train, args=(values,))
     process.start()
     return process
+
+
+def wait_until(is_reached: Callable[[], object], process: Any) -> None:
+    """Wait for something that a run does; fails when the run ends before."""
+    while not is_reached():
+        assert process.is_alive() or is_reached(), f"the run ended before, with exit code {process.exitcode}"
+        time.sleep(0.001)
 
 
 def finish(values: dict[str, Any]) -> None:
