@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 
-.PHONY: help install quickstart test test-long test-gpu lint format bench clean
+.PHONY: help install quickstart tokenizers test test-long test-gpu lint format bench clean
 
 help:
 	@echo "make quickstart   watch models learn, from nothing and then in every way (installs what it needs; minutes)"
@@ -16,10 +16,14 @@ install: .venv/core.stamp
 quickstart: .venv/core.stamp
 	$(BIN)/trivium quickstart
 
-test: .venv/dev.stamp
+# The published Qwen tokenizers, from packages, into .cache/tokenizers.
+tokenizers: .venv/dev.stamp
+	$(BIN)/python -m tests.support.qwen_tokenizers
+
+test: tokenizers
 	$(BIN)/pytest -q -m "not gpu and not long"
 
-test-long: .venv/dev.stamp
+test-long: tokenizers
 	$(BIN)/pytest -q -m long
 
 test-gpu: .venv/dev.stamp
@@ -47,7 +51,7 @@ bench: .venv/dev.stamp
 	$(BIN)/python recipes/make.py
 
 clean:
-	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .import_linter_cache dist
+	rm -rf .venv .cache .pytest_cache .hypothesis .ruff_cache .import_linter_cache dist
 	find src tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 # The build backend is installed first, from the lock, so that nothing that pip fetches floats.

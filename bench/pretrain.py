@@ -52,7 +52,7 @@ def train_trivium(dtype: str, steps: int) -> tuple[int, float]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import torch
 
-    from tests.memory_store import MemoryStore
+    from tests.support.memory_store import MemoryStore
     from trivium.config.run import Optimizer
     from trivium.data.batch.order import Order
     from trivium.data.batch.pack import StoreBatches

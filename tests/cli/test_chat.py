@@ -6,6 +6,7 @@ import pty
 import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def wait_until_idle(self) -> None:
+        """Return when the program sleeps and has used no CPU time for a while: it waits for a key.
+
+        A Ctrl-C between the prompt and the moment Python's readline begins to wait is noticed at the next key only.
+        """
+        if not os.path.exists("/proc/self/stat"):
+            time.sleep(2)
+            return
+        since, last = time.monotonic(), None
+        while time.monotonic() - since < 0.3:
+            assert self.process.poll() is None
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+            now = (fields[0], fields[11:13], [line for line in status.splitlines() if "ctxt_switches" in line])
+            if fields[0] != "S" or now != last:
+                since, last = time.monotonic(), now
+            time.sleep(0.02)
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -94,7 +113,8 @@ def test_a_conversation_on_a_terminal(workplace: Path):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(workplace: Path):
-    terminal = Terminal(workplace, "base", "--chat", "--temperature", "1", "--max-new-tokens", "100000")
+    # The likeliest token of this model is the one before it, so that its answer never ends by itself.
+    terminal = Terminal(workplace, "base", "--chat", "--temperature", "0", "--max-new-tokens", "100000")
     try:
         terminal.until("> ")
         terminal.type("Lily\n")
@@ -104,6 +124,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(workplace: Path):
         terminal.type("\x03")
         terminal.until("stopped")
         terminal.until("> ")
+        terminal.wait_until_idle()
         terminal.type("\x03")
         terminal.until("/quit ends.")
         terminal.type("/quit\n")

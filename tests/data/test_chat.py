@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.test_tokenizer import REAL, REAL_NAMES, needs_real
+from tests.support.qwen_tokenizers import REAL, REAL_NAMES, needs_real
 from trivium.data.chat.formats import Layout, parse
 from trivium.data.chat.samples import ChatEncoder, describe_template
 from trivium.data.source.records import Reason, RowError

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.data.test_tokenizer import REAL, needs_real
+from tests.support.qwen_tokenizers import REAL, needs_real
 from trivium.config.run import Source
 from trivium.data.look.inspect import COUNTS, Look, inspect_all
 from trivium.data.store.build import ConversationSettings, build_sources

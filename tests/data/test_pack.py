@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.memory_store import random_store
+from tests.support.memory_store import random_store
 from trivium.data.batch.order import Order
 from trivium.data.batch.pack import (
     NO_LABEL,

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
-from tests.data.test_tokenizer import REAL, needs_real
+from tests.support.qwen_tokenizers import REAL, needs_real
 from trivium.config.run import Source
 from trivium.data.look import survey as survey_module
 from trivium.data.look.survey import estimated_tokens, survey

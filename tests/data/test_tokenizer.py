@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from tests.support.qwen_tokenizers import REAL, REAL_NAMES, needs_real
 from trivium.data import tokenizer as module
 from trivium.data.tokenizer import (
     CHATML_TEMPLATE,
@@ -26,10 +27,6 @@ from trivium.data.tokenizer import (
 )
 from trivium.data.words import UNSETTLED
 from trivium.errors import ConfigError
-
-REAL = Path(os.environ.get("TRIVIUM_TOKENIZERS", Path(__file__).resolve().parents[3] / "shared" / "tokenizers"))
-REAL_NAMES = ("qwen2.5-base", "qwen2.5-instruct", "qwen3-base", "qwen3")
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real Qwen tokenizers are not beside the checkout")
 
 TEXTS = [
     "The fox said it's the fox's own fault, and they'd all seen 1234 of them.\n\n  Then\tthe rain came.\r\n",

@@ -1,14 +1,13 @@
 """Small real runs for the doctor: model folders, conversations and documents, prepared as training prepares them."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
+from tests.support.qwen_tokenizers import real_tokenizer
 from trivium.config.run import Run, with_method_defaults
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.doctor.case import Case, Trial, build_trial, read_conversations
@@ -20,18 +19,9 @@ from trivium.model import hf
 from trivium.model.qwen import Qwen, init_weights
 from trivium.model.shape import QwenShape
 
-REAL = Path(os.environ.get("TRIVIUM_TOKENIZERS", Path(__file__).resolve().parents[3] / "shared" / "tokenizers"))
 MACHINE = Machine(torch.device("cpu"), torch.float32, 1e15, memory_bytes=8 << 30)
 END_OF_TEXT, TURN_START, TURN_END = 256, 257, 258
 PAIRS = [(f"What does fox number {n} do?", f"It draws {n} red houses.") for n in range(40)]
-
-
-def real_tokenizer(name: str) -> Path:
-    """The folder of a published tokenizer; skips the test where it is not there."""
-    folder = REAL / name
-    if not folder.is_dir():
-        pytest.skip(f"the tokenizer {name} is not here")
-    return folder
 
 
 def byte_tokenizer(folder: Path, template: str | None = None) -> Path:

@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-import multiprocessing
+import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from transformers import AutoTokenizer  # noqa: F401  imported here so that the fork server has it before it forks
 
+from tests.support.processes import context
 from trivium.engine.runfolder import RunFolder
 from trivium.quickstart.grammar import story
 
 WALL_CLOCK = {"time", "train/tokens_per_second", "train/mfu", "train/peak_memory_gib", "train/seconds"}
-
-context = multiprocessing.get_context("forkserver")
-# The server imports torch once and forks, so that a run in a new process starts in milliseconds.
-context.set_forkserver_preload(["tests.engine.runs", "trivium.train", "torch", "peft", "bitsandbytes"])
 
 
 def write_corpus(path: Path, num_stories: int = 150) -> Path:
@@ -94,6 +92,13 @@ def spawn(values: dict[str, Any]) -> Any:
     process = context.Process(target=train, args=(values,))
     process.start()
     return process
+
+
+def wait_until(is_reached: Callable[[], object], process: Any) -> None:
+    """Wait for something that a run does; fails when the run ends before."""
+    while not is_reached():
+        assert process.is_alive() or is_reached(), f"the run ended before, with exit code {process.exitcode}"
+        time.sleep(0.001)
 
 
 def finish(values: dict[str, Any]) -> None:

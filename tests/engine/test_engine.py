@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.memory_store import random_store
+from tests.support.memory_store import random_store
 from trivium.config.run import Optimizer
 from trivium.data.batch.order import Order
 from trivium.data.batch.pack import StoreBatches, pack

@@ -7,14 +7,14 @@ from random import Random
 
 import pytest
 
-from tests.engine.runs import finish, outcome, run_values, spawn, train, write_corpus
+from tests.engine.runs import finish, outcome, run_values, spawn, train, wait_until, write_corpus
 from trivium.engine import checkpoint
 from trivium.engine.loop import Silent
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError, TriviumError
 
-KILLS = 40
-KILLS_INSIDE_A_SAVE = 15
+KILLS, KILLS_INSIDE_A_SAVE = 10, 3
+KILLS_OF_THE_LONG_TEST, KILLS_INSIDE_A_SAVE_OF_THE_LONG_TEST = 40, 15
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,15 @@ def uninterrupted(corpus, tmp_path_factory):
     start = time.monotonic()
     finish(run_values(corpus, runs_dir))
     return outcome(runs_dir), time.monotonic() - start
+
+
+@pytest.fixture(scope="module")
+def long_run(corpus, tmp_path_factory):
+    """Settings of a run that is far from its end when a test has seen its first steps, and its outcome."""
+    settings = {"budget": {"steps": 240}, "log": {"every_steps": 30}, "eval": {"every_steps": 60, "max_tokens": 1024}}
+    runs_dir = tmp_path_factory.mktemp("long")
+    finish(run_values(corpus, runs_dir, **settings, checkpoint={"every_steps": 20}))
+    return settings, outcome(runs_dir)
 
 
 def kill_at_random(values, rng: Random, seconds: float) -> None:
@@ -56,11 +65,12 @@ def kill_inside_a_save(values, rng: Random) -> bool:
     return bool(list(checkpoints.glob(".step-*.tmp")))
 
 
-def test_forty_kills_end_with_the_same_bits(corpus, uninterrupted, tmp_path):
+def kill_and_finish(corpus: Path, uninterrupted, tmp_path: Path, kills: int, kills_inside_a_save: int) -> None:
+    """Kill that many runs, every second one while it saves, and go on until that many were cut off inside a save."""
     expected, seconds = uninterrupted
     rng = Random(0)
     inside = trials = 0
-    while trials < KILLS or inside < KILLS_INSIDE_A_SAVE:
+    while trials < kills or inside < kills_inside_a_save:
         runs_dir = tmp_path / str(trials)
         values = run_values(corpus, runs_dir)
         if trials % 2:
@@ -71,8 +81,18 @@ def test_forty_kills_end_with_the_same_bits(corpus, uninterrupted, tmp_path):
         assert outcome(runs_dir) == expected, f"trial {trials}"
         shutil.rmtree(runs_dir)
         trials += 1
-        assert trials < 3 * KILLS, f"only {inside} of {trials} kills fell inside a save"
+        assert trials < 120, f"only {inside} of {trials} kills fell inside a save"
     print(f"{trials} kills, {inside} of them inside a save: all {trials} runs ended with the same bits")
+
+
+def test_ten_kills_end_with_the_same_bits(corpus, uninterrupted, tmp_path):
+    kill_and_finish(corpus, uninterrupted, tmp_path, KILLS, KILLS_INSIDE_A_SAVE)
+
+
+@pytest.mark.long
+def test_forty_kills_end_with_the_same_bits(corpus, uninterrupted, tmp_path):
+    counts = KILLS_OF_THE_LONG_TEST, KILLS_INSIDE_A_SAVE_OF_THE_LONG_TEST
+    kill_and_finish(corpus, uninterrupted, tmp_path, *counts)
 
 
 def test_one_run_killed_again_and_again(corpus, uninterrupted, tmp_path):
@@ -85,32 +105,30 @@ def test_one_run_killed_again_and_again(corpus, uninterrupted, tmp_path):
     assert outcome(tmp_path) == expected
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_75(corpus, uninterrupted, tmp_path):
-    expected, _ = uninterrupted
-    values = run_values(corpus, tmp_path, checkpoint={"every_steps": 1000})
+def test_sigterm_finishes_the_step_saves_and_exits_75(corpus, long_run, tmp_path):
+    settings, expected = long_run
+    values = run_values(corpus, tmp_path, **settings, checkpoint={"every_steps": 1000})
     folder = RunFolder(tmp_path / "small")
     process = spawn(values)
-    while len(list(folder.ledger)) < 5:
-        time.sleep(0.001)
+    wait_until(lambda: len(list(folder.ledger)) >= 5, process)
     process.terminate()
     process.join()
     # The raw process has no command line to turn Stopped into 75; that is tests/cli/test_train.py.
     assert process.exitcode == 1
     stopped_at = checkpoint.steps(folder.checkpoints)[0]
-    assert 5 <= stopped_at < 24
+    assert 5 <= stopped_at < 240
     assert [record["step"] for record in folder.ledger] == list(range(1, stopped_at + 1))
     finish(values)
     assert outcome(tmp_path) == expected
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing"])
-def test_a_damaged_newest_checkpoint_is_found_and_the_one_before_used(corpus, uninterrupted, tmp_path, damage):
-    expected, _ = uninterrupted
-    values = run_values(corpus, tmp_path)
+def test_a_damaged_newest_checkpoint_is_found_and_the_one_before_used(corpus, long_run, tmp_path, damage):
+    settings, expected = long_run
+    values = run_values(corpus, tmp_path, **settings, checkpoint={"every_steps": 20})
     process = spawn(values)
     folder = RunFolder(tmp_path / "small")
-    while len(checkpoint.steps(folder.checkpoints)) < 2:
-        time.sleep(0.001)
+    wait_until(lambda: len(checkpoint.steps(folder.checkpoints)) >= 2, process)
     process.kill()
     process.join()
     newest, before = checkpoint.steps(folder.checkpoints)[:2]
@@ -139,8 +157,7 @@ def test_a_damaged_newest_checkpoint_is_found_and_the_one_before_used(corpus, un
 def test_two_runs_never_share_a_folder(corpus, tmp_path):
     values = run_values(corpus, tmp_path, budget={"steps": 100_000})
     process = spawn(values)
-    while not list((tmp_path / "small" / "checkpoints").glob("step-*")):
-        time.sleep(0.001)
+    wait_until(lambda: list((tmp_path / "small" / "checkpoints").glob("step-*")), process)
     with pytest.raises(TriviumError, match=f"in use by process {process.pid}"):
         train(values)
     process.kill()
@@ -167,8 +184,7 @@ def test_changed_data_is_refused_on_resume(corpus, tmp_path):
     own = write_corpus(tmp_path / "own.jsonl")
     values = run_values(own, tmp_path, budget={"steps": 100_000})
     process = spawn(values)
-    while not list((tmp_path / "small" / "checkpoints").glob("step-*")):
-        time.sleep(0.001)
+    wait_until(lambda: list((tmp_path / "small" / "checkpoints").glob("step-*")), process)
     process.kill()
     process.join()
     text = own.read_text()

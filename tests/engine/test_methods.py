@@ -11,7 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.engine.runs import adapt_values, finish, outcome, run_values, spawn, train, write_conversations, write_corpus
+from tests.engine.runs import (
+    adapt_values,
+    finish,
+    outcome,
+    run_values,
+    spawn,
+    train,
+    wait_until,
+    write_conversations,
+    write_corpus,
+)
 from trivium.errors import ConfigError
 from trivium.use.answers import Question, answers, score
 from trivium.use.load import load
@@ -110,8 +120,7 @@ def test_a_base_with_other_weights_is_refused_on_resume(base, conversations, tmp
     own = shutil.copytree(base, tmp_path / "base")
     values = values_of("lora", own, conversations, tmp_path, budget={"steps": 100_000})
     process = spawn(values)
-    while not list((tmp_path / "small" / "checkpoints").glob("step-*")):
-        time.sleep(0.001)
+    wait_until(lambda: list((tmp_path / "small" / "checkpoints").glob("step-*")), process)
     process.kill()
     process.join()
     content = bytearray((own / "model.safetensors").read_bytes())

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from tests.engine.runs import context, finish, outcome, run_values, train, write_corpus
-from trivium import train as start
 from trivium.cli.main import trivium
 from trivium.config.load import dump_run
 from trivium.config.run import Run, with_method_defaults
@@ -25,6 +24,7 @@ from trivium.engine.prepare import prepare
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError
 from trivium.plan.check import read_outcome
+from trivium.train import is_finished, with_recorded_batching
 from trivium.use.verify import verify
 
 MIB = 1 << 20
@@ -86,13 +86,13 @@ def test_a_run_that_goes_on_keeps_the_portions_it_began_with(corpus, tmp_path):
     assert (settled.batch.micro_tokens, settled.activation_checkpointing) == (64, True)
     assert "the planner chose batch.micro_tokens: 64 and activation_checkpointing: true" in notes[-1]
     folder = RunFolder(tmp_path / "small")
-    assert start.with_recorded_batching(folder, run) == run
+    assert with_recorded_batching(folder, run) == run
     begun = run_of(run_values(corpus, tmp_path, batch={"tokens": 512, "micro_tokens": 256}, budget={"steps": 6}))
     write_begun(folder, begun.model_copy(update={"activation_checkpointing": False}))
-    as_begun = start.with_recorded_batching(folder, run)
+    as_begun = with_recorded_batching(folder, run)
     assert prepare(as_begun, notes.append, small).run == as_begun
     assert (as_begun.batch.micro_tokens, as_begun.activation_checkpointing) == (256, False)
-    assert not start.is_finished(folder, as_begun, Silent())
+    assert not is_finished(folder, as_begun, Silent())
 
 
 def write_begun(folder: RunFolder, run: Run) -> None:
@@ -106,10 +106,10 @@ def test_portions_may_change_and_nothing_else(corpus, tmp_path):
     folder = RunFolder(tmp_path / "small")
     begun, other = run_of(values), run_of(values | {"batch": {"tokens": 512, "micro_tokens": 128}})
     write_begun(folder, begun)
-    assert not start.is_finished(folder, other, Silent())
-    assert not start.is_finished(folder, other.model_copy(update={"activation_checkpointing": True}), Silent())
+    assert not is_finished(folder, other, Silent())
+    assert not is_finished(folder, other.model_copy(update={"activation_checkpointing": True}), Silent())
     with pytest.raises(ConfigError, match="seed: 0 -> 1") as refused:
-        start.is_finished(folder, other.model_copy(update={"seed": 1}), Silent())
+        is_finished(folder, other.model_copy(update={"seed": 1}), Silent())
     assert "micro_tokens" not in str(refused.value)
 
 
@@ -158,7 +158,7 @@ def test_memory_that_runs_out_is_answered_with_what_would_fit(corpus, tmp_path):
     process = start_command(["train", str(run_file), "batch.micro_tokens=512"], HEADROOM, errors)
     process.join()
     assert process.exitcode == 0, errors.read_text()
-    assert "goes on in other portions (batch.micro_tokens: 8192 -> 512)" in errors.read_text()
+    assert "resuming with other batching (batch.micro_tokens: 8192 -> 512)" in errors.read_text()
     assert verify(folder.path, lambda text: None, lambda step, steps: None).is_finished
     assert folder.read("failure.json") is None
     assert plan_of(tmp_path)["predicted"] == predicted

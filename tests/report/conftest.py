@@ -53,7 +53,7 @@ def metrics_lines(num_steps: int) -> list[dict[str, object]]:
                     "time": time,
                     "train/loss": loss + rng.gauss(0, 0.015),
                     "train/grad_norm": 0.4 + 3 * math.exp(-step / 30) + abs(rng.gauss(0, 0.08)),
-                    "train/lr": rate,
+                    "train/learning_rate": rate,
                     "train/tokens_per_second": 13_500 + rng.gauss(0, 500) - (6000 if step == 5 else 0),
                     "train/mfu": 0.71 + rng.gauss(0, 0.02),
                     "train/peak_memory_gib": 1.1 + 0.2 * min(1, step / 60),

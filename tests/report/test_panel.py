@@ -10,7 +10,7 @@ from trivium.report.panel import LivePanel, PlainLines, curve, duration
 TRAIN = {
     "step": 50,
     "train/loss": 1.25,
-    "train/lr": 1e-3,
+    "train/learning_rate": 1e-3,
     "train/grad_norm": 0.5,
     "train/tokens_per_second": 12345.0,
     "train/mfu": 0.42,

@@ -218,7 +218,11 @@ def train_step(
     progress.train_seconds += seconds
     progress.interval.add(figures["loss"], sum(one.flops for one in read), sum(one.num_tokens for one in read), seconds)
     folder.ledger.append({"step": progress.step, "num_tokens": progress.num_tokens, "digest": progress.ledger})
-    return {**{f"train/{name}": value for name, value in figures.items()}, "train/grad_norm": norm, "train/lr": lr}
+    return {
+        **{f"train/{name}": value for name, value in figures.items()},
+        "train/grad_norm": norm,
+        "train/learning_rate": lr,
+    }
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ STATUS_MEANS = {
     "stopped": "The run is not finished and no process is at work on it. The same command goes on where it stopped.",
 }
 SMALL_PLOTS = {
-    "train/lr": "learning rate",
+    "train/learning_rate": "learning rate",
     "train/grad_norm": "gradient norm before clipping",
     "train/tokens_per_second": "training tokens a second",
     "train/peak_memory_gib": "peak memory, GiB",

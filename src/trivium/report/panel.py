@@ -82,7 +82,7 @@ def describe(record: dict[str, Any], num_steps: int) -> str:
     place = f"step {record['step']:,}" + (f"/{num_steps:,}" if num_steps else "")
     if "train/loss" in record:
         return (
-            f"{place}  loss {record['train/loss']:.4f}  lr {record['train/lr']:.2e}  "
+            f"{place}  loss {record['train/loss']:.4f}  lr {record['train/learning_rate']:.2e}  "
             f"grad {record['train/grad_norm']:.2f}  {record['train/tokens_per_second']:,.0f} tokens/s  "
             f"MFU {record['train/mfu']:.0%}  {record['train/peak_memory_gib']:.2f} GiB"
         )
