@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.memory_store import random_store
+from tests.support.memory_store import random_store
 from trivium.data.batch.order import Order
 from trivium.data.batch.pack import StoreBatches
 from trivium.data.batch.prefetch import Prefetch

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.engine.test_engine import CONFIG, small_shape
-from tests.memory_store import random_store
+from tests.support.memory_store import random_store
 from trivium.config.run import Adapter
 from trivium.data.batch.pack import Batch, pack
 from trivium.engine.engine import Engine
@@ -43,7 +43,7 @@ class Preference(OfLogprobs):
         chosen = logprobs_M[(places < border)].sum()
         rejected = logprobs_M[(places >= border)].sum()
         margin = 0.01 * (chosen - rejected)
-        return -F.logsigmoid(margin), {"margin": margin}
+        return -F.logsigmoid(margin) * self.weight(batch), {"margin": margin}
 
 
 class Clipped(OfLogprobs):

@@ -37,7 +37,7 @@ class Loss:
 
 
 class Objective(Protocol):
-    """Turns the supervised tokens of a micro-batch into a loss."""
+    """Turns the supervised tokens of a micro-batch into a loss; 0, of weight 0, for a micro-batch of padding."""
 
     def weight(self, batch: Batch) -> float:
         """What the micro-batch adds to the weight of its step: the number that the sum of all losses is divided by."""
