@@ -71,9 +71,10 @@ def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: Mapp
     num_bytes = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
     require_free_space(folder.parent, num_bytes + (1 << 20), f"checkpoint {folder.name}")
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
         hashes = {}
         for file, group in tensors.items():
             sources = [tensor_source(name, tensor) for name, tensor in group.items()]
@@ -82,14 +83,14 @@ def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: Mapp
         atomic_write(temporary / "state.json", text)
         hashes["state.json"] = sha256_file(temporary / "state.json")
         atomic_write(temporary / "manifest.json", json.dumps({"format": FORMAT, "sha256": hashes}, indent=1))
+        os.replace(temporary, folder)
+        fsync_directory(folder.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TriviumError(
-            f"Writing {folder.name} failed: {error}. The partial checkpoint was removed and those before it are "
-            "untouched. Mend the disk and run the same command again."
+            f"Writing {folder.name} failed: {error}. Earlier checkpoints are untouched. Free or repair the disk and run "
+            "the same command again."
         ) from error
-    os.replace(temporary, folder)
-    fsync_directory(folder.parent)
 
 
 def verify(folder: Path) -> dict[str, Any]:
