@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from transformers.integrations.integration_utils import rewrite_logs
 
-from tests.engine.runs import Silent, context, run_values, train, write_corpus
+from tests.engine.runs import run_values, train, write_corpus
+from tests.support.processes import context
 from trivium.engine import trackers
+from trivium.engine.loop import Silent
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError
 
