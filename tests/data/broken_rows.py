@@ -6,7 +6,7 @@ the limits that the rows too long for them are too long for.
 
 from typing import Any
 
-from trivium.data.source.records import Reason
+from trivium.data.rejects import Reason
 
 LONG_ROW_BYTES = 4000
 SHORT_SEQ_LEN = 60

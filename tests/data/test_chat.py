@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.test_tokenizer import REAL, REAL_NAMES, needs_real
-from trivium.data.chat.formats import Layout, parse
-from trivium.data.chat.samples import ChatEncoder, describe_template
-from trivium.data.source.records import Reason, RowError
+from trivium.data.chat.formats import parse
+from trivium.data.chat.layout import RecordLayout
+from trivium.data.chat.samples import ChatEncoder
+from trivium.data.chat.template import describe_template
+from trivium.data.rejects import Reason, RecordError
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 
@@ -178,7 +180,7 @@ def test_every_answer_is_what_serving_would_have_whatever_the_pad_token(real, na
         encoder = ChatEncoder(tokenizer, 1 << 20)
         for seed in range(number, NUM_CONVERSATIONS, len(PADS)):
             row = conversation(seed)
-            encoded = encoder.encode(parse(row, Layout("messages")))
+            encoded = encoder.encode(parse(row, RecordLayout("messages")))
             assert mismatches(tokenizer, row, encoded) == 0, json.dumps(row)
             assert all(sample.weights[one.stop - 1] for sample in encoded.samples for one in sample.answers)
             assert not encoded.dropped_turns and not encoded.cut_turns and not encoded.split
@@ -199,7 +201,7 @@ def test_any_text_is_learnt_as_it_is_served(real, pairs, name):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         if reasoning is not None:
             messages[-1]["reasoning_content"] = reasoning
-    encoded = ChatEncoder(real[name], 1 << 20).encode(parse({"messages": messages}, Layout("messages")))
+    encoded = ChatEncoder(real[name], 1 << 20).encode(parse({"messages": messages}, RecordLayout("messages")))
     assert mismatches(real[name], {"messages": messages}, encoded) == 0
 
 
@@ -209,7 +211,7 @@ def talk(*contents: str, **more) -> dict:
 
 
 def encode(tokenizer, row: dict, seq_len: int = 4096, overlong="drop", all_tokens: bool = False):
-    return ChatEncoder(tokenizer, seq_len, overlong, all_tokens).encode(parse(row, Layout("messages")))
+    return ChatEncoder(tokenizer, seq_len, overlong, all_tokens).encode(parse(row, RecordLayout("messages")))
 
 
 def learnt_text(tokenizer, sample) -> list[str]:
@@ -234,14 +236,14 @@ def test_reasoning_is_learnt_where_the_template_shows_it_and_counted_where_not(r
     row = talk("a", "b")
     row["messages"][1]["reasoning"] = "So it is."
     encoded = encode(real["qwen3"], row)
-    assert encoded.samples[0].has_reasoning and not encoded.lost_reasoning
+    assert encoded.samples[0].has_reasoning and not encoded.lost_reasoning_turns
     assert learnt_text(real["qwen3"], encoded.samples[0]) == ["<think>\nSo it is.\n</think>\n\nb<|im_end|>"]
     encoded = encode(real["qwen2.5-instruct"], row)
-    assert not encoded.samples[0].has_reasoning and encoded.lost_reasoning == 1
+    assert not encoded.samples[0].has_reasoning and encoded.lost_reasoning_turns == 1
     inline = talk("a", "<think>\nSo it is.\n</think>\n\nb")
     for name in ("qwen3", "qwen2.5-instruct"):
         encoded = encode(real[name], inline)
-        assert encoded.samples[0].has_reasoning and not encoded.lost_reasoning
+        assert encoded.samples[0].has_reasoning and not encoded.lost_reasoning_turns
 
 
 @needs_real
@@ -263,7 +265,7 @@ def test_arguments_as_text_are_never_encoded_twice(real, name):
 def test_control_tokens_are_refused_or_told(real):
     tokenizer = real["qwen3"]
     for special in tokenizer.all_special_tokens:
-        with pytest.raises(RowError) as caught:
+        with pytest.raises(RecordError) as caught:
             encode(tokenizer, talk("a", f"b {special}"))
         assert caught.value.reason == Reason.CONTROL_TOKEN
     assert encode(tokenizer, talk("what is <think>?", "b")).has_control_text
@@ -301,7 +303,7 @@ def test_turns_that_do_not_fit_are_dropped_and_counted(real, name):
     assert (encoded.dropped_turns, encoded.split) == (2, False)
     encoded = encode(real[name], row, seq_len=second - 1)
     assert encoded.dropped_turns == 3
-    with pytest.raises(RowError) as caught:
+    with pytest.raises(RecordError) as caught:
         encode(real[name], row, seq_len=60)
     assert caught.value.reason == Reason.LONGER_THAN_SEQ_LEN
 
@@ -335,7 +337,7 @@ def test_a_cut_answer_keeps_its_end_token(real, name):
     for room in range(1, len(written) + 1):
         seq_len = len(sent) + room
         if room == 1:
-            with pytest.raises(RowError):
+            with pytest.raises(RecordError):
                 encode(real[name], row, seq_len, "truncate")
             continue
         encoded = encode(real[name], row, seq_len, "truncate")
@@ -429,7 +431,7 @@ def test_unusable_templates_are_refused(byte):
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
     tokenizer = with_template(byte, no_system + HEADED + PROMPT)
     assert encode(tokenizer, talk("a", "b")).samples
-    with pytest.raises(RowError, match="no system, please") as caught:
+    with pytest.raises(RecordError, match="no system, please") as caught:
         encode(tokenizer, talk("a", "b", system="c"))
     assert caught.value.reason == Reason.TEMPLATE
 
@@ -468,7 +470,7 @@ def test_templates_nobody_here_wrote_code_for_are_right_too(real, name):
         row = conversation(seed)
         for message in row["messages"]:
             message.pop("weight", None)
-        encoded = encoder.encode(parse(row, Layout("messages")))
+        encoded = encoder.encode(parse(row, RecordLayout("messages")))
         for sample in encoded.samples:
             for one in sample.answers:
                 sent = tokenizer.apply_chat_template(

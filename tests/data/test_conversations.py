@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from tests.data.broken_rows import BROKEN_ROWS
 from trivium.config.run import Source
-from trivium.data.store.build import BuiltStore, ConversationSettings, build_sources, train_tokenizer_from_sources
+from trivium.data.chat.samples import ConversationSettings
+from trivium.data.store.build import BuildSettings, BuiltStore, build_sources, train_tokenizer_from_sources
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 
@@ -53,8 +54,9 @@ def tokenizer(tmp_path_factory):
 
 def build(source: Source, tokenizer, cache_dir: Path, **changes) -> BuiltStore:
     options = {"held_out": 0.1, "max_reject_share": 1.0, "max_document_mib": 1.0, "workers": 1} | changes
-    settings = ConversationSettings(seq_len=options.pop("seq_len", 200), overlong=options.pop("overlong", "drop"))
-    (built,) = build_sources([source], tokenizer, cache_dir=cache_dir, conversations=settings, **options)
+    conversations = ConversationSettings(options.pop("seq_len", 200), options.pop("overlong", "drop"))
+    settings = BuildSettings(cache_dir=cache_dir, conversations=conversations, **options)
+    (built,) = build_sources([source], tokenizer, settings)
     return built
 
 
@@ -66,7 +68,7 @@ def write_rows(path: Path, rows: list) -> Source:
 def samples(built: BuiltStore) -> list[tuple[list[int], list[int]]]:
     found = []
     for store in filter(None, (built.open(), built.open_held_out())):
-        found += [(store.tokens(n).tolist(), store.weights(n).tolist()) for n in range(len(store))]
+        found += [(store.tokens(n).tolist(), store.column("loss_weights", n).tolist()) for n in range(len(store))]
     return found
 
 
@@ -79,7 +81,7 @@ def test_rows_in_are_kept_or_split_or_rejected(tokenizer, tmp_path, overlong):
     rng.shuffle(rows)
     built = build(write_rows(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "cache", overlong=overlong)
     report = built.report
-    assert report["rows"] == len(rows) == report["kept"] + report["split"] + report["rejected"]
+    assert report["records"] == len(rows) == report["kept"] + report["split"] + report["rejected"]
     rejects = [json.loads(line) for line in (built.path / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == report["rejected"] == sum(report["rejected_by_reason"].values())
     assert len({row["line"] for row in rejects}) == len(rejects)

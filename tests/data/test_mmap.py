@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trivium.data.store.mmap import IGNORED, read_padded_mmap
+from trivium.data.store.imports import IGNORED, read_padded_mmap
 from trivium.errors import BadData
 
 PAD = 151643

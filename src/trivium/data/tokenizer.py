@@ -196,6 +196,11 @@ class Encoding:
     """Tokens that steer a model and are therefore plain text inside a document."""
 
     @property
+    def added_ids(self) -> list[int]:
+        """Ids of the tokens that were added to the vocabulary, control tokens among them."""
+        return sorted(token["id"] for token in json.loads(self.tokenizer_json)["added_tokens"])
+
+    @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything above."""
         return hashlib.sha256(f"{self.end_id}\n{self.tokenizer_json}".encode()).hexdigest()
@@ -239,10 +244,9 @@ class DocumentEncoder:
         """Whether a control token is written out in the text."""
         return self._control.search(text) is not None
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """One array of ids a text, uint16 or int32 by the size of the vocabulary, the end token last."""
-        end = np.array([self._end_id], dtype=self.dtype)
-        return [np.concatenate([*map(self._encode_part, self._parts(text)), end]) for text in texts]
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, uint16 or int32 by the size of the vocabulary, the end token last."""
+        return np.concatenate([*map(self._encode_part, self._parts(text)), np.array([self._end_id], dtype=self.dtype)])
 
     def _encode_part(self, part: str) -> np.ndarray:
         ids = self._words.encode(part, self.dtype) if self._words else None

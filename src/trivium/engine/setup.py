@@ -7,6 +7,7 @@ provenance. Used by `start`, `verify` and the quickstart.
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +19,17 @@ import torch
 from trivium.config.run import Run, Source, TrainTokenizer
 from trivium.data.batch.order import Order
 from trivium.data.batch.pack import Batch, Rows, sequential_batches
-from trivium.data.chat.samples import describe_template
+from trivium.data.chat.samples import ConversationSettings
+from trivium.data.chat.template import describe_template
 from trivium.data.source.corpus import FileHashes
-from trivium.data.store.build import BuiltStore, ConversationSettings, build_sources, train_tokenizer_from_sources
+from trivium.data.store.build import (
+    BuildProgress,
+    BuildSettings,
+    BuiltStore,
+    Listener,
+    build_sources,
+    train_tokenizer_from_sources,
+)
 from trivium.data.store.megatron import Selection, Store
 from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.device import GIB, Machine
@@ -35,6 +44,7 @@ from trivium.plan.facts import DataFacts
 from trivium.plan.fit import settle_batch
 
 VOCAB_MULTIPLE = 64
+PROGRESS_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
     tokenizer_folder = find_tokenizer(run, model_folder, note)
     tokenizer = load_tokenizer(str(tokenizer_folder))
     shape = settle_shape(run, known_shape, len(tokenizer), tokenizer_folder)
-    built = build_data(run, tokenizer)
+    built = build_data(run, tokenizer, note)
     parts = find_parts(run, built)
     has_conversations = any(store.has_conversations for store in built)
     facts = count_facts(parts)
@@ -285,6 +295,7 @@ def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], No
         vocab_size=training.vocab_size,
         cache_dir=cache_folder(run),
         max_document_mib=run.data.max_document_mib,
+        listener=_Notes(note),
     )
 
 
@@ -316,19 +327,34 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_f
     return replace(shape, vocab_size=vocab_size)
 
 
-def build_data(run: Run, tokenizer: Any) -> list[BuiltStore]:
+class _Notes(Listener):
+    """Reports a build as notes, its progress every ten seconds."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._last = time.monotonic()
+
+    def note(self, text: str) -> None:
+        self._note(text)
+
+    def advance(self, progress: BuildProgress) -> None:
+        if time.monotonic() - self._last > PROGRESS_EVERY_SECONDS:
+            self._last = time.monotonic()
+            self._note(str(progress))
+
+
+def build_data(run: Run, tokenizer: Any, note: Callable[[str], None]) -> list[BuiltStore]:
     """A token store for every source, built now or found."""
     data = run.data
-    return build_sources(
-        data.sources,
-        tokenizer,
+    settings = BuildSettings(
+        cache_dir=cache_folder(run),
         conversations=ConversationSettings(data.seq_len, data.overlong, run.loss_tokens == "all"),
         held_out=data.held_out,
         max_reject_share=data.max_reject_share,
         max_document_mib=data.max_document_mib,
-        cache_dir=cache_folder(run),
         workers=data.workers,
     )
+    return build_sources(data.sources, tokenizer, settings, _Notes(note))
 
 
 def held_out_batches(run: Run, built: Sequence[BuiltStore]) -> list[Batch]:
@@ -392,7 +418,7 @@ def trained_tokens(job: Job) -> list[int]:
     named = job.run.adapter.train_tokens
     if named is None:
         control = control_tokens(job)
-        return untrained_tokens(job, {token for store in job.built for token in store.open().found_among(control)})
+        return untrained_tokens(job, {token for store in job.built for token in store.find_control_tokens(control)})
     known = job.tokenizer.get_vocab()
     if unknown := [token for token in named if token not in known]:
         raise ConfigError(

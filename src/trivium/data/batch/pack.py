@@ -6,8 +6,8 @@ of models or devices. Used by the engine and `verify`.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from trivium.data.batch.order import Order
+from trivium.data.columns import FULL_WEIGHT, LOSS_WEIGHTS, Column
 
 NO_LABEL = -100
 SUPERVISED_MULTIPLE = 64
@@ -32,27 +33,37 @@ class TokenStore(Protocol):
         """Token ids [start, stop) of a document."""
         ...
 
-    def weights(self, document: int, start: int, stop: int) -> np.ndarray | None:
-        """Loss weights in hundredths, uint8, of the tokens [start, stop) as labels; None where all are 100."""
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What is stored next to the tokens."""
+        ...
+
+    def column(self, name: str, document: int, start: int, stop: int) -> np.ndarray:
+        """A column's values of the tokens [start, stop) of a document."""
+        ...
+
+    def sequence_starts(self, document: int, start: int, stop: int) -> list[int]:
+        """The tokens of a document, inside (start, stop), at which another of its sequences begins."""
         ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward and backward's worth of rows, N tokens long whatever they hold.
+    """The packed sequences of one forward and backward, N tokens long whatever they hold.
 
     Attributes:
         tokens: int64 [N].
-        labels: int64 [N], the next token of the same document, NO_LABEL where there is none or it carries no loss.
-        positions: int64 [N], 0 at the start of every piece of a document.
+        labels: int64 [N], the next token of the same sequence, NO_LABEL where there is none or it has no loss.
+        positions: int64 [N], 0 at the start of every piece of a document, and of each of its sequences.
         cu_seqlens: int32 [D + 1], where each piece begins and the last one ends, then N again up to a power of two.
         bounds: the same numbers without the padding, for attention without a varlen kernel.
         supervised: int64 [M], the places that have a label, then place 0 up to a multiple of SUPERVISED_MULTIPLE:
-            matrix products whose size is new every time are slow.
+            matrix products of a different size each time are slow.
         supervised_labels: int64 [M], their labels; NO_LABEL marks the padding.
         supervised_weights: float32 [M], their loss weights, 0 in the padding; None where all are 1.
-        num_supervised: how many carry loss.
+        num_supervised: how many places have a label.
         spans: int64 [pieces, 4], (source, document, start, stop) of what was read; padding has none.
+        supervised_columns: [M] each, the values of the stores' other columns for those labels; 0 in the padding.
     """
 
     tokens: torch.Tensor
@@ -65,6 +76,7 @@ class Batch:
     supervised_weights: torch.Tensor | None
     num_supervised: int
     spans: np.ndarray
+    supervised_columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def total_weight(self) -> float:
@@ -77,9 +89,12 @@ class Batch:
         return int((self.spans[:, 3] - self.spans[:, 2]).sum())
 
     def pieces(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Each piece of a document: its span, and the token ids that were read."""
-        for span, (begin, end) in zip(self.spans.tolist(), pairwise(self.bounds), strict=False):
-            yield span, self.tokens[begin:end].tolist()
+        """Each span and the token ids that were read of it."""
+        begin = 0
+        for source, document, start, stop in self.spans.tolist():
+            end = begin + stop - start
+            yield [source, document, start, stop], self.tokens[begin:end].tolist()
+            begin = end
 
     @property
     def max_document_tokens(self) -> int:
@@ -88,30 +103,38 @@ class Batch:
 
 
 def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Batch:
-    """Lay pieces of documents end to end on an axis of `num_tokens`; what stays free becomes unsupervised padding."""
+    """Put pieces of documents end to end on an axis of `num_tokens`; what stays free becomes unsupervised padding.
+
+    The sequences of one document do not see each other: each becomes a piece, and no label crosses into the next one.
+    """
     tokens = np.zeros(num_tokens, dtype=np.int64)
     labels = np.full(num_tokens, NO_LABEL, dtype=np.int64)
-    hundredths = np.full(num_tokens, 100, dtype=np.uint8)
-    positions = np.zeros(num_tokens, dtype=np.int64)
+    columns = _default_columns(stores, num_tokens)
     bounds = [0]
     for source, document, start, stop in spans.tolist():
         here, length, store = bounds[-1], stop - start, stores[source]
         past = min(stop + 1, int(store.lengths[document]))
-        ids, weights = store.tokens(document, start, past), store.weights(document, start, past)
+        ids = store.tokens(document, start, past)
         tokens[here : here + length] = ids[:length]
         labels[here : here + len(ids) - 1] = ids[1:]
-        if weights is not None:
-            hundredths[here : here + len(ids) - 1] = weights[1:]
-        positions[here : here + length] = np.arange(length)
+        for column in store.columns:
+            if column.per == "token":
+                values = store.column(column.name, document, start, past)
+                columns[column.name][here : here + len(ids) - 1] = values[1:]
+        for border in store.sequence_starts(document, start, past):
+            labels[here + border - start - 1] = NO_LABEL
+            if border < stop:
+                bounds.append(here + border - start)
         bounds.append(here + length)
     if bounds[-1] < num_tokens:
-        positions[bounds[-1] :] = np.arange(num_tokens - bounds[-1])
         bounds.append(num_tokens)
+    positions = np.concatenate([np.arange(stop - start) for start, stop in pairwise(bounds)])
     padded_bounds = np.full(1 + (1 << (len(bounds) - 2).bit_length()), num_tokens, dtype=np.int32)
     padded_bounds[: len(bounds)] = bounds
-    labels[hundredths == 0] = NO_LABEL
+    labels[columns[LOSS_WEIGHTS.name] == 0] = NO_LABEL
     places = np.flatnonzero(labels != NO_LABEL)
-    weights = hundredths[places]
+    supervised = {name: values[places] for name, values in columns.items()}
+    weights = supervised.pop(LOSS_WEIGHTS.name)
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -120,10 +143,18 @@ def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Ba
         bounds=tuple(bounds),
         supervised=_padded(places, 0),
         supervised_labels=_padded(labels[places], NO_LABEL),
-        supervised_weights=None if (weights == 100).all() else _padded(weights.astype(np.float32) / 100, 0),
+        supervised_weights=None if (weights == FULL_WEIGHT).all() else _padded(weights.astype(np.float32) / 100, 0),
         num_supervised=len(places),
         spans=spans,
+        supervised_columns={name: _padded(values, 0) for name, values in supervised.items()},
     )
+
+
+def _default_columns(stores: Sequence[TokenStore], num_tokens: int) -> dict[str, np.ndarray]:
+    """Every column per token that one of the stores has, and the loss weights in any case, filled with defaults."""
+    declared = {column.name: column for store in stores for column in store.columns if column.per == "token"}
+    declared[LOSS_WEIGHTS.name] = LOSS_WEIGHTS
+    return {name: np.full(num_tokens, column.default, column.dtype) for name, column in declared.items()}
 
 
 def _padded(values: np.ndarray, padding: int) -> torch.Tensor:
