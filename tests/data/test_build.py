@@ -133,6 +133,32 @@ def test_same_inputs_are_tokenised_once_and_checked_each_time(tmp_path, tokenize
         build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
 
 
+def test_a_store_is_hashed_again_when_a_file_changed_and_by_verify_always(tmp_path, tokenizer, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    monkeypatch.setattr("trivium.data.source.corpus.FRESH_NANOSECONDS", 0)
+    built = build(path, tokenizer, tmp_path / "cache")
+    hashed = []
+    monkeypatch.setattr("trivium.data.source.corpus.sha256_file", lambda file: hashed.append(file.name))
+    assert build(path, tokenizer, tmp_path / "cache") == built and not hashed
+    monkeypatch.undo()
+    tokens = built.path / "tokens.bin"
+    before, content = tokens.stat(), bytearray(tokens.read_bytes())
+    content[len(content) // 2] ^= 1
+    tokens.write_bytes(content)
+    with pytest.raises(BadData, match="not what was built"):
+        build(path, tokenizer, tmp_path / "cache")
+    os.utime(tokens, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if the disk had flipped it
+    assert build(path, tokenizer, tmp_path / "cache") == built
+    with pytest.raises(BadData, match=r"tokens\.bin.*not what was built"):
+        built.verify()
+
+
+def test_the_manifest_records_the_control_tokens_of_training(tmp_path, tokenizer):
+    built = build(write_jsonl(tmp_path / "a.jsonl", make_texts(50)), tokenizer, tmp_path / "cache")
+    control = sorted(tokenizer.get_added_vocab().values())
+    assert built.find_control_tokens(control) == set(built.open().found_among(control)) == {tokenizer.eos_token_id}
+
+
 def test_other_inputs_are_other_stores(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(50))
     train_tokenizer(iter(make_texts(30)), "char", 300, tmp_path / "char")

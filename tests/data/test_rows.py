@@ -210,7 +210,7 @@ def test_sources_that_cannot_be_read_say_so(tmp_path):
         ("bent.txt.gz", gzip.compress(b"a" * 500)[:-8] + b"12345678", "cannot be read to its end"),
         ("plain.txt.zst", b"not zstd at all", "cannot be read to its end"),
         ("cut.txt.zst", zstd(os.urandom(1500))[:-200], "cannot be read to its end"),
-        ("cut-list.json", b'[{"text": "a"}, {"text": "b', "breaks off or is no JSON after entry 1"),
+        ("cut-list.json", b'[{"text": "a"}, {"text": "b', "breaks off or is not JSON after entry 1"),
         ("no-list.json", b'[{"text": "a"} {"text": "b"}]', "after entry 1"),
         ("a.parquet", b"PAR1 and no more", "not a readable Parquet"),
     ]:
