@@ -113,7 +113,7 @@ def test_workers_and_blocks_change_nothing(tmp_path, tokenizer):
     ]
 
 
-def test_same_inputs_are_tokenised_once_and_checked_each_time(tmp_path, tokenizer, monkeypatch):
+def test_same_inputs_are_tokenized_once_and_checked_each_time(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(50), ["{}"])
     first = build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
     monkeypatch.setattr(module, "encode_blocks", None)

@@ -1,8 +1,8 @@
-"""Rows of tokens as batches on one flat token axis, with everything the step needs computed on the host.
+"""Packed sequences as batches on one flat token axis, with everything the step needs computed on the host.
 
-Documents never share context: positions restart in each, and `bounds` tells attention where each ends. The label
-of a token is the next token of its own document, also where the row ends before the document does. Knows nothing
-of models or devices. Used by the engine and `verify`.
+Documents never share context, and neither do the sequences of one document: positions restart in each, and `bounds`
+tells attention where each ends. The label of a token is the next token of its sequence, also where the packed sequence
+ends before the document does.
 """
 
 import hashlib

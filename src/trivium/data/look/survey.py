@@ -186,7 +186,7 @@ def _records_by_footer(corpus: Corpus) -> int | None:
 
 
 def _count(corpus: Corpus, blocks: Iterator[SourceBlock], counter: "Estimate | Encode") -> tuple[Tally, int]:
-    """What becomes of the rows of these blocks, and their bytes."""
+    """Count the records of these blocks, and their bytes."""
     tally, num_bytes = Tally(), 0
     for block in blocks:
         num_bytes += sum(len(piece.data) for piece in block.pieces)
