@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from trivium.data.batch.order import Order
-from trivium.data.columns import FULL_WEIGHT, LOSS_WEIGHTS, Column
+from trivium.data.columns import FULL_WEIGHT, LOSS_WEIGHTS, HasColumns
 
 NO_LABEL = -100
 SUPERVISED_MULTIPLE = 64
 
 
-class TokenStore(Protocol):
+class TokenStore(HasColumns, Protocol):
     """What packing needs of a token store."""
 
     @property
@@ -31,15 +31,6 @@ class TokenStore(Protocol):
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Token ids [start, stop) of a document."""
-        ...
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        """What is stored next to the tokens."""
-        ...
-
-    def column(self, name: str, document: int, start: int, stop: int) -> np.ndarray:
-        """A column's values of the tokens [start, stop) of a document."""
         ...
 
     def sequence_starts(self, document: int, start: int, stop: int) -> list[int]:

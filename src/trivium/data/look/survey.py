@@ -8,7 +8,7 @@ from the bytes of the text by its scripts. Does not import torch (a loaded token
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,15 +16,18 @@ import numpy as np
 
 from trivium.config.run import Data, Source
 from trivium.data.chat.formats import Conversation
-from trivium.data.chat.samples import ChatEncoder, ConversationSettings
+from trivium.data.chat.samples import ConversationSettings
 from trivium.data.columns import LOSS_WEIGHTS, REASONING
-from trivium.data.rejects import RecordError, Reject
+from trivium.data.rejects import Reject
 from trivium.data.source.blocks import SourceBlock, file_kind
 from trivium.data.source.corpus import Corpus, FileCorpus, NoHashes, find_corpus
 from trivium.data.source.records import read_records
 from trivium.data.source.spread import parquet_footer, plain_bytes, spread_blocks
+from trivium.data.store.build import chat_reading
+from trivium.data.store.encode import encode_blocks
 from trivium.data.store.megatron import Store
 from trivium.data.store.tally import Tally
+from trivium.data.tokenizer import document_encoding
 from trivium.errors import BadData
 
 if TYPE_CHECKING:
@@ -150,7 +153,7 @@ def _survey(
     hashes = NoHashes() if cache is None else NoHashes(cache)
     corpus = find_corpus(source, Data.model_fields["max_document_mib"].default, hashes)
     sizes = [plain_bytes(file) for file in corpus.files] if isinstance(corpus, FileCorpus) else []
-    read, num_bytes = _count(corpus, _blocks(corpus, sizes, MOST_BYTES_READ), Estimate())
+    read, num_bytes = _estimate(corpus, _blocks(corpus, sizes, MOST_BYTES_READ))
     if not sizes and num_bytes >= MOST_BYTES_READ:
         raise BadData(
             f"{corpus.name}: is larger than {MOST_BYTES_READ >> 20} MiB, and the Hub does not say by how much. Give "
@@ -160,8 +163,7 @@ def _survey(
     if num_records is None:
         num_records = read.records * (sum(sizes) / max(1, num_bytes) if sum(sizes) > MOST_BYTES_READ else 1.0)
     if tokenizer is not None:
-        chat = ChatEncoder(tokenizer, **asdict(conversations)) if corpus.has_conversations else None
-        read, _ = _count(corpus, _blocks(corpus, sizes, MOST_BYTES_ENCODED), Encode(tokenizer, chat))
+        read = _encode(corpus, _blocks(corpus, sizes, MOST_BYTES_ENCODED), tokenizer, conversations)
     return _Found(read, num_records / max(1, read.records), is_measured=tokenizer is not None)
 
 
@@ -185,70 +187,52 @@ def _records_by_footer(corpus: Corpus) -> int | None:
     return sum(parquet_footer(file.path).num_rows for file in corpus.files)
 
 
-def _count(corpus: Corpus, blocks: Iterator[SourceBlock], counter: "Estimate | Encode") -> tuple[Tally, int]:
-    """Count the records of these blocks, and their bytes."""
+def _estimate(corpus: Corpus, blocks: Iterator[SourceBlock]) -> tuple[Tally, int]:
+    """Count the records of these blocks, their tokens by the bytes of their text, and their bytes."""
     tally, num_bytes = Tally(), 0
     for block in blocks:
         num_bytes += sum(len(piece.data) for piece in block.pieces)
         for record in read_records(block.pieces, corpus.reading):
             content = record.content
-            try:
-                if isinstance(content, Reject):
-                    tally.rejected_by_reason[content.reason] += 1
-                elif isinstance(content, Conversation):
-                    counter.conversation(content, tally)
-                    tally.conversations += 1
-                else:
-                    counter.document(content.text, tally)
-                    tally.num_samples += 1
-            except RecordError as error:
-                tally.rejected_by_reason[error.reason.value] += 1
+            if isinstance(content, Reject):
+                tally.rejected_by_reason[content.reason] += 1
+                continue
+            tally.num_samples += 1
+            if isinstance(content, Conversation):
+                _estimate_conversation(content, tally)
+            else:
+                tally.num_tokens += estimated_tokens(content.text) + 1  # and its end
     return tally, num_bytes
 
 
-class Estimate:
-    """Tokens by the bytes of the text; a conversation is one sample, since there is no template to split it."""
+def _estimate_conversation(conversation: Conversation, tally: Tally) -> None:
+    """Tools and turns as text, and what ChatML writes around them; an answer's end is supervised, too.
 
-    def document(self, text: str, tally: Tally) -> None:
-        """Its text and its end."""
-        tally.num_tokens += estimated_tokens(text) + 1
-
-    def conversation(self, conversation: Conversation, tally: Tally) -> None:
-        """Tools and turns as text, and what ChatML writes around them; an answer's end is supervised, too."""
-        tally.num_samples += 1
-        tally.reasoning_documents += any(turn.weight and turn.thinks for turn in conversation.turns)
-        if conversation.tools:
-            tally.num_tokens += estimated_tokens(json.dumps(conversation.tools, ensure_ascii=False))
-        for turn in conversation.turns:
-            calls = json.dumps(turn.tool_calls, ensure_ascii=False) if turn.tool_calls else ""
-            num_tokens = estimated_tokens(f"{turn.reasoning or ''}{turn.content}{calls}")
-            tally.num_tokens += num_tokens + TURN_TOKENS
-            tally.supervised_tokens += num_tokens + 1 if turn.weight else 0
+    A conversation counts as one sample, since there is no template to split it.
+    """
+    tally.conversations += 1
+    tally.reasoning_documents += any(turn.weight and turn.thinks for turn in conversation.turns)
+    if conversation.tools:
+        tally.num_tokens += estimated_tokens(json.dumps(conversation.tools, ensure_ascii=False))
+    for turn in conversation.turns:
+        calls = json.dumps(turn.tool_calls, ensure_ascii=False) if turn.tool_calls else ""
+        num_tokens = estimated_tokens(f"{turn.reasoning or ''}{turn.content}{calls}")
+        tally.num_tokens += num_tokens + TURN_TOKENS
+        tally.supervised_tokens += num_tokens + 1 if turn.weight else 0
 
 
-@dataclass(frozen=True)
-class Encode:
-    """Tokens as a build makes them, but a control token written out in a document counts as one token."""
-
-    tokenizer: "PreTrainedTokenizerFast"
-    chat: ChatEncoder | None
-    """Set where there are conversations."""
-
-    def document(self, text: str, tally: Tally) -> None:
-        """Its text and its end."""
-        tally.num_tokens += len(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) + 1
-
-    def conversation(self, conversation: Conversation, tally: Tally) -> None:
-        """Its samples. Raises: RecordError when it gives none, BadData when the template cannot be trusted."""
-        assert self.chat is not None
-        samples = self.chat.encode(conversation).samples
-        tally.num_samples += len(samples)
-        tally.split += len(samples) > 1
-        tally.num_split_samples += len(samples) if len(samples) > 1 else 0
-        for sample in samples:
-            tally.num_tokens += len(sample.ids)
-            tally.supervised_tokens += int(np.count_nonzero(sample.weights[1:]))
-            tally.reasoning_documents += sample.has_reasoning
+def _encode(
+    corpus: Corpus,
+    blocks: Iterator[SourceBlock],
+    tokenizer: "PreTrainedTokenizerFast",
+    conversations: ConversationSettings,
+) -> Tally:
+    """Count the records of these blocks and their tokens, as a build makes them."""
+    tally = Tally()
+    chat = chat_reading(corpus, tokenizer, conversations)
+    for block in encode_blocks(blocks, document_encoding(tokenizer), corpus.reading, chat, workers=1):
+        tally.add(block.tally)
+    return tally
 
 
 def estimated_tokens(text: str) -> int:

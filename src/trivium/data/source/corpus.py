@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from trivium.config.run import Source
 from trivium.data.chat.layout import RecordLayout, detect, from_dataset_info
@@ -40,43 +40,7 @@ Result = TypeVar("Result")
 LOOKED_AT_RECORDS = 20
 
 
-class Corpus(Protocol):
-    """A source whose content is known by its hash."""
-
-    @property
-    def name(self) -> str:
-        """What the source is called in messages and reports."""
-        ...
-
-    @property
-    def reading(self) -> Reading:
-        """How its records are read."""
-        ...
-
-    @property
-    def num_bytes(self) -> int | None:
-        """About how many uncompressed bytes there are; None when that is unknown."""
-        ...
-
-    @property
-    def has_conversations(self) -> bool:
-        """Whether some of its records are conversations."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides which documents come out, as JSON."""
-        ...
-
-    def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[SourceBlock]:
-        """The records from `start` on."""
-        ...
-
-    def require_unchanged(self) -> None:
-        """Raises: BadData when a file changed since it was hashed."""
-        ...
-
-
-def open_corpus(source: Source, max_document_mib: float, cache_dir: Path) -> Corpus:
+def open_corpus(source: Source, max_document_mib: float, cache_dir: Path) -> "Corpus":
     """Find and hash what a source names.
 
     Raises: ConfigError or BadData when it is not there or cannot be read.
@@ -87,7 +51,7 @@ def open_corpus(source: Source, max_document_mib: float, cache_dir: Path) -> Cor
     return corpus
 
 
-def find_corpus(source: Source, max_document_mib: float, hashes: "FileHashes") -> Corpus:
+def find_corpus(source: Source, max_document_mib: float, hashes: "FileHashes") -> "Corpus":
     """Find what a source names; `NoHashes` where nothing is built of it.
 
     Raises: ConfigError or BadData when it is not there or cannot be read.
@@ -208,7 +172,7 @@ class FileCorpus:
 
     @property
     def num_bytes(self) -> int:
-        """Compressed files count for four times their size."""
+        """About how many uncompressed bytes there are; compressed files count for four times their size."""
         return sum(
             file.path.stat().st_size * (USUAL_COMPRESSION if file.path.suffix in COMPRESSED_SUFFIXES else 1)
             for file in self.files
@@ -284,7 +248,7 @@ class HubCorpus:
 
     @property
     def num_bytes(self) -> None:
-        """The Hub does not say."""
+        """None, since the Hub does not say."""
         return None
 
     def identity(self) -> dict[str, Any]:
@@ -337,6 +301,10 @@ class HubCorpus:
 
     def require_unchanged(self) -> None:
         """A revision never changes."""
+
+
+Corpus = FileCorpus | HubCorpus
+"""A source whose content is known by its hash."""
 
 
 def _hub_commit(identifier: str, revision: str | None) -> str:
