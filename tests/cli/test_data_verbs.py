@@ -68,7 +68,7 @@ def chats(tmp_path):
     return path
 
 
-def test_conversations_are_built_and_shown_as_they_are_learnt(tmp_path, chats):
+def test_conversations_are_built_and_shown_with_their_supervised_tokens(tmp_path, chats):
     options = ("--tokenizer", tmp_path / "tokenizer", "--seq-len", 64)
     seen = call("data", "inspect", chats, *options).stdout
     assert "3 records = 2 kept + 0 split into several samples + 1 rejected" in seen
@@ -103,7 +103,7 @@ def test_fields_and_formats_are_named(tmp_path, chats):
 
 
 @pytest.mark.parametrize("no_color", [None, "1"])
-def test_a_terminal_sees_colours_unless_it_wants_none(tmp_path, chats, no_color):
+def test_a_terminal_sees_colors_unless_it_wants_none(tmp_path, chats, no_color):
     environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     main, side = pty.openpty()
     command = [sys.executable, "-m", "trivium.cli", "data", "inspect", chats]

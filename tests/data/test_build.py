@@ -1,4 +1,4 @@
-"""Builds: the same store for any number of workers, after any kill, beside any other build; bad data stops them."""
+"""Builds: the same store for any number of workers, after any kill, next to any other build; bad data stops them."""
 
 import json
 import os
@@ -18,13 +18,7 @@ from transformers import AutoTokenizer
 from trivium.config.run import Source
 from trivium.data.source.corpus import open_corpus
 from trivium.data.store import build as module
-from trivium.data.store.build import (
-    BuildSettings,
-    BuiltStore,
-    build_sources,
-    sample_texts,
-    train_tokenizer_from_sources,
-)
+from trivium.data.store.build import BuildSettings, BuiltStore, build_sources
 from trivium.data.store.megatron import Store, StoreWriter
 from trivium.data.store.publish import (
     HASH_VALUES,
@@ -34,6 +28,7 @@ from trivium.data.store.publish import (
     held_out_limit,
     round_lengths,
 )
+from trivium.data.store.train_tokenizer import sample_texts, train_tokenizer_from_sources
 from trivium.data.tokenizer import document_encoding, load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError, TriviumError
 
@@ -258,7 +253,7 @@ def test_a_killed_worker_is_an_error_and_the_work_is_kept(tmp_path, tokenizer):
     assert size_of_partial(cache) > 0
 
 
-def test_too_many_bad_rows_stop_the_build_and_are_kept_for_reading(tmp_path, tokenizer):
+def test_too_many_bad_records_stop_the_build_and_are_kept_for_reading(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(90), ["{}"] * 7 + ["null"] * 3)
     with pytest.raises(BadData) as caught:
         build(path, tokenizer, tmp_path / "cache")

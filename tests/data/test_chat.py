@@ -1,4 +1,4 @@
-"""The token proof: what is learnt of each answer is, id for id, what serving sends and what the model would write.
+"""The token proof: what is supervised of each answer is, id for id, what serving sends and what the model would write.
 
 The oracle is transformers alone: `apply_chat_template` on plain messages for every answer, written without `chat.py`.
 """
@@ -151,7 +151,7 @@ def as_served(row: dict) -> list[dict]:
 def mismatches(tokenizer, row: dict, encoded, first: int = 0) -> int:
     """Answers whose ids or weights differ from what serving would have had; each must be there once."""
     messages, tools = as_served(row), row.get("tools")
-    learnt = {
+    supervised = {
         index: round(100 * message.get("weight", 1))
         for index, message in enumerate(row["messages"])
         if message["role"] == "assistant" and message.get("weight", 1)
@@ -164,10 +164,10 @@ def mismatches(tokenizer, row: dict, encoded, first: int = 0) -> int:
             wrong += sample.ids[: one.stop].tolist() != sent + written
             wrong += one.start != len(sent) or (one.thinking is not None and one.thinking != thinking)
             wrong += tokenizer.decode(sample.ids[one.stop - 1]) != END
-            weights[one.start : one.stop] = learnt[one.turn]
+            weights[one.start : one.stop] = supervised[one.turn]
             found.append(one.turn)
         wrong += not np.array_equal(weights, sample.weights) or sample.answers[-1].stop != len(sample.ids)
-    return wrong + (found != list(learnt))
+    return wrong + (found != list(supervised))
 
 
 @needs_real
@@ -195,7 +195,7 @@ SPEECH = st.lists(ANY_TEXT | st.sampled_from(PIECES), min_size=1, max_size=4).ma
 @needs_real
 @settings(max_examples=60)
 @given(st.lists(st.tuples(SPEECH, SPEECH, st.none() | SPEECH), min_size=1, max_size=3), st.sampled_from(REAL_NAMES))
-def test_any_text_is_learnt_as_it_is_served(real, pairs, name):
+def test_any_text_is_supervised_as_it_is_served(real, pairs, name):
     messages = []
     for question, reply, reasoning in pairs:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
@@ -214,7 +214,7 @@ def encode(tokenizer, row: dict, seq_len: int = 4096, overlong="drop", all_token
     return ChatEncoder(tokenizer, seq_len, overlong, all_tokens).encode(parse(row, RecordLayout("messages")))
 
 
-def learnt_text(tokenizer, sample) -> list[str]:
+def supervised_text(tokenizer, sample) -> list[str]:
     return [tokenizer.decode(sample.ids[one.start : one.stop]) for one in sample.answers]
 
 
@@ -222,9 +222,9 @@ def learnt_text(tokenizer, sample) -> list[str]:
 def test_one_sample_where_turns_extend_each_other_several_where_not(real):
     row = talk("a", "b", "c", "d")
     (sample,) = encode(real["qwen2.5-instruct"], row).samples
-    assert learnt_text(real["qwen2.5-instruct"], sample) == ["b<|im_end|>", "d<|im_end|>"]
+    assert supervised_text(real["qwen2.5-instruct"], sample) == ["b<|im_end|>", "d<|im_end|>"]
     first, second = encode(real["qwen3"], row).samples  # the empty think block of the first is gone from the second
-    assert [learnt_text(real["qwen3"], one) for one in (first, second)] == [["b<|im_end|>"], ["d<|im_end|>"]]
+    assert [supervised_text(real["qwen3"], one) for one in (first, second)] == [["b<|im_end|>"], ["d<|im_end|>"]]
     assert real["qwen3"].decode(first.ids).endswith("<think>\n\n</think>\n\nb<|im_end|>")
     assert not first.has_reasoning
     newline_first = encode(real["qwen2.5-base"], talk("a", "\nb", "c", "d"))
@@ -232,12 +232,12 @@ def test_one_sample_where_turns_extend_each_other_several_where_not(real):
 
 
 @needs_real
-def test_reasoning_is_learnt_where_the_template_shows_it_and_counted_where_not(real):
+def test_reasoning_is_supervised_where_the_template_shows_it_and_counted_where_not(real):
     row = talk("a", "b")
     row["messages"][1]["reasoning"] = "So it is."
     encoded = encode(real["qwen3"], row)
     assert encoded.samples[0].has_reasoning and not encoded.lost_reasoning_turns
-    assert learnt_text(real["qwen3"], encoded.samples[0]) == ["<think>\nSo it is.\n</think>\n\nb<|im_end|>"]
+    assert supervised_text(real["qwen3"], encoded.samples[0]) == ["<think>\nSo it is.\n</think>\n\nb<|im_end|>"]
     encoded = encode(real["qwen2.5-instruct"], row)
     assert not encoded.samples[0].has_reasoning and encoded.lost_reasoning_turns == 1
     inline = talk("a", "<think>\nSo it is.\n</think>\n\nb")
@@ -275,7 +275,7 @@ def test_control_tokens_are_refused_or_told(real):
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_all_tokens_are_learnt_of_the_whole_conversation(real, name):
+def test_all_tokens_are_supervised_of_the_whole_conversation(real, name):
     row = talk("a", "b", "c", "d", "e", "f")
     encoded = encode(real[name], row, seq_len=8, all_tokens=True)
     (sample,) = encoded.samples
@@ -414,7 +414,7 @@ def test_a_tokenizer_that_loses_text_stops(byte, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (sample,) = encode(load_tokenizer(tmp_path), talk("a", "colour")).samples  # as the tokenizer itself writes it
-    assert learnt_text(load_tokenizer(tmp_path), sample) == ["color<|im_end|>"]
+    assert supervised_text(load_tokenizer(tmp_path), sample) == ["color<|im_end|>"]
     tokenizer = load_tokenizer(byte)
     tokenizer.backend_tokenizer.decoder = None
     with pytest.raises(BadData, match="loses text"):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from tests.data.broken_rows import BROKEN_ROWS
+from tests.data.broken_records import BROKEN_RECORDS
 from trivium.config.run import Source
 from trivium.data.chat.samples import ConversationSettings
-from trivium.data.store.build import BuildSettings, BuiltStore, build_sources, train_tokenizer_from_sources
+from trivium.data.store.build import BuildSettings, BuiltStore, build_sources
+from trivium.data.store.train_tokenizer import train_tokenizer_from_sources
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 
@@ -73,10 +74,10 @@ def samples(built: BuiltStore) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("overlong", ["drop", "split", "truncate"])
-def test_rows_in_are_kept_or_split_or_rejected(tokenizer, tmp_path, overlong):
+def test_records_in_are_kept_or_split_or_rejected(tokenizer, tmp_path, overlong):
     rng = Random(1)
     good = [{"messages": make_messages(rng, max_answers=8)} for _ in range(300)]
-    broken = [row for form, row, _ in BROKEN_ROWS if form == "messages" and not isinstance(row, bytes)] * 3
+    broken = [row for form, row, _ in BROKEN_RECORDS if form == "messages" and not isinstance(row, bytes)] * 3
     rows = [*good, *broken, "no json", "[1, 2]", '{"messages": [']
     rng.shuffle(rows)
     built = build(write_rows(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "cache", overlong=overlong)
@@ -157,7 +158,7 @@ def test_every_container_and_format_gives_the_same_samples(tokenizer, tmp_path):
     assert all(one == found[0] for one in found[1:])
 
 
-def test_documents_among_conversations_are_learnt_whole(tokenizer, tmp_path):
+def test_documents_among_conversations_are_supervised_whole(tokenizer, tmp_path):
     folder = tmp_path / "both"
     folder.mkdir()
     write_rows(folder / "a.jsonl", [{"messages": make_messages(Random(6))}])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.broken_rows import BROKEN_ROWS, LONG_ROW_BYTES, SHORT_SEQ_LEN
+from tests.data.broken_records import BROKEN_RECORDS, LONG_RECORD_BYTES, SHORT_SEQ_LEN
 from trivium.config.run import Source
 from trivium.data.chat.formats import Conversation, Document, parse
 from trivium.data.chat.layout import RecordLayout, detect, from_dataset_info
@@ -26,7 +26,7 @@ REPLY = Turn("assistant", "Four degrees.", weight=100)
 CALL = {"type": "function", "function": {"name": "warmth", "arguments": {"place": "Oslo", "digits": 1}}}
 TOOL = {"type": "function", "function": {"name": "warmth", "parameters": {"type": "object"}}}
 
-READING = Reading("text", "file", LONG_ROW_BYTES)
+READING = Reading("text", "file", LONG_RECORD_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +49,16 @@ def outcome(line, layout, encoder):
         return error.reason
 
 
-@pytest.mark.parametrize(("form", "line", "reason"), BROKEN_ROWS)
-def test_a_broken_row_says_why(form, line, reason, encoder):
+@pytest.mark.parametrize(("form", "line", "reason"), BROKEN_RECORDS)
+def test_a_broken_record_says_why(form, line, reason, encoder):
     data = line if isinstance(line, bytes) else json.dumps(line).encode()
     assert outcome(data, RecordLayout(form), encoder) == reason
 
 
-def test_there_is_a_broken_row_for_every_reason():
+def test_there_is_a_broken_record_for_every_reason():
     readers_own = {Reason.UTF16}  # a file's, not a row's
     templates_own = {Reason.TEMPLATE}  # tests/data/test_chat.py
-    assert {reason for _, _, reason in BROKEN_ROWS} == set(Reason) - readers_own - templates_own
+    assert {reason for _, _, reason in BROKEN_RECORDS} == set(Reason) - readers_own - templates_own
     assert len(set(Reason)) >= 36
 
 
@@ -209,7 +209,7 @@ def test_reasoning_inside_the_content_is_noticed():
     assert not Turn("assistant", "<think>\n\n</think>\n\na").thinks
 
 
-def test_history_is_learnt_too():
+def test_history_is_supervised_too():
     record = {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}
     turns = [
         Turn("user", "a"),

@@ -19,9 +19,9 @@ ROWS = st.lists(
 
 @settings(max_examples=25)
 @given(ROWS)
-def test_every_row_is_in_the_store_or_refused(tmp_path_factory, rows):
+def test_every_record_is_in_the_store_or_refused(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("binarized")
-    samples = [([i for i, _ in row], [i if learnt else IGNORED for i, learnt in row]) for row in rows]
+    samples = [([i for i, _ in row], [i if supervised else IGNORED for i, supervised in row]) for row in rows]
     write_set(folder, "a", samples)
     useful = [sample for sample in samples if any(label != IGNORED for label in sample[1][1:])]
     if not useful:

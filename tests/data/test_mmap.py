@@ -13,7 +13,7 @@ PAD = 151643
 
 
 def save_mmap(path: Path, rows: list[list[int]], padding: int) -> None:
-    """As `save_mmap` of the binarizer: rows of int32 padded to the longest, and their shape beside them."""
+    """As `save_mmap` of the binarizer: rows of int32 padded to the longest, with their shape in a file."""
     longest = max(map(len, rows))
     Path(f"{path}.shape.json").write_text(json.dumps({"n_samples": len(rows), "max_len": longest}))
     array = np.memmap(path, dtype=np.int32, mode="w+", shape=(len(rows), longest))

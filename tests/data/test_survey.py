@@ -36,7 +36,7 @@ CHINESE = (
 
 
 def chat(number):
-    """Conversations of several lengths; every third reasons, every fifth has two answers of which one is learnt."""
+    """Conversations of several lengths; every third reasons, every fifth has two answers of which one is supervised."""
     thought = "" if number % 3 else "<think>\nWhiskers and claws.\n</think>\n\n"
     answer = thought + "It is a cat. " * (1 + number % 7)
     first = [{"role": "user", "content": f"What is animal {number}?"}, {"role": "assistant", "content": answer}]
@@ -99,7 +99,7 @@ def test_documents_are_counted_as_they_are_built(small, tmp_path):
     assert survey([Source(store=str(built.path))]).num_tokens == found.num_tokens
 
 
-def test_without_a_tokenizer_rows_are_exact_and_tokens_near(chats, small):
+def test_without_a_tokenizer_records_are_exact_and_tokens_near(chats, small):
     counted, estimated = survey([Source(path=str(chats))], small), survey([Source(path=str(chats))])
     assert not estimated.is_measured and "estimated" in estimated.how
     assert (estimated.num_rows, estimated.num_rejected) == (counted.num_rows, counted.num_rejected)

@@ -29,7 +29,7 @@ from trivium.errors import ConfigError
 
 REAL = Path(os.environ.get("TRIVIUM_TOKENIZERS", Path(__file__).resolve().parents[3] / "shared" / "tokenizers"))
 REAL_NAMES = ("qwen2.5-base", "qwen2.5-instruct", "qwen3-base", "qwen3")
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real Qwen tokenizers are not beside the checkout")
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real Qwen tokenizers are not next to the checkout")
 
 TEXTS = [
     "The fox said it's the fox's own fault, and they'd all seen 1234 of them.\n\n  Then\tthe rain came.\r\n",

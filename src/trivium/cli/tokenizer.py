@@ -49,7 +49,7 @@ def train(
 
     Example: trivium tokenizer train stories.jsonl --vocab-size 2048 --out my-tokenizer
     """
-    from trivium.data.store.build import train_tokenizer_from_sources
+    from trivium.data.store.train_tokenizer import train_tokenizer_from_sources
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists already. Name a new folder; nothing is overwritten.")

@@ -22,15 +22,9 @@ from trivium.data.batch.pack import Batch, Rows, sequential_batches
 from trivium.data.chat.samples import ConversationSettings
 from trivium.data.chat.template import describe_template
 from trivium.data.source.corpus import FileHashes
-from trivium.data.store.build import (
-    BuildProgress,
-    BuildSettings,
-    BuiltStore,
-    Listener,
-    build_sources,
-    train_tokenizer_from_sources,
-)
+from trivium.data.store.build import BuildProgress, BuildSettings, BuiltStore, Listener, build_sources
 from trivium.data.store.megatron import Selection, Store
+from trivium.data.store.train_tokenizer import train_tokenizer_from_sources
 from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.device import GIB, Machine
 from trivium.engine.engine import Engine

@@ -48,7 +48,7 @@ class Piece(NamedTuple):
     """Where the file's records hold what; None where one field of theirs is the text."""
 
 
-class Record(NamedTuple):
+class DataRecord(NamedTuple):
     """One entry of a data file."""
 
     file: str
@@ -58,19 +58,19 @@ class Record(NamedTuple):
     content: Document | Conversation | Reject
 
 
-def read_records(pieces: Iterable[Piece], reading: Reading) -> Iterator[Record]:
+def read_records(pieces: Iterable[Piece], reading: Reading) -> Iterator[DataRecord]:
     """Yield every record of the pieces in order; blank lines between records are skipped."""
     for piece in pieces:
         for line, raw in _split(piece):
             try:
                 text = _decode(piece, raw, reading.max_record_bytes)
                 if piece.layout is not None:
-                    record = Record(piece.file, line, len(raw), parse(json_object(text), piece.layout))
+                    record = DataRecord(piece.file, line, len(raw), parse(json_object(text), piece.layout))
                 else:
                     text = _json_field(text, reading.field) if piece.format == "json" else _plain(text, piece.format)
-                    record = Record(piece.file, line, _num_utf8_bytes(text), Document(text))
+                    record = DataRecord(piece.file, line, _num_utf8_bytes(text), Document(text))
             except RecordError as error:
-                record = Record(piece.file, line, 0, Reject.of(error, piece.file, line))
+                record = DataRecord(piece.file, line, 0, Reject.of(error, piece.file, line))
             yield record
 
 

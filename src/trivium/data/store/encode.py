@@ -24,7 +24,7 @@ from trivium.data.chat.samples import ChatEncoder, ConversationSettings
 from trivium.data.columns import FULL_WEIGHT, LOSS_WEIGHTS, REASONING
 from trivium.data.rejects import RecordError, Reject
 from trivium.data.source.blocks import Position, SourceBlock
-from trivium.data.source.records import Reading, Record, read_records
+from trivium.data.source.records import DataRecord, Reading, read_records
 from trivium.data.store.tally import Tally
 from trivium.data.tokenizer import DocumentEncoder, Encoding, load_tokenizer
 from trivium.errors import BadData, TriviumError
@@ -87,14 +87,14 @@ class BlockEncoder:
         num_raw_bytes = sum(len(piece.data) for piece in block.pieces)
         return samples.encoded(block.after, rejects, num_raw_bytes)
 
-    def _add_document(self, document: Document, record: Record, samples: "_BlockSamples") -> None:
+    def _add_document(self, document: Document, record: DataRecord, samples: "_BlockSamples") -> None:
         ids = self._documents.encode(document.text)
         digest = hashlib.blake2b(document.text.encode(), digest_size=HASH_BYTES).digest()
         samples.add(ids, np.full(len(ids), FULL_WEIGHT, np.uint8), digest, has_reasoning=False)
         samples.tally.text_bytes += record.num_bytes
         samples.tally.control_token_records += self._documents.has_control_token(document.text)
 
-    def _add_conversation(self, conversation: Conversation, record: Record, samples: "_BlockSamples") -> None:
+    def _add_conversation(self, conversation: Conversation, record: DataRecord, samples: "_BlockSamples") -> None:
         """Raises: RecordError, BadData when the template cannot be trusted."""
         assert self._chat is not None
         try:

@@ -1,4 +1,4 @@
-"""Rows and blocks: every kind of bad row has its reason, and where the bytes were cut changes nothing."""
+"""Records and blocks: every kind of bad record has its reason, and where the bytes were cut changes nothing."""
 
 import gzip
 import json
@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from trivium.data.chat.formats import Document
 from trivium.data.rejects import Reason, Reject
 from trivium.data.source.blocks import START, Position, SourceFile, list_files, read_blocks
-from trivium.data.source.records import Piece, Reading, Record, read_records
+from trivium.data.source.records import DataRecord, Piece, Reading, read_records
 from trivium.errors import BadData, ConfigError
 
-MAX_ROW_BYTES = 2000
-READING = Reading("text", "file", MAX_ROW_BYTES)
+MAX_RECORD_BYTES = 2000
+READING = Reading("text", "file", MAX_RECORD_BYTES)
 
-BAD_JSON_ROWS = [
+BAD_JSON_RECORDS = [
     (b"nonsense", Reason.NOT_JSON),
     (b"{'text': 'a'}", Reason.NOT_JSON),
     (b'{"text": "a\tb"}', Reason.NOT_JSON),
@@ -51,10 +51,10 @@ BAD_JSON_ROWS = [
     (b'{"text": "a\x00b"}', Reason.NUL),
     (b'{"text": "\\ud800 alone"}', Reason.SURROGATE),
     (b'{"text": "\\udc00\\ud83d"}', Reason.SURROGATE),
-    (b'{"text": "' + b"a" * MAX_ROW_BYTES + b'"}', Reason.TOO_LONG),
+    (b'{"text": "' + b"a" * MAX_RECORD_BYTES + b'"}', Reason.TOO_LONG),
 ]
 
-GOOD_JSON_ROWS = [
+GOOD_JSON_RECORDS = [
     (b'{"text": "a", "number": ' + b"9" * 1900 + b"}", "a"),
     (b'{"text": "a", "number": 1e999, "other": NaN, "third": -Infinity}', "a"),
     (b'{"text": "first", "text": "last"}', "last"),
@@ -64,20 +64,20 @@ GOOD_JSON_ROWS = [
 ]
 
 
-def text_or_reason(record: Record) -> str:
+def text_or_reason(record: DataRecord) -> str:
     return record.content.text if isinstance(record.content, Document) else record.content.reason
 
 
 def read(path: Path, documents: str = "file", block_bytes: int = 1 << 19, start: Position = START):
-    reading = Reading("text", documents, MAX_ROW_BYTES)
+    reading = Reading("text", documents, MAX_RECORD_BYTES)
     for block in read_blocks(list_files(path), reading, start, block_bytes):
         for piece in block.pieces:
             for record in read_records([piece], reading):
                 yield (record.file, record.line, text_or_reason(record))
 
 
-@pytest.mark.parametrize(("raw", "reason"), BAD_JSON_ROWS)
-def test_a_bad_row_says_why_and_its_neighbours_live(raw, reason):
+@pytest.mark.parametrize(("raw", "reason"), BAD_JSON_RECORDS)
+def test_a_bad_record_says_why_and_its_neighbours_live(raw, reason):
     data = b'{"text": "before"}\n' + raw + b'\n{"text": "after"}\n'
     before, bad, after = read_records([Piece("f", "json", 1, data)], READING)
     assert (before.content.text, after.content.text, after.line) == ("before", "after", 3)
@@ -85,8 +85,8 @@ def test_a_bad_row_says_why_and_its_neighbours_live(raw, reason):
     assert (bad.line, bad.content.reason) == (2, reason)
 
 
-@pytest.mark.parametrize(("raw", "text"), GOOD_JSON_ROWS)
-def test_odd_but_good_rows_are_kept(raw, text):
+@pytest.mark.parametrize(("raw", "text"), GOOD_JSON_RECORDS)
+def test_odd_but_good_records_are_kept(raw, text):
     (record,) = read_records([Piece("f", "json", 1, raw)], READING)
     assert (record.content, record.num_bytes) == (Document(text), len(text.encode()))
 
@@ -128,7 +128,7 @@ BYTES_OF_TEXT = st.text(alphabet="ab \n\r\t\u00e9", max_size=60).map(str.encode)
     block_bytes=st.integers(1, 40),
     long=st.integers(3, 12),
 )
-def test_where_blocks_are_cut_changes_no_row(tmp_path_factory, data, documents, block_bytes, long):
+def test_where_blocks_are_cut_changes_no_record(tmp_path_factory, data, documents, block_bytes, long):
     path = tmp_path_factory.mktemp("cut") / "a.txt"
     path.write_bytes(data)
     reading = Reading("text", documents, long)
@@ -146,7 +146,7 @@ def test_where_blocks_are_cut_changes_no_row(tmp_path_factory, data, documents, 
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.zst", ".parquet"])
-def test_any_container_gives_the_same_rows_from_any_place(tmp_path, suffix):
+def test_any_container_gives_the_same_records_from_any_place(tmp_path, suffix):
     texts = [f"document {number} " + "word " * random.Random(number).randrange(60) for number in range(300)]
     path = tmp_path / f"a{suffix}"
     lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
@@ -159,7 +159,7 @@ def test_any_container_gives_the_same_rows_from_any_place(tmp_path, suffix):
         path.write_bytes(gzip.compress(lines) if suffix.endswith(".gz") else lines)
     expected = [(path.name, number + 1, text) for number, text in enumerate(texts)]
     assert list(read(path, block_bytes=1500)) == expected
-    reading = Reading("text", "file", MAX_ROW_BYTES)
+    reading = Reading("text", "file", MAX_RECORD_BYTES)
     blocks = list(read_blocks(list_files(path), reading, block_bytes=1500))
     middle = len(blocks) // 2
     num_before = sum(len(list(read_records(block.pieces, reading))) for block in blocks[:middle])
@@ -171,7 +171,7 @@ def test_parquet_columns_of_bytes_nulls_and_numbers(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     found = [row[1:] for row in read(tmp_path)]
     assert found == [(1, "good"), (2, Reason.NOT_UTF8), (3, Reason.NULL), (4, "\u00e9")]
-    reading = Reading("n", "file", MAX_ROW_BYTES)
+    reading = Reading("n", "file", MAX_RECORD_BYTES)
     blocks = read_blocks(list_files(tmp_path), reading)
     assert {one.content.reason for block in blocks for one in read_records(block.pieces, reading)} == {
         Reason.WRONG_TYPE
@@ -230,7 +230,7 @@ def test_a_json_list_is_its_entries_wherever_reading_begins(tmp_path_factory, en
     path = tmp_path_factory.mktemp("list") / "a.json"
     path.write_text(json.dumps(entries, indent=indent), encoding="utf-8")
     start = Position(0, min(begin, len(entries)), min(begin, len(entries)) + 1)
-    blocks = read_blocks([SourceFile(path, "a")], Reading("text", "file", MAX_ROW_BYTES), start, block_bytes)
+    blocks = read_blocks([SourceFile(path, "a")], Reading("text", "file", MAX_RECORD_BYTES), start, block_bytes)
     pieces = [piece for block in blocks for piece in block.pieces]
     found = [json.loads(line) for piece in pieces for line in piece.data.splitlines()]
     assert found == entries[begin:]
