@@ -1,14 +1,11 @@
 """What a verb tells whoever waits for it, on stderr: bars and remarks on a terminal, elsewhere the remarks alone."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trivium.data.store.build import BuildProgress, Listener
-
-PLAIN_EVERY_SECONDS = 10.0
 
 
 class Waiting:
@@ -46,25 +43,19 @@ def building() -> "Iterator[Listener]":
     from trivium.data.store.build import Listener
 
     console = Console(stderr=True)
+    listener = Listener(lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+    if not console.is_terminal:
+        yield listener
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
 
-        class Shown(Listener):
-            def __init__(self) -> None:
-                self.tasks: dict[str, TaskID] = {}
-                self.last_line = time.monotonic()
-
-            def note(self, text: str) -> None:
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+        class Bars(Listener):
             def advance(self, progress: "BuildProgress") -> None:
-                if console.is_terminal:
-                    if progress.name not in self.tasks:
-                        self.tasks[progress.name] = bars.add_task(progress.name, total=progress.total_bytes)
-                    text = f"{progress.name}: {progress.figures}"
-                    bars.update(self.tasks[progress.name], completed=progress.num_bytes, description=text)
-                elif time.monotonic() - self.last_line > PLAIN_EVERY_SECONDS:
-                    self.last_line = time.monotonic()
-                    self.note(str(progress))
+                if progress.name not in tasks:
+                    tasks[progress.name] = bars.add_task(progress.name, total=progress.total_bytes)
+                text = f"{progress.name}: {progress.figures}"
+                bars.update(tasks[progress.name], completed=progress.num_bytes, description=text)
 
-        yield Shown()
+        yield Bars(listener.note)

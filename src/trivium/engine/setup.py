@@ -7,7 +7,6 @@ provenance. Used by `start`, `verify` and the quickstart.
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from trivium.data.batch.pack import Batch, Rows, sequential_batches
 from trivium.data.chat.samples import ConversationSettings
 from trivium.data.chat.template import describe_template
 from trivium.data.source.corpus import FileHashes
-from trivium.data.store.build import BuildProgress, BuildSettings, BuiltStore, Listener, build_sources
+from trivium.data.store.build import BuildSettings, BuiltStore, Listener, build_sources
 from trivium.data.store.megatron import Selection, Store
 from trivium.data.store.train_tokenizer import train_tokenizer_from_sources
 from trivium.data.tokenizer import load_tokenizer
@@ -38,7 +37,6 @@ from trivium.plan.facts import DataFacts
 from trivium.plan.fit import settle_batch
 
 VOCAB_MULTIPLE = 64
-PROGRESS_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -289,7 +287,7 @@ def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], No
         vocab_size=training.vocab_size,
         cache_dir=cache_folder(run),
         max_document_mib=run.data.max_document_mib,
-        listener=_Notes(note),
+        listener=Listener(note),
     )
 
 
@@ -321,22 +319,6 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_f
     return replace(shape, vocab_size=vocab_size)
 
 
-class _Notes(Listener):
-    """Reports a build as notes, its progress every ten seconds."""
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self._note = note
-        self._last = time.monotonic()
-
-    def note(self, text: str) -> None:
-        self._note(text)
-
-    def advance(self, progress: BuildProgress) -> None:
-        if time.monotonic() - self._last > PROGRESS_EVERY_SECONDS:
-            self._last = time.monotonic()
-            self._note(str(progress))
-
-
 def build_data(run: Run, tokenizer: Any, note: Callable[[str], None]) -> list[BuiltStore]:
     """A token store for every source, built now or found."""
     data = run.data
@@ -348,7 +330,7 @@ def build_data(run: Run, tokenizer: Any, note: Callable[[str], None]) -> list[Bu
         max_document_mib=data.max_document_mib,
         workers=data.workers,
     )
-    return build_sources(data.sources, tokenizer, settings, _Notes(note))
+    return build_sources(data.sources, tokenizer, settings, Listener(note))
 
 
 def held_out_batches(run: Run, built: Sequence[BuiltStore]) -> list[Batch]:

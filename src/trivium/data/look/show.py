@@ -68,7 +68,7 @@ def as_samples(
 ) -> list[Shown]:
     """The samples that a conversation becomes, each answer proven by the encoder.
 
-    Raises: RowError when it gives none, BadData when an answer does not continue what serving sends.
+    Raises: RecordError when it gives none, BadData when an answer does not continue what serving sends.
     """
     encoded = encoder.encode(conversation)
     num_samples = len(encoded.samples)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 FORMAT = 3
 KEY_DIGITS = 20
 BLOCKS_WORTH_A_WORKER = 4
+PROGRESS_EVERY_SECONDS = 10.0
 EARLY_STOP_RECORDS = 10_000
 EARLY_STOP_SHARE = 0.5
 SMALL_VOCAB_SIZE = 1024
@@ -70,16 +72,20 @@ class BuildProgress(NamedTuple):
 
 
 class Listener:
-    """What a build tells its caller; this one ignores it."""
+    """What a build tells its caller: one line worth knowing, and its progress as such a line every ten seconds."""
 
-    def note(self, text: str) -> None:
-        """One line worth knowing."""
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
+        self._last_progress = time.monotonic()
 
     def advance(self, progress: BuildProgress) -> None:
-        """Told after every block."""
+        """Called after every block."""
+        if time.monotonic() - self._last_progress > PROGRESS_EVERY_SECONDS:
+            self._last_progress = time.monotonic()
+            self.note(str(progress))
 
 
-SILENT = Listener()
+SILENT = Listener(lambda _: None)
 
 
 @dataclass(frozen=True)
