@@ -164,7 +164,7 @@ def test_an_adapter_is_trained_on_conversations_and_its_result_named(workplace):
     done = trivium(workplace, "train", "tune.yaml")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "runs/tune/adapter\n"
-    assert "of an adapter trained, scaled by 2" in done.stderr and "30 rows" in done.stderr
+    assert "of an adapter trained, scaled by 2" in done.stderr and "30 records" in done.stderr
     assert "warning: Q19" in done.stderr
     assert trivium(workplace, "verify", "runs/tune").returncode == 0
 
