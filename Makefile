@@ -42,7 +42,7 @@ format: .venv/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# bench/tokenise.py needs a checkout of Megatron-LM and bench/sft.py a folder with Qwen3's tokenizer: run them by hand.
+# bench/tokenize_corpus.py needs a checkout of Megatron-LM and bench/sft.py a folder with Qwen3's tokenizer: run them by hand.
 bench: .venv/dev.stamp
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/pretrain.py

@@ -16,7 +16,7 @@ END = "<!-- end of figures -->"
 def figures() -> str:
     """The table of measured ratios, in Markdown."""
     pretrain = json.loads((RESULTS / "pretrain.json").read_text())
-    tokenise = json.loads((RESULTS / "tokenise.json").read_text())
+    tokenize = json.loads((RESULTS / "tokenize_corpus.json").read_text())
     startup = json.loads((RESULTS / "startup.json").read_text())
     sft = json.loads((RESULTS / "sft.json").read_text())
     rows = []
@@ -43,10 +43,10 @@ def figures() -> str:
             )
     rows.append(
         (
-            f"tokenising JSONL with Qwen's tokenizer, {tokenise['workers']} workers",
-            f"preprocess_data.py of Megatron-LM {tokenise['versions']['megatron_lm']}",
-            f"{tokenise['speed_ratio']:.1f}x its speed, {tokenise['memory_ratio']:.2f}x its peak memory; "
-            f"{tokenise['large_memory_ratio']:.2f}x the memory at 4x the corpus",
+            f"tokenizing JSONL with Qwen's tokenizer, {tokenize['workers']} workers",
+            f"preprocess_data.py of Megatron-LM {tokenize['versions']['megatron_lm']}",
+            f"{tokenize['speed_ratio']:.1f}x its speed, {tokenize['memory_ratio']:.2f}x its peak memory; "
+            f"{tokenize['large_memory_ratio']:.2f}x the memory at 4x the corpus",
         )
     )
     rows.append(("`trivium --help`", "", f"{startup['help_seconds']:.2f} s"))

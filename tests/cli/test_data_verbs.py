@@ -39,10 +39,10 @@ def test_from_text_to_tokenizer_to_store_to_eyes(tmp_path, stories):
     assert "vocab_size" in call("tokenizer", "inspect", folder).stdout
 
     built = call("data", "build", stories, "--tokenizer", folder, "--cache-dir", cache)
-    assert built.exit_code == 0 and "201 rows = 200 kept + 0 split into several samples + 1 rejected" in built.stderr
+    assert built.exit_code == 0 and "201 records = 200 kept + 0 split into several samples + 1 rejected" in built.stderr
     store = built.stdout.strip()
     (report,) = json.loads(call("data", "build", stories, "--tokenizer", folder, "--cache-dir", cache, "--json").stdout)
-    assert report["store"] == store and report["rows"] == 201 and report["rejected"] == 1
+    assert report["store"] == store and report["records"] == 201 and report["rejected"] == 1
 
     seen = call("data", "inspect", store, stories, "--tokenizer", folder, "-n", 2).stdout
     assert "document 1" in seen and "<|endoftext|>" in seen and "stories.jsonl:201: field missing" in seen
@@ -68,19 +68,19 @@ def chats(tmp_path):
     return path
 
 
-def test_conversations_are_built_and_shown_as_they_are_learnt(tmp_path, chats):
+def test_conversations_are_built_and_shown_with_their_supervised_tokens(tmp_path, chats):
     options = ("--tokenizer", tmp_path / "tokenizer", "--seq-len", 64)
     seen = call("data", "inspect", chats, *options).stdout
-    assert "3 rows = 2 kept + 0 split into several samples + 1 rejected" in seen
-    assert "refused: no assistant turn, 1 rows\n    chats.jsonl:3: no assistant turn" in seen
+    assert "3 records = 2 kept + 0 split into several samples + 1 rejected" in seen
+    assert "rejected: no assistant turn, 1 records\n    chats.jsonl:3: no assistant turn" in seen
     assert "turn 2 proven: 25 prompt tokens + 2 answer tokens" in seen and "0 documents with reasoning" in seen
     assert "[[4<|im_end|>]]" in seen and "[[0.5: four<|im_end|>]]" in seen
     assert "user: 2 + 2?\n[[assistant: 4\n]]" in call("data", "inspect", chats).stdout
 
     building = ("data", "build", chats, *options, "--cache-dir", tmp_path, "--max-reject-share", 1, "--held-out", 0)
     built = call(*building)
-    assert "3 rows = 2 kept + 0 split into several samples + 1 rejected" in built.stderr
-    assert "7 tokens carry loss (12.3%)" in built.stderr
+    assert "3 records = 2 kept + 0 split into several samples + 1 rejected" in built.stderr
+    assert "7 supervised tokens (12.3%)" in built.stderr
     (found,) = json.loads(call("data", "inspect", built.stdout.strip(), *options[:2], "--json").stdout)
     assert (found["num_supervised"], found["size"]) == (7, 57)
     whole = json.loads(call(*building, "--loss-tokens", "all", "--json").stdout)
@@ -103,7 +103,7 @@ def test_fields_and_formats_are_named(tmp_path, chats):
 
 
 @pytest.mark.parametrize("no_color", [None, "1"])
-def test_a_terminal_sees_colours_unless_it_wants_none(tmp_path, chats, no_color):
+def test_a_terminal_sees_colors_unless_it_wants_none(tmp_path, chats, no_color):
     environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     main, side = pty.openpty()
     command = [sys.executable, "-m", "trivium.cli", "data", "inspect", chats]
@@ -121,8 +121,8 @@ def test_a_binarized_folder_becomes_a_store(tmp_path):
     folder.mkdir()
     write_set(folder, "a", [([1, 2, 3], [IGNORED, 2, 3]), ([4], [4])])
     imported = call("data", "import", folder, "--out", out)
-    assert imported.stdout.strip() == str(out / "tokens") and "2 rows = 1 kept + 0 split" in imported.stderr
-    assert "2 tokens carry loss (66.7%)" in imported.stderr and "no supervised token, 1 rows" in imported.stderr
+    assert imported.stdout.strip() == str(out / "tokens") and "2 records = 1 kept + 0 split" in imported.stderr
+    assert "2 supervised tokens (66.7%)" in imported.stderr and "no supervised token, 1 records" in imported.stderr
     assert "1[[2 3]]" in call("data", "inspect", out).stdout.replace(" [[", "[[")
     assert call("data", "import", folder, "--out", out).exit_code == 2
     assert call("data", "import", out, "--out", tmp_path / "other").exit_code == 4

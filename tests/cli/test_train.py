@@ -176,7 +176,7 @@ def test_an_adapter_is_trained_on_conversations_and_its_result_named(workplace):
     done = invoke(workplace, "train", "tune.yaml")
     assert done.exit_code == 0, done.stderr
     assert done.stdout == "runs/tune/adapter\n"
-    assert "of an adapter trained, scaled by 2" in done.stderr and "30 rows" in done.stderr
+    assert "of an adapter trained, scaled by 2" in done.stderr and "30 records" in done.stderr
     assert "warning: Q19" in done.stderr
     assert invoke(workplace, "verify", "runs/tune").exit_code == 0
 

@@ -1,4 +1,4 @@
-"""Builds: the same store for any number of workers, after any kill, beside any other build; bad data stops them."""
+"""Builds: the same store for any number of workers, after any kill, next to any other build; bad data stops them."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from trivium.config.run import Source
 from trivium.data.source.corpus import open_corpus
 from trivium.data.store import build as module
-from trivium.data.store.build import BuiltStore, build_sources, sample_texts, train_tokenizer_from_sources
+from trivium.data.store.build import BuildSettings, BuiltStore, build_sources
 from trivium.data.store.megatron import Store, StoreWriter
 from trivium.data.store.publish import (
     HASH_VALUES,
@@ -28,6 +28,7 @@ from trivium.data.store.publish import (
     held_out_limit,
     round_lengths,
 )
+from trivium.data.store.train_tokenizer import sample_texts, train_tokenizer_from_sources
 from trivium.data.tokenizer import document_encoding, load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError, TriviumError
 
@@ -56,7 +57,7 @@ def tokenizer(tmp_path_factory):
 def build(path: Path | Source, tokenizer, cache_dir: Path, **changes) -> BuiltStore:
     source = path if isinstance(path, Source) else Source(path=str(path))
     options = {"held_out": 0.05, "max_reject_share": 0.01, "max_document_mib": 1.0, "workers": 1} | changes
-    (store,) = build_sources([source], tokenizer, cache_dir=cache_dir, **options)
+    (store,) = build_sources([source], tokenizer, BuildSettings(cache_dir=cache_dir, **options))
     return store
 
 
@@ -76,7 +77,7 @@ def test_every_document_is_there_once_with_its_end(tmp_path, tokenizer):
     assert sorted(train + held_out) == sorted(expected)
     assert train == [ids for ids in expected if ids in train]  # the order of the file
     assert 3 <= len(held_out) <= 40
-    assert built.report["rows"] == built.report["kept"] == 300
+    assert built.report["records"] == built.report["kept"] == 300
     assert built.manifest["tokens"] == built.open().num_tokens == sum(map(len, train))
     assert built.report["text_bytes"] == sum(len(text.encode()) for text in texts)
     lengths = list(map(len, expected))
@@ -107,12 +108,12 @@ def test_workers_and_blocks_change_nothing(tmp_path, tokenizer):
     ]
 
 
-def test_same_inputs_are_tokenised_once_and_checked_each_time(tmp_path, tokenizer, monkeypatch):
+def test_same_inputs_are_tokenized_once_and_checked_each_time(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(50), ["{}"])
     first = build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
     monkeypatch.setattr(module, "encode_blocks", None)
     assert build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1) == first
-    with pytest.raises(BadData, match="1 of 51 rows"):
+    with pytest.raises(BadData, match="1 of 51 records"):
         build(path, tokenizer, tmp_path / "cache")
     tokens = first.path / "tokens.bin"
     with tokens.open("r+b") as file:
@@ -123,8 +124,34 @@ def test_same_inputs_are_tokenised_once_and_checked_each_time(tmp_path, tokenize
     with pytest.raises(BadData, match="not what was built"):
         build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
     os.truncate(first.path / "manifest.json", 100)
-    with pytest.raises(BadData, match="nothing vouches"):
+    with pytest.raises(BadData, match="store cannot be checked"):
         build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
+
+
+def test_a_store_is_hashed_again_when_a_file_changed_and_by_verify_always(tmp_path, tokenizer, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    monkeypatch.setattr("trivium.data.source.corpus.FRESH_NANOSECONDS", 0)
+    built = build(path, tokenizer, tmp_path / "cache")
+    hashed = []
+    monkeypatch.setattr("trivium.data.source.corpus.sha256_file", lambda file: hashed.append(file.name))
+    assert build(path, tokenizer, tmp_path / "cache") == built and not hashed
+    monkeypatch.undo()
+    tokens = built.path / "tokens.bin"
+    before, content = tokens.stat(), bytearray(tokens.read_bytes())
+    content[len(content) // 2] ^= 1
+    tokens.write_bytes(content)
+    with pytest.raises(BadData, match="not what was built"):
+        build(path, tokenizer, tmp_path / "cache")
+    os.utime(tokens, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if the disk had flipped it
+    assert build(path, tokenizer, tmp_path / "cache") == built
+    with pytest.raises(BadData, match=r"tokens\.bin.*not what was built"):
+        built.verify()
+
+
+def test_the_manifest_records_the_control_tokens_of_training(tmp_path, tokenizer):
+    built = build(write_jsonl(tmp_path / "a.jsonl", make_texts(50)), tokenizer, tmp_path / "cache")
+    control = sorted(tokenizer.get_added_vocab().values())
+    assert built.find_control_tokens(control) == set(built.open().found_among(control)) == {tokenizer.eos_token_id}
 
 
 def test_other_inputs_are_other_stores(tmp_path, tokenizer):
@@ -145,7 +172,7 @@ import json, sys
 from pathlib import Path
 from trivium.config.run import Source
 from trivium.data.store import partial
-from trivium.data.store.build import StoreJob
+from trivium.data.store.build import BuildSettings, StoreJob
 from trivium.data.source.corpus import open_corpus
 from trivium.data.tokenizer import Encoding
 if __name__ == "__main__":
@@ -156,11 +183,9 @@ if __name__ == "__main__":
         corpus=open_corpus(Source(path=source), 1.0, Path(cache)),
         encoding=Encoding(**json.loads(Path(encoding).read_text())),
         chat=None,
-        held_out=0.05,
-        max_reject_share=0.01,
-        cache_dir=Path(cache),
-        workers=int(workers),
-        block_bytes=2000,
+        settings=BuildSettings(
+            cache_dir=Path(cache), held_out=0.05, max_reject_share=0.01, workers=int(workers), block_bytes=2000
+        ),
     )
     print(job.run().path)
 """
@@ -224,21 +249,23 @@ def test_a_killed_worker_is_an_error_and_the_work_is_kept(tmp_path, tokenizer):
     workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(workers[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "A tokenising worker died" in errors
+    assert process.returncode == 1 and "A tokenizing worker died" in errors
     assert size_of_partial(cache) > 0
 
 
-def test_too_many_bad_rows_stop_the_build_and_are_kept_for_reading(tmp_path, tokenizer):
+def test_too_many_bad_records_stop_the_build_and_are_kept_for_reading(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(90), ["{}"] * 7 + ["null"] * 3)
     with pytest.raises(BadData) as caught:
         build(path, tokenizer, tmp_path / "cache")
     message = str(caught.value)
-    assert "10 of 100 rows" in message and "field missing (7), not a JSON object (3)" in message and "\n" not in message
+    assert (
+        "10 of 100 records" in message and "field missing (7), not a JSON object (3)" in message and "\n" not in message
+    )
     (rejects,) = (tmp_path / "cache").glob("*.partial/rejects.jsonl")
     assert str(rejects) in message and len(rejects.read_text().splitlines()) == 10
     assert not list((tmp_path / "cache").glob("store-*/manifest.json"))
     built = build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
-    assert built.report["kept"] + built.report["rejected"] == built.report["rows"] == 100
+    assert built.report["kept"] + built.report["rejected"] == built.report["records"] == 100
     assert built.report["rejected_by_reason"] == {"field missing": 7, "not a JSON object": 3}
 
 
@@ -327,7 +354,7 @@ def test_rounded_lengths_stay_close():
 def test_control_tokens_written_out_are_counted_and_harmless(tmp_path, tokenizer):
     texts = ["plain", "ends <|im_end|> here", "<|endoftext|>"]
     built = build(write_jsonl(tmp_path / "a.jsonl", texts), tokenizer, tmp_path / "cache", held_out=0.0)
-    assert built.report["control_token_rows"] == 2
+    assert built.report["control_token_records"] == 2
     for ids in documents(built.open()):
         assert [token for token in ids if token >= len(tokenizer) - 3] == [tokenizer.eos_token_id]
 

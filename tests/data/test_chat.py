@@ -1,4 +1,4 @@
-"""The token proof: what is learnt of each answer is, id for id, what serving sends and what the model would write.
+"""The token proof: what is supervised of each answer is, id for id, what serving sends and what the model would write.
 
 The oracle is transformers alone: `apply_chat_template` on plain messages for every answer, written without `chat.py`.
 """
@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.qwen_tokenizers import REAL, REAL_NAMES, needs_real
-from trivium.data.chat.formats import Layout, parse
-from trivium.data.chat.samples import ChatEncoder, describe_template
-from trivium.data.source.records import Reason, RowError
+from trivium.data.chat.formats import parse
+from trivium.data.chat.layout import RecordLayout
+from trivium.data.chat.samples import ChatEncoder
+from trivium.data.chat.template import describe_template
+from trivium.data.rejects import Reason, RecordError
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 
@@ -149,7 +151,7 @@ def as_served(row: dict) -> list[dict]:
 def mismatches(tokenizer, row: dict, encoded, first: int = 0) -> int:
     """Answers whose ids or weights differ from what serving would have had; each must be there once."""
     messages, tools = as_served(row), row.get("tools")
-    learnt = {
+    supervised = {
         index: round(100 * message.get("weight", 1))
         for index, message in enumerate(row["messages"])
         if message["role"] == "assistant" and message.get("weight", 1)
@@ -162,10 +164,10 @@ def mismatches(tokenizer, row: dict, encoded, first: int = 0) -> int:
             wrong += sample.ids[: one.stop].tolist() != sent + written
             wrong += one.start != len(sent) or (one.thinking is not None and one.thinking != thinking)
             wrong += tokenizer.decode(sample.ids[one.stop - 1]) != END
-            weights[one.start : one.stop] = learnt[one.turn]
+            weights[one.start : one.stop] = supervised[one.turn]
             found.append(one.turn)
         wrong += not np.array_equal(weights, sample.weights) or sample.answers[-1].stop != len(sample.ids)
-    return wrong + (found != list(learnt))
+    return wrong + (found != list(supervised))
 
 
 @needs_real
@@ -178,7 +180,7 @@ def test_every_answer_is_what_serving_would_have_whatever_the_pad_token(real, na
         encoder = ChatEncoder(tokenizer, 1 << 20)
         for seed in range(number, NUM_CONVERSATIONS, len(PADS)):
             row = conversation(seed)
-            encoded = encoder.encode(parse(row, Layout("messages")))
+            encoded = encoder.encode(parse(row, RecordLayout("messages")))
             assert mismatches(tokenizer, row, encoded) == 0, json.dumps(row)
             assert all(sample.weights[one.stop - 1] for sample in encoded.samples for one in sample.answers)
             assert not encoded.dropped_turns and not encoded.cut_turns and not encoded.split
@@ -193,13 +195,13 @@ SPEECH = st.lists(ANY_TEXT | st.sampled_from(PIECES), min_size=1, max_size=4).ma
 @needs_real
 @settings(max_examples=60)
 @given(st.lists(st.tuples(SPEECH, SPEECH, st.none() | SPEECH), min_size=1, max_size=3), st.sampled_from(REAL_NAMES))
-def test_any_text_is_learnt_as_it_is_served(real, pairs, name):
+def test_any_text_is_supervised_as_it_is_served(real, pairs, name):
     messages = []
     for question, reply, reasoning in pairs:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         if reasoning is not None:
             messages[-1]["reasoning_content"] = reasoning
-    encoded = ChatEncoder(real[name], 1 << 20).encode(parse({"messages": messages}, Layout("messages")))
+    encoded = ChatEncoder(real[name], 1 << 20).encode(parse({"messages": messages}, RecordLayout("messages")))
     assert mismatches(real[name], {"messages": messages}, encoded) == 0
 
 
@@ -209,10 +211,10 @@ def talk(*contents: str, **more) -> dict:
 
 
 def encode(tokenizer, row: dict, seq_len: int = 4096, overlong="drop", all_tokens: bool = False):
-    return ChatEncoder(tokenizer, seq_len, overlong, all_tokens).encode(parse(row, Layout("messages")))
+    return ChatEncoder(tokenizer, seq_len, overlong, all_tokens).encode(parse(row, RecordLayout("messages")))
 
 
-def learnt_text(tokenizer, sample) -> list[str]:
+def supervised_text(tokenizer, sample) -> list[str]:
     return [tokenizer.decode(sample.ids[one.start : one.stop]) for one in sample.answers]
 
 
@@ -220,9 +222,9 @@ def learnt_text(tokenizer, sample) -> list[str]:
 def test_one_sample_where_turns_extend_each_other_several_where_not(real):
     row = talk("a", "b", "c", "d")
     (sample,) = encode(real["qwen2.5-instruct"], row).samples
-    assert learnt_text(real["qwen2.5-instruct"], sample) == ["b<|im_end|>", "d<|im_end|>"]
+    assert supervised_text(real["qwen2.5-instruct"], sample) == ["b<|im_end|>", "d<|im_end|>"]
     first, second = encode(real["qwen3"], row).samples  # the empty think block of the first is gone from the second
-    assert [learnt_text(real["qwen3"], one) for one in (first, second)] == [["b<|im_end|>"], ["d<|im_end|>"]]
+    assert [supervised_text(real["qwen3"], one) for one in (first, second)] == [["b<|im_end|>"], ["d<|im_end|>"]]
     assert real["qwen3"].decode(first.ids).endswith("<think>\n\n</think>\n\nb<|im_end|>")
     assert not first.has_reasoning
     newline_first = encode(real["qwen2.5-base"], talk("a", "\nb", "c", "d"))
@@ -230,18 +232,18 @@ def test_one_sample_where_turns_extend_each_other_several_where_not(real):
 
 
 @needs_real
-def test_reasoning_is_learnt_where_the_template_shows_it_and_counted_where_not(real):
+def test_reasoning_is_supervised_where_the_template_shows_it_and_counted_where_not(real):
     row = talk("a", "b")
     row["messages"][1]["reasoning"] = "So it is."
     encoded = encode(real["qwen3"], row)
-    assert encoded.samples[0].has_reasoning and not encoded.lost_reasoning
-    assert learnt_text(real["qwen3"], encoded.samples[0]) == ["<think>\nSo it is.\n</think>\n\nb<|im_end|>"]
+    assert encoded.samples[0].has_reasoning and not encoded.lost_reasoning_turns
+    assert supervised_text(real["qwen3"], encoded.samples[0]) == ["<think>\nSo it is.\n</think>\n\nb<|im_end|>"]
     encoded = encode(real["qwen2.5-instruct"], row)
-    assert not encoded.samples[0].has_reasoning and encoded.lost_reasoning == 1
+    assert not encoded.samples[0].has_reasoning and encoded.lost_reasoning_turns == 1
     inline = talk("a", "<think>\nSo it is.\n</think>\n\nb")
     for name in ("qwen3", "qwen2.5-instruct"):
         encoded = encode(real[name], inline)
-        assert encoded.samples[0].has_reasoning and not encoded.lost_reasoning
+        assert encoded.samples[0].has_reasoning and not encoded.lost_reasoning_turns
 
 
 @needs_real
@@ -263,7 +265,7 @@ def test_arguments_as_text_are_never_encoded_twice(real, name):
 def test_control_tokens_are_refused_or_told(real):
     tokenizer = real["qwen3"]
     for special in tokenizer.all_special_tokens:
-        with pytest.raises(RowError) as caught:
+        with pytest.raises(RecordError) as caught:
             encode(tokenizer, talk("a", f"b {special}"))
         assert caught.value.reason == Reason.CONTROL_TOKEN
     assert encode(tokenizer, talk("what is <think>?", "b")).has_control_text
@@ -273,7 +275,7 @@ def test_control_tokens_are_refused_or_told(real):
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_all_tokens_are_learnt_of_the_whole_conversation(real, name):
+def test_all_tokens_are_supervised_of_the_whole_conversation(real, name):
     row = talk("a", "b", "c", "d", "e", "f")
     encoded = encode(real[name], row, seq_len=8, all_tokens=True)
     (sample,) = encoded.samples
@@ -301,7 +303,7 @@ def test_turns_that_do_not_fit_are_dropped_and_counted(real, name):
     assert (encoded.dropped_turns, encoded.split) == (2, False)
     encoded = encode(real[name], row, seq_len=second - 1)
     assert encoded.dropped_turns == 3
-    with pytest.raises(RowError) as caught:
+    with pytest.raises(RecordError) as caught:
         encode(real[name], row, seq_len=60)
     assert caught.value.reason == Reason.LONGER_THAN_SEQ_LEN
 
@@ -335,7 +337,7 @@ def test_a_cut_answer_keeps_its_end_token(real, name):
     for room in range(1, len(written) + 1):
         seq_len = len(sent) + room
         if room == 1:
-            with pytest.raises(RowError):
+            with pytest.raises(RecordError):
                 encode(real[name], row, seq_len, "truncate")
             continue
         encoded = encode(real[name], row, seq_len, "truncate")
@@ -412,7 +414,7 @@ def test_a_tokenizer_that_loses_text_stops(byte, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (sample,) = encode(load_tokenizer(tmp_path), talk("a", "colour")).samples  # as the tokenizer itself writes it
-    assert learnt_text(load_tokenizer(tmp_path), sample) == ["color<|im_end|>"]
+    assert supervised_text(load_tokenizer(tmp_path), sample) == ["color<|im_end|>"]
     tokenizer = load_tokenizer(byte)
     tokenizer.backend_tokenizer.decoder = None
     with pytest.raises(BadData, match="loses text"):
@@ -429,7 +431,7 @@ def test_unusable_templates_are_refused(byte):
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
     tokenizer = with_template(byte, no_system + HEADED + PROMPT)
     assert encode(tokenizer, talk("a", "b")).samples
-    with pytest.raises(RowError, match="no system, please") as caught:
+    with pytest.raises(RecordError, match="no system, please") as caught:
         encode(tokenizer, talk("a", "b", system="c"))
     assert caught.value.reason == Reason.TEMPLATE
 
@@ -468,7 +470,7 @@ def test_templates_nobody_here_wrote_code_for_are_right_too(real, name):
         row = conversation(seed)
         for message in row["messages"]:
             message.pop("weight", None)
-        encoded = encoder.encode(parse(row, Layout("messages")))
+        encoded = encoder.encode(parse(row, RecordLayout("messages")))
         for sample in encoded.samples:
             for one in sample.answers:
                 sent = tokenizer.apply_chat_template(

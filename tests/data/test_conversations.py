@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from tests.data.broken_rows import BROKEN_ROWS
+from tests.data.broken_records import BROKEN_RECORDS
 from trivium.config.run import Source
-from trivium.data.store.build import BuiltStore, ConversationSettings, build_sources, train_tokenizer_from_sources
+from trivium.data.chat.samples import ConversationSettings
+from trivium.data.store.build import BuildSettings, BuiltStore, build_sources
+from trivium.data.store.train_tokenizer import train_tokenizer_from_sources
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 
@@ -53,8 +55,9 @@ def tokenizer(tmp_path_factory):
 
 def build(source: Source, tokenizer, cache_dir: Path, **changes) -> BuiltStore:
     options = {"held_out": 0.1, "max_reject_share": 1.0, "max_document_mib": 1.0, "workers": 1} | changes
-    settings = ConversationSettings(seq_len=options.pop("seq_len", 200), overlong=options.pop("overlong", "drop"))
-    (built,) = build_sources([source], tokenizer, cache_dir=cache_dir, conversations=settings, **options)
+    conversations = ConversationSettings(options.pop("seq_len", 200), options.pop("overlong", "drop"))
+    settings = BuildSettings(cache_dir=cache_dir, conversations=conversations, **options)
+    (built,) = build_sources([source], tokenizer, settings)
     return built
 
 
@@ -66,20 +69,20 @@ def write_rows(path: Path, rows: list) -> Source:
 def samples(built: BuiltStore) -> list[tuple[list[int], list[int]]]:
     found = []
     for store in filter(None, (built.open(), built.open_held_out())):
-        found += [(store.tokens(n).tolist(), store.weights(n).tolist()) for n in range(len(store))]
+        found += [(store.tokens(n).tolist(), store.column("loss_weights", n).tolist()) for n in range(len(store))]
     return found
 
 
 @pytest.mark.parametrize("overlong", ["drop", "split", "truncate"])
-def test_rows_in_are_kept_or_split_or_rejected(tokenizer, tmp_path, overlong):
+def test_records_in_are_kept_or_split_or_rejected(tokenizer, tmp_path, overlong):
     rng = Random(1)
     good = [{"messages": make_messages(rng, max_answers=8)} for _ in range(300)]
-    broken = [row for form, row, _ in BROKEN_ROWS if form == "messages" and not isinstance(row, bytes)] * 3
+    broken = [row for form, row, _ in BROKEN_RECORDS if form == "messages" and not isinstance(row, bytes)] * 3
     rows = [*good, *broken, "no json", "[1, 2]", '{"messages": [']
     rng.shuffle(rows)
     built = build(write_rows(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "cache", overlong=overlong)
     report = built.report
-    assert report["rows"] == len(rows) == report["kept"] + report["split"] + report["rejected"]
+    assert report["records"] == len(rows) == report["kept"] + report["split"] + report["rejected"]
     rejects = [json.loads(line) for line in (built.path / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == report["rejected"] == sum(report["rejected_by_reason"].values())
     assert len({row["line"] for row in rejects}) == len(rejects)
@@ -155,7 +158,7 @@ def test_every_container_and_format_gives_the_same_samples(tokenizer, tmp_path):
     assert all(one == found[0] for one in found[1:])
 
 
-def test_documents_among_conversations_are_learnt_whole(tokenizer, tmp_path):
+def test_documents_among_conversations_are_supervised_whole(tokenizer, tmp_path):
     folder = tmp_path / "both"
     folder.mkdir()
     write_rows(folder / "a.jsonl", [{"messages": make_messages(Random(6))}])

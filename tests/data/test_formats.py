@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.broken_rows import BROKEN_ROWS, LONG_ROW_BYTES, SHORT_SEQ_LEN
+from tests.data.broken_records import BROKEN_RECORDS, LONG_RECORD_BYTES, SHORT_SEQ_LEN
 from trivium.config.run import Source
-from trivium.data.chat.formats import Conversation, Document, Layout, Turn, detect, from_dataset_info, parse
+from trivium.data.chat.formats import Conversation, Document, parse
+from trivium.data.chat.layout import RecordLayout, detect, from_dataset_info
+from trivium.data.chat.messages import Turn
 from trivium.data.chat.samples import ChatEncoder
-from trivium.data.source.records import Piece, Reason, Reject, RowError, parse_piece
+from trivium.data.rejects import Reason, RecordError, Reject
+from trivium.data.source.records import Piece, Reading, read_records
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 
@@ -22,6 +25,8 @@ ASK = Turn("user", "How warm\nis it in Oslo?")
 REPLY = Turn("assistant", "Four degrees.", weight=100)
 CALL = {"type": "function", "function": {"name": "warmth", "arguments": {"place": "Oslo", "digits": 1}}}
 TOOL = {"type": "function", "function": {"name": "warmth", "parameters": {"type": "object"}}}
+
+READING = Reading("text", "file", LONG_RECORD_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +37,28 @@ def encoder(tmp_path_factory):
 
 
 def outcome(line, layout, encoder):
-    """What becomes of one line of a file: None when it is kept, else the reason."""
-    piece = Piece("f", "json", 1, line, None, layout)
-    (row,) = parse_piece(piece, "text", LONG_ROW_BYTES)
-    if isinstance(row, Reject):
-        return row.reason
+    """The reason one line of a file is rejected for; None when it is kept."""
+    (record,) = read_records([Piece("f", "json", 1, line, None, layout)], READING)
+    if isinstance(record.content, Reject):
+        return record.content.reason
     try:
-        content = parse(row.record, layout)
-        if isinstance(content, Conversation):
-            assert encoder.encode(content).samples
+        if isinstance(record.content, Conversation):
+            assert encoder.encode(record.content).samples
         return None
-    except RowError as error:
+    except RecordError as error:
         return error.reason
 
 
-@pytest.mark.parametrize(("form", "line", "reason"), BROKEN_ROWS)
-def test_a_broken_row_says_why(form, line, reason, encoder):
+@pytest.mark.parametrize(("form", "line", "reason"), BROKEN_RECORDS)
+def test_a_broken_record_says_why(form, line, reason, encoder):
     data = line if isinstance(line, bytes) else json.dumps(line).encode()
-    assert outcome(data, Layout(form), encoder) == reason
+    assert outcome(data, RecordLayout(form), encoder) == reason
 
 
-def test_there_is_a_broken_row_for_every_reason():
+def test_there_is_a_broken_record_for_every_reason():
     readers_own = {Reason.UTF16}  # a file's, not a row's
     templates_own = {Reason.TEMPLATE}  # tests/data/test_chat.py
-    assert {reason for _, _, reason in BROKEN_ROWS} == set(Reason) - readers_own - templates_own
+    assert {reason for _, _, reason in BROKEN_RECORDS} == set(Reason) - readers_own - templates_own
     assert len(set(Reason)) >= 36
 
 
@@ -116,8 +119,8 @@ SHARED = [("system", "Be brief."), ("human", "How warm\nis it in Oslo?"), ("gpt"
     ],
 )
 def test_one_conversation_under_every_name(record, form, fields, roles):
-    layout = detect([{"broken": 1}, record, record], Layout("auto", fields, roles), "a.jsonl")
-    assert layout == Layout(form, fields, roles)
+    layout = detect([{"broken": 1}, record, record], RecordLayout("auto", fields, roles), "a.jsonl")
+    assert layout == RecordLayout(form, fields, roles)
     assert json.loads(json.dumps(asdict(layout))) == asdict(layout)
     assert parse(record, layout) == Conversation((SYSTEM, ASK, REPLY))
 
@@ -158,7 +161,7 @@ CALLED_VALUE = json.dumps({"name": "warmth", "arguments": json.dumps(CALL["funct
 def test_tools_and_calls_under_every_name(record):
     called = Turn("assistant", "", tool_calls=(CALL,), weight=100)
     expected = Conversation((ASK, called, Turn("tool", "4.0"), REPLY), (TOOL,))
-    found = parse(record, detect([record], Layout("auto"), "a.jsonl"))
+    found = parse(record, detect([record], RecordLayout("auto"), "a.jsonl"))
     assert found == expected
     assert found.messages()[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
@@ -196,7 +199,7 @@ def test_what_an_answer_may_say_of_itself(changed, expected):
             {"role": "assistant", "content": "b"},
         ]
     }
-    found = parse(record, Layout("messages"))
+    found = parse(record, RecordLayout("messages"))
     assert found.turns[1] == expected
     assert found.turns[1].thinks == (expected.reasoning is not None)
 
@@ -206,7 +209,7 @@ def test_reasoning_inside_the_content_is_noticed():
     assert not Turn("assistant", "<think>\n\n</think>\n\na").thinks
 
 
-def test_history_is_learnt_too():
+def test_history_is_supervised_too():
     record = {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}
     turns = [
         Turn("user", "a"),
@@ -214,24 +217,24 @@ def test_history_is_learnt_too():
         Turn("user", "c"),
         Turn("assistant", "d", weight=100),
     ]
-    assert parse(record, Layout("alpaca")) == Conversation(tuple(turns))
+    assert parse(record, RecordLayout("alpaca")) == Conversation(tuple(turns))
 
 
 def test_plain_text_is_a_document():
-    layout = detect([{"text": "a"}, {"text": "b", "id": 1}], Layout("auto"), "a.jsonl")
+    layout = detect([{"text": "a"}, {"text": "b", "id": 1}], RecordLayout("auto"), "a.jsonl")
     assert parse({"text": "a"}, layout) == Document("a")
-    assert detect([{"body": "a"}], Layout("auto", text_field="body"), "a.jsonl").format == "text"
+    assert detect([{"body": "a"}], RecordLayout("auto", text_field="body"), "a.jsonl").format == "text"
     record = {"text": "a", "messages": [{"role": "user", "content": "x"}]}
-    assert detect([record], Layout("auto"), "a.jsonl").format == "messages"
+    assert detect([record], RecordLayout("auto"), "a.jsonl").format == "messages"
 
 
 def test_what_fits_no_format_or_two_is_told():
-    with pytest.raises(BadData, match=r"a\.jsonl: .*'question', 'reply'.*fields, such as"):
-        detect([{"question": "a", "reply": "b"}], Layout("auto"), "a.jsonl")
+    with pytest.raises(BadData, match=r"a\.jsonl: .*'question', 'reply'.*fields, for example"):
+        detect([{"question": "a", "reply": "b"}], RecordLayout("auto"), "a.jsonl")
     with pytest.raises(BadData, match=r"\(none\)"):
-        detect([7], Layout("auto"), "a.jsonl")
+        detect([7], RecordLayout("auto"), "a.jsonl")
     with pytest.raises(BadData, match="format: text, alpaca or prompt"):
-        detect([{"instruction": "a", "output": "b", "text": "a b"}], Layout("auto"), "a.jsonl")
+        detect([{"instruction": "a", "output": "b", "text": "a b"}], RecordLayout("auto"), "a.jsonl")
 
 
 DATASET_INFO = {
@@ -344,14 +347,14 @@ FORMATS = ["messages", "sharegpt", "alpaca", "prompt", "text"]
 @given(record=RECORD | JSON, form=st.sampled_from(FORMATS))
 def test_any_record_is_kept_or_refused(encoder, record, form):
     try:
-        content = parse(record, Layout(form))
-    except RowError:
+        content = parse(record, RecordLayout(form))
+    except RecordError:
         return
     if isinstance(content, Conversation):
         assert content.turns[-1].role == "assistant" and any(turn.weight for turn in content.turns)
         try:
             assert encoder.encode(content).samples
-        except RowError as error:
+        except RecordError as error:
             assert error.reason in (Reason.LONGER_THAN_SEQ_LEN, Reason.CONTROL_TOKEN)
 
 
@@ -363,9 +366,10 @@ LINE = RECORD.map(lambda value: json.dumps(value).encode()) | st.binary(max_size
 @given(st.lists(LINE, max_size=8))
 def test_every_line_of_a_file_is_kept_or_refused(encoder, lines):
     lines = [GOOD, *(line.replace(b"\n", b"") for line in lines)]
-    layout, num_kept, num_refused = Layout("messages"), 0, 0
-    for row in parse_piece(Piece("f", "json", 1, b"\n".join(lines), None, layout), "text", LONG_ROW_BYTES):
-        found = row.reason if isinstance(row, Reject) else outcome(lines[row.line - 1], layout, encoder)
+    layout, num_kept, num_refused = RecordLayout("messages"), 0, 0
+    for record in read_records([Piece("f", "json", 1, b"\n".join(lines), None, layout)], READING):
+        rejected = isinstance(record.content, Reject)
+        found = record.content.reason if rejected else outcome(lines[record.line - 1], layout, encoder)
         num_kept += found is None
         num_refused += found is not None
     assert num_kept >= lines.count(GOOD)

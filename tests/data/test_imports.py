@@ -19,9 +19,9 @@ ROWS = st.lists(
 
 @settings(max_examples=25)
 @given(ROWS)
-def test_every_row_is_in_the_store_or_refused(tmp_path_factory, rows):
+def test_every_record_is_in_the_store_or_refused(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("binarized")
-    samples = [([i for i, _ in row], [i if learnt else IGNORED for i, learnt in row]) for row in rows]
+    samples = [([i for i, _ in row], [i if supervised else IGNORED for i, supervised in row]) for row in rows]
     write_set(folder, "a", samples)
     useful = [sample for sample in samples if any(label != IGNORED for label in sample[1][1:])]
     if not useful:
@@ -32,9 +32,9 @@ def test_every_row_is_in_the_store_or_refused(tmp_path_factory, rows):
     store = Store(folder / "store" / "tokens")
     assert [store.tokens(n).tolist() for n in range(len(store))] == [ids for ids, _ in useful]
     expected = [[100 if label != IGNORED else 0 for label in labels] for _, labels in useful]
-    assert [store.weights(n).tolist() for n in range(len(store))] == expected
-    assert (report["rows"], report["kept"]) == (len(samples), len(useful))
-    assert report["rows"] == report["kept"] + report["split"] + report["rejected"]
+    assert [store.column("loss_weights", n).tolist() for n in range(len(store))] == expected
+    assert (report["records"], report["kept"]) == (len(samples), len(useful))
+    assert report["records"] == report["kept"] + report["split"] + report["rejected"]
     assert report["tokens"] == store.num_tokens
     assert report["supervised_tokens"] == sum(np.count_nonzero(weights[1:]) for weights in expected)
     refused = [json.loads(line) for line in (folder / "store" / "rejects.jsonl").read_text().splitlines()]

@@ -8,8 +8,10 @@ import pytest
 
 from tests.support.qwen_tokenizers import REAL, needs_real
 from trivium.config.run import Source
-from trivium.data.look.inspect import COUNTS, Look, inspect_all
-from trivium.data.store.build import ConversationSettings, build_sources
+from trivium.data.chat.samples import ConversationSettings
+from trivium.data.look.inspect import Look, inspect_all
+from trivium.data.store.build import BuildSettings, build_sources
+from trivium.data.store.tally import COUNTS
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 
 END = "<|im_end|>"
@@ -76,10 +78,11 @@ def test_a_source_shows_what_a_build_makes_of_it(chats, small, tmp_path, overlon
     settings = ConversationSettings(seq_len=256, overlong=overlong, all_tokens=all_tokens)
     source = Source(path=str(chats))
     options = {"held_out": 0.0, "max_reject_share": 1.0, "max_document_mib": 16.0, "workers": 1}
-    (built,) = build_sources([source], small, cache_dir=tmp_path / "cache", conversations=settings, **options)
+    build_settings = BuildSettings(cache_dir=tmp_path / "cache", conversations=settings, **options)
+    (built,) = build_sources([source], small, build_settings)
     found, store = inspect_all([source, Source(path=str(built.path))], Look(small, settings, 9))
     assert found.counts == store.counts == {name: built.report[name] for name in COUNTS}
-    assert found.counts["rows"] == len(ROWS) + 1 == sum(found.counts[name] for name in ("kept", "split", "rejected"))
+    assert found.counts["records"] == len(ROWS) + 1 == sum(found.counts[name] for name in ("kept", "split", "rejected"))
     assert found.rejected_by_reason == built.report["rejected_by_reason"]
     assert (found.num_documents, found.size) == (built.report["documents"], built.report["tokens"])
     assert found.num_supervised == store.num_supervised == built.report["supervised_tokens"]
@@ -107,7 +110,7 @@ def test_without_a_tokenizer_turns_are_shown_as_they_read(chats):
     ]
     assert found.rejected_by_reason == {"no answer has a weight": 1, "no assistant turn": 1, "not JSON": 1}
     assert found.rejects["no assistant turn"] == ["chats.jsonl:5: no assistant turn"]
-    assert found.counts["rows"] == 6 and found.counts["kept"] == 3 and found.num_reasoning == 1
+    assert found.counts["records"] == 6 and found.counts["kept"] == 3 and found.num_reasoning == 1
 
 
 def test_a_long_conversation_says_what_became_of_it(chats, small):
@@ -116,7 +119,7 @@ def test_a_long_conversation_says_what_became_of_it(chats, small):
     seq_len = whole.documents[0].num_tokens - 1
     (dropped,) = inspect_all([Source(path=str(chats))], look(small, 1, seq_len=seq_len))
     assert [proof.turn for proof in dropped.documents[0].proofs] == [3] and dropped.counts["dropped_turns"] == 1
-    assert "1 answers dropped: too long, or nothing stands before them" in dropped.documents[0].notes
+    assert "1 answers dropped: too long, or nothing before them that they answer" in dropped.documents[0].notes
     (split,) = inspect_all([Source(path=str(chats))], look(small, 1, seq_len=seq_len, overlong="split"))
     assert [[proof.turn for proof in shown.proofs] for shown in split.documents] == [[3], [5]]
     assert "a later answer's history begins at a later user turn, so that it fits" in split.documents[0].notes

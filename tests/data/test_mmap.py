@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trivium.data.store.mmap import IGNORED, read_padded_mmap
+from trivium.data.store.imports import IGNORED, read_padded_mmap
 from trivium.errors import BadData
 
 PAD = 151643
 
 
 def save_mmap(path: Path, rows: list[list[int]], padding: int) -> None:
-    """As `save_mmap` of the binarizer: rows of int32 padded to the longest, and their shape beside them."""
+    """As `save_mmap` of the binarizer: rows of int32 padded to the longest, with their shape in a file."""
     longest = max(map(len, rows))
     Path(f"{path}.shape.json").write_text(json.dumps({"n_samples": len(rows), "max_len": longest}))
     array = np.memmap(path, dtype=np.int32, mode="w+", shape=(len(rows), longest))

@@ -67,7 +67,8 @@ def test_a_batch_says_the_truth_about_its_documents(lengths, step):
 def test_ranks_and_micro_batches_do_not_change_what_a_step_reads(lengths, step, world_size, num_sequences):
     ledgers, spans = set(), set()
     for per_micro_batch in (1, 2, 4):
-        _, rows = rows_of(lengths, sequences_per_micro_batch=per_micro_batch, num_sequences=num_sequences)
+        store, rows = rows_of(lengths, sequences_per_micro_batch=per_micro_batch, num_sequences=num_sequences)
+        store.masks = [np.full(length, 100 if number % 3 else 50, np.uint8) for number, length in enumerate(lengths)]
         shares = [rows.step(step, rank, world_size) for rank in range(world_size)]
         assert len({len(one) for one in shares}) == 1, "every rank makes as many forwards"
         in_order = [batch for micro_batches in zip(*shares, strict=True) for batch in micro_batches]

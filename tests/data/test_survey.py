@@ -13,9 +13,10 @@ from tokenizers import Tokenizer
 
 from tests.support.qwen_tokenizers import REAL, needs_real
 from trivium.config.run import Source
+from trivium.data.chat.samples import ConversationSettings
 from trivium.data.look import survey as survey_module
 from trivium.data.look.survey import estimated_tokens, survey
-from trivium.data.store.build import ConversationSettings, build_sources
+from trivium.data.store.build import BuildSettings, build_sources
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 from trivium.plan.facts import DataFacts
@@ -35,7 +36,7 @@ CHINESE = (
 
 
 def chat(number):
-    """Conversations of several lengths; every third reasons, every fifth has two answers of which one is learnt."""
+    """Conversations of several lengths; every third reasons, every fifth has two answers of which one is supervised."""
     thought = "" if number % 3 else "<think>\nWhiskers and claws.\n</think>\n\n"
     answer = thought + "It is a cat. " * (1 + number % 7)
     first = [{"role": "user", "content": f"What is animal {number}?"}, {"role": "assistant", "content": answer}]
@@ -60,16 +61,15 @@ def small(tmp_path_factory):
 
 
 def build(path, tokenizer, tmp_path, seq_len=4096):
-    (built,) = build_sources(
-        [Source(path=str(path))],
-        tokenizer,
+    settings = BuildSettings(
+        cache_dir=tmp_path / "cache",
+        conversations=ConversationSettings(seq_len),
         held_out=0.0,
         max_reject_share=1.0,
         max_document_mib=16.0,
-        cache_dir=tmp_path / "cache",
-        conversations=ConversationSettings(seq_len),
         workers=1,
     )
+    (built,) = build_sources([Source(path=str(path))], tokenizer, settings)
     return built
 
 
@@ -99,7 +99,7 @@ def test_documents_are_counted_as_they_are_built(small, tmp_path):
     assert survey([Source(store=str(built.path))]).num_tokens == found.num_tokens
 
 
-def test_without_a_tokenizer_rows_are_exact_and_tokens_near(chats, small):
+def test_without_a_tokenizer_records_are_exact_and_tokens_near(chats, small):
     counted, estimated = survey([Source(path=str(chats))], small), survey([Source(path=str(chats))])
     assert not estimated.is_measured and "estimated" in estimated.how
     assert (estimated.num_rows, estimated.num_rejected) == (counted.num_rows, counted.num_rejected)
@@ -211,7 +211,7 @@ def test_a_store_within_the_source_is_not_taken_for_data(chats, small, tmp_path)
 def test_nothing_usable_is_said(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"messages": []}\n')
-    with pytest.raises(BadData, match="no usable row"):
+    with pytest.raises(BadData, match="no usable record"):
         survey([Source(path=str(path))])
     with pytest.raises(ConfigError, match="no such file"):
         survey([Source(path=str(tmp_path / "nowhere.jsonl"))])

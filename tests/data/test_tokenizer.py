@@ -121,9 +121,9 @@ def test_long_documents_are_encoded_in_parts_with_the_same_ids(trained, monkeypa
     @given(lines)
     def same(text):
         with monkeypatch.context() as patch:
-            whole = encoder.encode([text])[0]
+            whole = encoder.encode(text)
             patch.setattr(module, "MAX_PART_CHARS", 7)
-            assert np.array_equal(encoder.encode([text, text])[1], whole)
+            assert np.array_equal(encoder.encode(text), whole)
 
     same()
 
@@ -134,7 +134,8 @@ def test_documents_encode_as_transformers_does(real, name):
     tokenizer = real[name]
     encoder = DocumentEncoder(document_encoding(tokenizer))
     texts = [*TEXTS[:2], "The quick brown fox", "x" * 50_000, "\n\n\n", Path(__file__).read_text()]
-    for text, ids in zip(texts, encoder.encode(texts), strict=True):
+    for text in texts:
+        ids = encoder.encode(text)
         assert ids.dtype == np.int32
         assert ids.tolist() == [*tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids, 151643]
 
@@ -145,7 +146,7 @@ def test_no_text_can_forge_a_control_token(real, name):
     tokenizer = real[name]
     encoder = DocumentEncoder(document_encoding(tokenizer))
     text = "".join(tokenizer.get_added_vocab())
-    (ids,) = encoder.encode([text])
+    ids = encoder.encode(text)
     assert ids[-1] == 151643 and max(ids[:-1]) < 151643
     assert tokenizer.decode(ids[:-1]) == text
     assert encoder.has_control_token("a <|im_end|> b") and not encoder.has_control_token("a < b |> c")
@@ -157,9 +158,9 @@ def test_own_pattern_and_parts_are_those_of_qwen(real, monkeypatch):
     assert QWEN_SPLIT in tokenizer.backend_tokenizer.to_str().encode().decode("unicode_escape")
     encoder = DocumentEncoder(document_encoding(tokenizer))
     text = Path(__file__).read_text() + "\n\u65e5\u672c\n 1\n\n\nx" * 50
-    whole = encoder.encode([text])[0]
+    whole = encoder.encode(text)
     monkeypatch.setattr(module, "MAX_PART_CHARS", 30)
-    assert np.array_equal(encoder.encode([text])[0], whole)
+    assert np.array_equal(encoder.encode(text), whole)
 
 
 def settled_characters() -> str:
@@ -191,6 +192,6 @@ def test_words_from_memory_are_those_of_the_library(trained, monkeypatch):
     @settings(max_examples=300)
     @given(st.text(alphabet=alphabet, max_size=60))
     def same(text):
-        assert encoder.encode([text])[0][:-1].tolist() == loaded(text, split_special_tokens=True).input_ids
+        assert encoder.encode(text)[:-1].tolist() == loaded(text, split_special_tokens=True).input_ids
 
     same()

@@ -1,6 +1,7 @@
 """Rules about what the rows became, provoked by rows and templates."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from tests.doctor.cases import (
 )
 from tests.doctor.test_tokens import write_store
 from trivium.data.tokenizer import CHATML_TEMPLATE, load_tokenizer
+from trivium.doctor.examine import examine
 from trivium.errors import BadData
 
 REASONED = [
@@ -141,3 +143,19 @@ def test_q33_little_text_for_a_pretrained_model(base, texts, tmp_path):
     run = run_of(tmp_path, texts, method="continue", model=str(base), budget={"epochs": 3.0})
     found = found_in(case_of(run))["Q33"]
     assert found.severity == "info" and "3.0 times" in found.trouble.found
+
+
+def test_examine_reads_every_byte_of_the_stores(base, tmp_path):
+    run = run_of(tmp_path, write_rows(tmp_path / "rows.jsonl", text_rows()), method="full", model=str(base))
+    (built,) = case_of(run).job.built
+    for path in built.path.iterdir():
+        os.utime(path, (1e9, 1e9))  # long ago, so that its hash is remembered
+    case_of(run)
+    tokens = built.path / "tokens.bin"
+    content = bytearray(tokens.read_bytes())
+    content[len(content) // 2] ^= 1
+    tokens.write_bytes(content)
+    os.utime(tokens, (1e9, 1e9))  # as if the disk had flipped it
+    case_of(run)
+    with pytest.raises(BadData, match=r"tokens\.bin.*not what was built"):
+        list(examine(run, frozenset(), lambda text: None))

@@ -20,6 +20,7 @@ from tests.doctor.cases import (
     zero_rows,
 )
 from trivium.data.batch.pack import StoreBatches
+from trivium.data.columns import LOSS_WEIGHTS
 from trivium.data.store.megatron import StoreWriter
 from trivium.data.tokenizer import CHATML_TEMPLATE
 from trivium.errors import BadData
@@ -33,13 +34,11 @@ def case(base, chats, tmp_path_factory):
 
 
 def write_store(prefix, documents, dtype=np.uint16, weights=None):
-    """A store in Megatron's format, as another tool would leave it, with a mask if weights are given."""
+    """A store in Megatron's format, as another tool would leave it, with loss weights if they are given."""
     lengths = np.array([len(document) for document in documents])
-    with StoreWriter(prefix, np.dtype(dtype)) as writer:
-        writer.add(np.concatenate(documents).astype(dtype), lengths)
-    if weights is not None:
-        with StoreWriter(prefix.with_name(f"{prefix.name}_mask"), np.dtype(np.uint8)) as writer:
-            writer.add(np.concatenate(weights).astype(np.uint8), lengths)
+    columns = {} if weights is None else {LOSS_WEIGHTS.name: np.concatenate(weights).astype(np.uint8)}
+    with StoreWriter(prefix, np.dtype(dtype), [LOSS_WEIGHTS] if columns else []) as writer:
+        writer.add(np.concatenate(documents).astype(dtype), lengths, columns)
     return [{"store": str(prefix)}]
 
 

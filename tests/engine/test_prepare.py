@@ -8,6 +8,7 @@ import pytest
 
 from tests.engine.runs import adapt_values, write_conversations
 from trivium.config.run import Run, with_method_defaults
+from trivium.data.columns import loss_weights
 from trivium.data.store.megatron import Selection, Store
 from trivium.data.tokenizer import train_tokenizer
 from trivium.engine.loop import Silent
@@ -105,7 +106,7 @@ def test_a_selection_is_the_documents_it_names(base, tmp_path):
     for place, document in enumerate((7, 2, 5)):
         assert chosen.lengths[place] == store.lengths[document]
         assert chosen.tokens(place, 1, 4).tolist() == store.tokens(document, 1, 4).tolist()
-        assert chosen.weights(place, 0, 9).tolist() == store.weights(document, 0, 9).tolist()
+        assert loss_weights(chosen, place, 0, 9).tolist() == loss_weights(store, document, 0, 9).tolist()
     assert isinstance(store, Store)
 
 

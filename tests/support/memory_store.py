@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from trivium.data.columns import LOSS_WEIGHTS, Column
+
 
 class MemoryStore:
     """Documents as a list of arrays, read like `trivium.data.store.megatron.Store`."""
@@ -17,8 +19,16 @@ class MemoryStore:
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         return self.documents[document][start:stop]
 
-    def weights(self, document: int, start: int, stop: int) -> np.ndarray | None:
-        return None if self.masks is None else self.masks[document][start:stop]
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return () if self.masks is None else (LOSS_WEIGHTS,)
+
+    def column(self, name: str, document: int, start: int, stop: int) -> np.ndarray:
+        assert self.masks is not None and name == LOSS_WEIGHTS.name
+        return self.masks[document][start:stop]
+
+    def sequence_starts(self, document: int, start: int, stop: int) -> list[int]:
+        return []
 
 
 def random_store(rng: np.random.Generator, lengths: list[int], vocab_size: int = 1000) -> MemoryStore:

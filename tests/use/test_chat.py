@@ -10,8 +10,8 @@ import torch
 
 from tests.support.qwen_tokenizers import REAL, needs_real
 from tests.use.conftest import PAIRS
-from trivium.data.chat.columns import Layout
 from trivium.data.chat.formats import parse
+from trivium.data.chat.layout import RecordLayout
 from trivium.data.chat.samples import ChatEncoder
 from trivium.data.tokenizer import load_tokenizer
 from trivium.errors import ConfigError
@@ -88,7 +88,7 @@ def learnt(path: Path, tokenizer) -> list[tuple[str, str]]:
     """(prompt, answer) of everything that training would learn from a file, as text."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        conversation = parse(json.loads(line), Layout("messages"))
+        conversation = parse(json.loads(line), RecordLayout("messages"))
         for sample in ChatEncoder(tokenizer, seq_len=4096).encode(conversation).samples:
             ids = sample.ids.tolist()
             for answer in sample.answers:

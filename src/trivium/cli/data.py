@@ -1,7 +1,6 @@
 """`trivium data`: build and import token stores, and look into stores and sources.
 
-The work is in `trivium.data`; here are flags and printing. Paths and figures go to stdout, progress and remarks to
-stderr.
+Flags and printing only. Paths and figures go to stdout, progress and notes to stderr.
 """
 
 import json
@@ -15,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
+from trivium.cli.progress import building
 from trivium.config.run import Data, Source
 from trivium.errors import ConfigError
 
 if TYPE_CHECKING:
+    from trivium.data.chat.samples import ConversationSettings
     from trivium.data.look.inspect import Inspection
-    from trivium.data.look.show import Shown, Span
-    from trivium.data.store.build import ConversationSettings
+    from trivium.data.look.show import Shown, TextSpan
 
 DEFAULTS = {name: info.default for name, info in Data.model_fields.items()}
 DOCUMENTS = click.Choice(["file", "paragraph", "line"])
@@ -40,7 +40,7 @@ def data() -> None:
 def _pairs(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     """OURS=THEIRS, as often as it is given."""
     if wrong := [value for value in values if "=" not in value]:
-        raise click.BadParameter(f"{wrong[0]!r} is no OURS=THEIRS, such as prompt=question")
+        raise click.BadParameter(f"{wrong[0]!r} is not OURS=THEIRS, for example prompt=question")
     return dict(value.split("=", 1) for value in values)
 
 
@@ -49,7 +49,7 @@ READING_OPTIONS = [
     click.option(
         "--documents", type=DOCUMENTS, default="file", show_default=True, help="One document of a plain text file."
     ),
-    click.option("--format", type=FORMAT, default="auto", show_default=True, help="How a row says what it holds."),
+    click.option("--format", type=FORMAT, default="auto", show_default=True, help="Format of the records."),
     click.option(
         "--fields", multiple=True, callback=_pairs, metavar="OURS=THEIRS", help="A field's name, as prompt=question."
     ),
@@ -62,18 +62,18 @@ READING_OPTIONS = [
         help="Tokens of the longest sample of a conversation.",
     ),
     click.option(
-        "--long-rows",
+        "--overlong",
         type=click.Choice(["drop", "split", "truncate"]),
         default=DEFAULTS["overlong"],
         show_default=True,
-        help="What becomes of turns that do not fit.",
+        help="What to do with answers that do not fit.",
     ),
     click.option(
         "--loss-tokens",
         type=click.Choice(["assistant", "all"]),
         default="assistant",
         show_default=True,
-        help="Tokens of a conversation that carry loss.",
+        help="Supervised tokens of a conversation.",
     ),
 ]
 READING_KEYS = ("field", "documents", "format", "fields", "dataset")
@@ -103,7 +103,7 @@ def _sources(names: tuple[str, ...], options: dict[str, Any]) -> list[Source]:
 
 
 def _conversations(options: dict[str, Any]) -> "ConversationSettings":
-    from trivium.data.store.build import ConversationSettings
+    from trivium.data.chat.samples import ConversationSettings
 
     return ConversationSettings(options["seq_len"], options["overlong"], options["loss_tokens"] == "all")
 
@@ -124,9 +124,9 @@ def _conversations(options: dict[str, Any]) -> "ConversationSettings":
     type=click.FloatRange(0, 1),
     default=DEFAULTS["max_reject_share"],
     show_default=True,
-    help="Largest share of unusable rows.",
+    help="Largest share of unusable records.",
 )
-@click.option("--workers", type=click.IntRange(1, 512), help="Processes that tokenise. Default: one a core.")
+@click.option("--workers", type=click.IntRange(1, 512), help="Processes that tokenize. Default: one per core.")
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),
@@ -145,30 +145,30 @@ def build(
     as_json: bool,
     **reading: Any,
 ) -> None:
-    """Turn each SOURCE into a token store, or find the one that is there; print where it lies.
+    """Turn each SOURCE into a token store, or find the existing one, and print its path.
 
     A SOURCE is a file or folder of .txt .md .jsonl .json .parquet (also .gz .zst), or hub:ID for a Hub data set.
-    Rows are documents or conversations; which, and in which format, is found out from each file's first rows.
+    Records are documents or conversations; which, and in which format, is detected from each file's first records.
 
     Example: trivium data build stories.jsonl --tokenizer Qwen/Qwen3-0.6B
     """
-    from trivium.data.store.build import build_sources
+    from trivium.data.store.build import BuildSettings, build_sources
+    from trivium.data.store.tally import describe_counts
     from trivium.data.tokenizer import load_tokenizer
 
-    built = build_sources(
-        _sources(sources, reading),
-        load_tokenizer(tokenizer),
-        held_out=held_out,
-        max_reject_share=max_reject_share,
-        max_document_mib=DEFAULTS["max_document_mib"],
+    settings = BuildSettings(
         cache_dir=cache_dir,
         conversations=_conversations(reading),
+        held_out=held_out,
+        max_reject_share=max_reject_share,
         workers=workers,
     )
+    with building() as listener:
+        built = build_sources(_sources(sources, reading), load_tokenizer(tokenizer), settings, listener)
     total = sum(store.report["tokens"] for store in built)
     if as_json:
-        rows = [{"source": store.name, "store": str(store.path), **store.report} for store in built]
-        click.echo(json.dumps(rows, indent=2))
+        reports = [{"source": store.name, "store": str(store.path), **store.report} for store in built]
+        click.echo(json.dumps(reports, indent=2))
         return
     for store in built:
         report = store.report
@@ -179,30 +179,15 @@ def build(
             "duplicates",
             err=True,
         )
-        for line in _row_facts(report):
+        for line in describe_counts(report):
             click.echo(f"  {line}", err=True)
         if report["conversations"]:
             click.echo(f"  {_loss_facts(report['supervised_tokens'], all_tokens)}", err=True)
         click.echo(store.path)
 
 
-def _row_facts(counts: dict[str, int]) -> list[str]:
-    """What became of the rows and their turns, under the names of report.json."""
-    turns = {
-        "answers dropped: too long, or nothing stands before them": counts.get("dropped_turns"),
-        "answers cut to fit": counts.get("cut_turns"),
-        "answers whose reasoning the template does not show": counts.get("lost_reasoning_turns"),
-        "rows with control tokens written out in the text": counts.get("control_token_rows"),
-    }
-    return [
-        f"{counts['rows']:,} rows = {counts['kept']:,} kept + {counts['split']:,} split into several samples + "
-        f"{counts['rejected']:,} rejected",
-        *(f"{count:,} {what}" for what, count in turns.items() if count),
-    ]
-
-
 def _loss_facts(num_supervised: int, num_tokens: int) -> str:
-    return f"{num_supervised:,} tokens carry loss ({num_supervised / max(1, num_tokens):.1%})"
+    return f"{num_supervised:,} supervised tokens ({num_supervised / max(1, num_tokens):.1%})"
 
 
 @data.command("import")
@@ -210,39 +195,41 @@ def _loss_facts(num_supervised: int, num_tokens: int) -> str:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def import_(folder: Path, out: Path, as_json: bool) -> None:
-    """Turn FOLDER, padded .mmap files as Qwen3-Coder's binarize_data.py writes them, into a store with its mask.
+    """Turn FOLDER, padded .mmap files as Qwen3-Coder's binarize_data.py writes them, into a store with loss weights.
 
-    Padding is removed, and rows that teach nothing are refused. What is printed goes into a run file as `store:`.
+    Padding is removed, and samples without a supervised token are rejected. Put what is printed into a run file as
+    `store:`.
 
     Example: trivium data import binarized --out imported
     """
     from trivium.data.store.imports import import_padded_mmap
+    from trivium.data.store.tally import describe_counts
 
     report = import_padded_mmap(folder, out)
     if as_json:
         click.echo(json.dumps({"store": str(out / "tokens"), **report}, indent=2))
         return
     click.echo(f"{folder}: {report['tokens']:,} tokens in {report['documents']:,} samples", err=True)
-    for line in [*_row_facts(report), _loss_facts(report["supervised_tokens"], report["tokens"])]:
+    for line in [*describe_counts(report), _loss_facts(report["supervised_tokens"], report["tokens"])]:
         click.echo(f"  {line}", err=True)
     for reason, count in report["rejected_by_reason"].items():
-        click.echo(f"  refused: {reason}, {count:,} rows", err=True)
+        click.echo(f"  rejected: {reason}, {count:,} records", err=True)
     click.echo(out / "tokens")
 
 
 @data.command()
 @click.argument("paths", nargs=-1, required=True, metavar="STORE_OR_SOURCE...")
 @click.option(
-    "--tokenizer", help="Tokenizer folder or Hub id: a store's tokens as text, a source's as they are learnt."
+    "--tokenizer", help="Tokenizer folder or Hub id: shows a store's tokens as text, a source's as they are trained on."
 )
 @reading_options
-@click.option("-n", "num_shown", type=click.IntRange(0), default=3, show_default=True, help="Rows to show of each.")
+@click.option("-n", "num_shown", type=click.IntRange(0), default=3, show_default=True, help="Records to show of each.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(paths: tuple[str, ...], tokenizer: str | None, num_shown: int, as_json: bool, **reading: Any) -> None:
-    """Show first rows, lengths, shares and refused rows of stores and sources.
+    """Show first records, lengths, shares and rejects of stores and sources.
 
-    With --tokenizer a conversation is shown as it would be learnt: tokens that carry loss in green (of another weight
-    in yellow; [[so]] without colours), and each answer proven to continue what serving sends.
+    With --tokenizer a conversation is shown as it would be trained on: supervised tokens in green (with another weight
+    in yellow; in [[brackets]] without colors), and each answer proven to continue what serving sends.
 
     \b
     Examples:
@@ -262,13 +249,15 @@ def inspect(paths: tuple[str, ...], tokenizer: str | None, num_shown: int, as_js
 
 
 def _print(inspection: "Inspection") -> None:
+    from trivium.data.store.tally import describe_counts
+
     unit, num_documents = inspection.unit, inspection.num_documents
     click.echo(
         f"{inspection.name}: {num_documents:,} documents, {inspection.size:,} {unit}, "
         f"{inspection.share:.1%} of all {unit}"
     )
     if inspection.counts:
-        click.echo("\n".join(f"  {line}" for line in _row_facts(inspection.counts)))
+        click.echo("\n".join(f"  {line}" for line in describe_counts(inspection.counts)))
     if inspection.num_supervised is not None:
         click.echo(f"  {_loss_facts(inspection.num_supervised, inspection.size)}")
     if inspection.counts.get("conversations"):
@@ -286,7 +275,7 @@ def _print(inspection: "Inspection") -> None:
         bar = "#" * max(1, round(BAR_COLUMNS * count / most))
         click.echo(f"  {low:>12,} to {2 * low - 1:<12,} {count:>12,} {bar}")
     for reason, count in inspection.rejected_by_reason.items():
-        click.echo(f"  refused: {reason}, {count:,} rows")
+        click.echo(f"  rejected: {reason}, {count:,} records")
         for reject in inspection.rejects.get(reason, []):
             click.echo(f"    {reject}")
     for shown in inspection.documents:
@@ -311,11 +300,11 @@ def _print_shown(shown: "Shown") -> None:
         click.echo(_marked(span, span.text[:left]), nl=False)
         left = max(0, left - len(span.text))
     cut = sum(len(span.text) for span in shown.spans) - MAX_SHOWN_CHARS
-    click.echo(f" [{cut:,} characters more]" if cut > 0 else "")
+    click.echo(f" [{cut:,} more characters]" if cut > 0 else "")
 
 
-def _marked(span: "Span", text: str) -> str:
-    """The text in the colour of its weight, or in brackets where there are no colours."""
+def _marked(span: "TextSpan", text: str) -> str:
+    """The text in the color of its weight, or in brackets where there are no colors."""
     if span.weight is None or not text:
         return text
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:

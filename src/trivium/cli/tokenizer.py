@@ -1,6 +1,6 @@
-"""`trivium tokenizer`: train a small tokenizer on text, and look at any.
+"""`trivium tokenizer`: train a small tokenizer on text, and inspect any.
 
-The work is `trivium.data`'s; here are flags and printing.
+Flags and printing only.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from trivium.cli.data import DEFAULT_CACHE_DIR, DEFAULTS, DOCUMENTS, source_of
+from trivium.cli.progress import building
 from trivium.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,17 +49,19 @@ def train(
 
     Example: trivium tokenizer train stories.jsonl --vocab-size 2048 --out my-tokenizer
     """
-    from trivium.data.store.build import train_tokenizer_from_sources
+    from trivium.data.store.train_tokenizer import train_tokenizer_from_sources
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: there is something there already. Name a new folder; nothing is overwritten.")
-    trained = train_tokenizer_from_sources(
-        [source_of(source, field, documents) for source in sources],
-        kind=cast("TokenizerKind", kind),
-        vocab_size=vocab_size,
-        cache_dir=cache_dir,
-        max_document_mib=DEFAULTS["max_document_mib"],
-    )
+        raise ConfigError(f"{out}: exists already. Name a new folder; nothing is overwritten.")
+    with building() as listener:
+        trained = train_tokenizer_from_sources(
+            [source_of(source, field, documents) for source in sources],
+            kind=cast("TokenizerKind", kind),
+            vocab_size=vocab_size,
+            cache_dir=cache_dir,
+            max_document_mib=DEFAULTS["max_document_mib"],
+            listener=listener,
+        )
     shutil.copytree(trained, out, dirs_exist_ok=True)
     click.echo(out)
 

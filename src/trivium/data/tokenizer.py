@@ -1,8 +1,7 @@
 """Tokenizers: load and check one, train a small one, encode documents with it.
 
-A trained tokenizer is a plain Hugging Face folder. `DocumentEncoder` is what worker processes hold: it needs the
-`tokenizers` library only, since importing transformers would cost each of them seconds. Chat formats are not its
-business. Everybody above `data` may import this file.
+A trained tokenizer is a plain Hugging Face folder. `DocumentEncoder` is what worker processes hold: it needs only the
+`tokenizers` library, since importing transformers would cost each of them seconds.
 """
 
 import hashlib
@@ -59,7 +58,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     folder = Path(name).expanduser()
     if not folder.exists() and (folder.is_absolute() or str(name).startswith((".", "~"))):
         raise ConfigError(
-            f"Tokenizer {name}: no such folder. Expected one with tokenizer.json, or a Hub id such as Qwen/Qwen3-0.6B."
+            f"Tokenizer {name}: no such folder. Expected one with tokenizer.json, or a Hub id like Qwen/Qwen3-0.6B."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.exists() else name), trust_remote_code=False)
@@ -91,10 +90,10 @@ def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, 
     """Train a tokenizer and save it as a Hugging Face folder; the same texts give byte-identical files.
 
     All kinds start from the 256 bytes, so any text encodes without an unknown token and decodes to itself
-    (`bpe` first normalises to NFC as Qwen does), and end with Qwen's three special tokens.
-    - `bpe`: merges learnt on words cut by Qwen's pattern, `vocab_size` tokens if the texts have that many merges.
+    (`bpe` first normalizes to NFC as Qwen does), and end with Qwen's three special tokens.
+    - `bpe`: merges learned on words cut by Qwen's pattern, `vocab_size` tokens if the texts have that many merges.
     - `byte`: the bytes alone, always 259 tokens.
-    - `char`: one token a character for the commonest ones, the bytes of UTF-8 for those that found no place.
+    - `char`: one token per character for the commonest ones, the bytes of UTF-8 for the rest.
 
     Raises: ConfigError when `vocab_size` is below 259 (256 bytes and 3 special tokens).
     """
@@ -184,7 +183,7 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Encoding:
-    """All that decides the token ids of a document; small enough to send to a worker process."""
+    """Everything that decides the token ids of a document; small enough to send to a worker process."""
 
     tokenizer_json: str
     """The backend tokenizer, with every control token marked special."""
@@ -193,7 +192,12 @@ class Encoding:
     vocab_size: int
     """Number of ids, added tokens included."""
     control_tokens: tuple[str, ...]
-    """Tokens that steer a model and are therefore plain text inside a document."""
+    """Tokens that steer a model; written out inside a document they stay plain text."""
+
+    @property
+    def added_ids(self) -> list[int]:
+        """Ids of the tokens that were added to the vocabulary, control tokens among them."""
+        return sorted(token["id"] for token in json.loads(self.tokenizer_json)["added_tokens"])
 
     @property
     def fingerprint(self) -> str:
@@ -205,7 +209,7 @@ def document_encoding(tokenizer: "PreTrainedTokenizerFast") -> Encoding:
     """Take from a loaded tokenizer what encodes documents.
 
     It starts from the loaded object and not from tokenizer.json, because Qwen3-Base keeps four of its tokens only in
-    tokenizer_config.json. Qwen marks tokens such as `<think>` not special, so the library would let plain text forge
+    tokenizer_config.json. Qwen marks tokens like `<think>` not special, so the library would let plain text forge
     them; here every added token that is special or written in angle brackets counts as a control token.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -239,10 +243,9 @@ class DocumentEncoder:
         """Whether a control token is written out in the text."""
         return self._control.search(text) is not None
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """One array of ids a text, uint16 or int32 by the size of the vocabulary, the end token last."""
-        end = np.array([self._end_id], dtype=self.dtype)
-        return [np.concatenate([*map(self._encode_part, self._parts(text)), end]) for text in texts]
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, uint16 or int32 by the size of the vocabulary, the end token last."""
+        return np.concatenate([*map(self._encode_part, self._parts(text)), np.array([self._end_id], dtype=self.dtype)])
 
     def _encode_part(self, part: str) -> np.ndarray:
         ids = self._words.encode(part, self.dtype) if self._words else None
@@ -269,7 +272,7 @@ class DocumentEncoder:
 
 
 def _word_pattern(content: dict[str, Any]) -> str | None:
-    """Qwen's pattern or our own for characters, if BPE on its words is all that a tokenizer.json does; else None."""
+    """Qwen's pattern or our own for characters, if a tokenizer.json only does BPE on its words; else None."""
     steps = (content["pre_tokenizer"] or {}).get("pretokenizers", [])
     plain = (
         content["model"]["type"] == "BPE"

@@ -3,7 +3,7 @@
 Qwen's pattern cuts text into words, and BPE never looks beyond one. So a word is encoded by the library once and
 remembered. The pattern runs in the `regex` library, whose Unicode tables may be of another version than those inside
 `tokenizers`; text with any character outside long settled scripts is therefore left to the caller, who asks the
-library. Imported by `tokenizer.py` only, which decides whether a tokenizer is one of Qwen's kind.
+library.
 """
 
 import itertools
@@ -26,7 +26,7 @@ MAX_WORD_CHARS = 64
 
 
 class WordEncoder:
-    """Remembers the ids of up to 131,072 words, some 40 MiB, and begins anew when there are more."""
+    """Remembers the ids of up to 131,072 words, some 40 MiB, and starts over when there are more."""
 
     def __init__(self, tokenizer: Tokenizer, pattern: str) -> None:
         self._tokenizer = tokenizer
@@ -34,7 +34,7 @@ class WordEncoder:
         self._ids: dict[str, list[int]] = {}
 
     def encode(self, text: str, dtype: np.dtype) -> np.ndarray | None:
-        """The ids of a text, or None when it holds a character that is for the library to judge."""
+        """The ids of a text, or None when it has a character that only the library can encode."""
         if UNSETTLED.search(text):
             return None
         words = self._pattern.findall(text)

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from trivium.config.run import Run, Source
-from trivium.data.chat.formats import Conversation, content_of
-from trivium.data.chat.samples import ChatTemplate, describe_template
+from trivium.data.chat.formats import Conversation
+from trivium.data.chat.template import ChatTemplate, describe_template
+from trivium.data.columns import FULL_WEIGHT, loss_weights
 from trivium.data.source.corpus import open_corpus
-from trivium.data.source.records import RowError, parse_piece
+from trivium.data.source.records import read_records
 from trivium.engine.build import build_engine
 from trivium.engine.device import Machine
 from trivium.engine.engine import Engine
@@ -92,8 +93,8 @@ class Case:
             for document in spread(len(store), max(1, share)):
                 length = int(store.lengths[document])
                 ids = store.tokens(document, max(0, length - most), length)
-                weights = store.weights(document, max(0, length - most), length)
-                weights = np.full(len(ids), 100, dtype=np.uint8) if weights is None else weights
+                weights = loss_weights(store, document, max(0, length - most), length)
+                weights = np.full(len(ids), FULL_WEIGHT, dtype=np.uint8) if weights is None else weights
                 samples.append(Sample(ids, weights, source.store is not None))
         return samples
 
@@ -146,12 +147,9 @@ def _conversations(run: Run, source: Source) -> Iterator[Conversation]:
     if not corpus.has_conversations:
         return
     pieces = (piece for block in corpus.blocks(block_bytes=READ_BLOCK_BYTES) for piece in block.pieces)
-    for piece in pieces:
-        for row in parse_piece(piece, corpus.reading.field, corpus.reading.max_row_bytes):
-            with suppress(RowError):
-                content = content_of(row, piece.layout)
-                if isinstance(content, Conversation):
-                    yield content
+    for record in read_records(pieces, corpus.reading):
+        if isinstance(record.content, Conversation):
+            yield record.content
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from contextlib import suppress
 
 import numpy as np
 
-from trivium.data.chat.formats import Conversation, Turn
+from trivium.data.chat.formats import Conversation
+from trivium.data.chat.messages import Turn
 from trivium.data.chat.samples import ChatEncoder
-from trivium.data.source.records import Reason, RowError
+from trivium.data.rejects import Reason, RecordError
 from trivium.doctor.case import Case
 from trivium.doctor.findings import Rule, Trouble
 from trivium.errors import BadData
@@ -25,7 +26,7 @@ SMALL_CORPUS_TOKENS = 10_000_000
 def too_long(case: Case) -> Trouble | None:
     """Q03: answers that were dropped, cut or refused because they are longer than a row."""
     reports = [built.report for built in case.job.built if built.report.get("conversations")]
-    rows = sum(report["rows"] for report in reports)
+    rows = sum(report["records"] for report in reports)
     refused = sum(report["rejected_by_reason"].get(Reason.LONGER_THAN_SEQ_LEN.value, 0) for report in reports)
     dropped, cut = (sum(report[key] for report in reports) for key in ("dropped_turns", "cut_turns"))
     if refused + dropped + cut <= SHORTENED_SHARE * rows:
@@ -85,7 +86,7 @@ def reasoning_lost_whole(case: Case) -> int:
     for conversation in case.conversations:
         wanted = [text for turn in conversation.turns if turn.weight and (text := reasoning_of(turn))]
         if wanted and encoder is not None:
-            with suppress(RowError):
+            with suppress(RecordError):
                 ids = np.concatenate([sample.ids for sample in encoder.encode(conversation).samples])
                 learnt = _normal(str(case.job.tokenizer.decode(ids.tolist())))
                 lost += sum(_normal(text) not in learnt for text in wanted)
@@ -129,7 +130,7 @@ def _calls(conversation: Conversation) -> list[tuple[str, list[str]]]:
 def control_tokens_in_text(case: Case) -> Trouble | None:
     """Q17: conversations in which somebody wrote a control token out."""
     reports = [built.report for built in case.job.built if built.report.get("conversations")]
-    taken = sum(report["control_token_rows"] for report in reports)
+    taken = sum(report["control_token_records"] for report in reports)
     refused = sum(report["rejected_by_reason"].get(Reason.CONTROL_TOKEN.value, 0) for report in reports)
     if not taken and not refused:
         return None

@@ -46,6 +46,8 @@ def examine(run: Run, allowed: frozenset[str], note: Callable[[str], None]) -> I
         return
     the_machine = probe(run.device, run.precision)
     job = prepare(run, note, the_machine)
+    for built in job.built:
+        built.verify()
     case = Case(job, the_machine, read_conversations(run, with_hub=True))
     found = look(CASE_RULES, case)
     yield from found

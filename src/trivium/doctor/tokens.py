@@ -5,12 +5,12 @@ makes impossible is checked all the same, so that a change of it would be caught
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from trivium.data.batch.pack import NO_LABEL, Batch
+from trivium.data.columns import loss_weights
 from trivium.doctor.case import Case, Sample
 from trivium.doctor.findings import Rule, Trouble
 from trivium.engine.build import untrained_tokens
@@ -46,15 +46,16 @@ def pad_equals_end(case: Case) -> Trouble | None:
 def _labels(case: Case, batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each piece of a batch the labels that its store gives, and those that the batch has."""
     stores = case.job.batches.stores
-    for (source, document, start, stop), (begin, end) in zip(
-        batch.spans.tolist(), pairwise(batch.bounds), strict=False
-    ):
-        store = stores[source]
+    begin = 0
+    for source, document, start, stop in batch.spans.tolist():
+        store, end = stores[source], begin + stop - start
         past = min(stop + 1, int(store.lengths[document]))
         ids = store.tokens(document, start, past)[1:].astype(np.int64)
-        weights = store.weights(document, start, past)
+        weights = loss_weights(store, document, start, past)
         expected = ids if weights is None else np.where(weights[1:] == 0, NO_LABEL, ids)
+        expected[[border - start - 1 for border in store.sequence_starts(document, start, past)]] = NO_LABEL
         yield expected, batch.labels[begin:end].numpy()[: len(expected)]
+        begin = end
 
 
 def end_not_learnt(case: Case) -> Trouble | None:

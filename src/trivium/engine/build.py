@@ -54,7 +54,7 @@ def trained_tokens(job: Job) -> list[int]:
     named = job.run.adapter.train_tokens
     if named is None:
         control = control_tokens(job)
-        return untrained_tokens(job, {token for store in job.built for token in store.open().found_among(control)})
+        return untrained_tokens(job, {token for store in job.built for token in store.find_control_tokens(control)})
     known = job.tokenizer.get_vocab()
     if unknown := [token for token in named if token not in known]:
         raise ConfigError(

@@ -88,8 +88,8 @@ def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: Mapp
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TriviumError(
-            f"Writing {folder.name} failed: {error}. Earlier checkpoints are untouched. Free or repair the disk and run "
-            "the same command again."
+            f"Writing {folder.name} failed: {error}. Earlier checkpoints are untouched. Free or repair the disk and "
+            "run the same command again."
         ) from error
 
 

@@ -16,10 +16,12 @@ import numpy as np
 from trivium.config.run import Run, Source, TrainTokenizer
 from trivium.data.batch.order import Order
 from trivium.data.batch.pack import Batch, StoreBatches, sequential_batches
-from trivium.data.chat.samples import describe_template
+from trivium.data.chat.samples import ConversationSettings
+from trivium.data.chat.template import describe_template
 from trivium.data.source.corpus import FileHashes
-from trivium.data.store.build import BuiltStore, ConversationSettings, build_sources, train_tokenizer_from_sources
+from trivium.data.store.build import BuildSettings, BuiltStore, Listener, build_sources
 from trivium.data.store.megatron import Selection, Store
+from trivium.data.store.train_tokenizer import train_tokenizer_from_sources
 from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.device import GIB, Machine
 from trivium.engine.sample import end_ids
@@ -112,7 +114,7 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
     tokenizer_folder = find_tokenizer(run, model_folder, note)
     tokenizer = load_tokenizer(str(tokenizer_folder))
     shape = settle_shape(run, known_shape, len(tokenizer), tokenizer_folder)
-    built = build_data(run, tokenizer)
+    built = build_data(run, tokenizer, note)
     mixture = find_mixture(run, built)
     has_conversations = any(store.has_conversations for store in built)
     facts = count_facts(mixture)
@@ -282,6 +284,7 @@ def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], No
         vocab_size=training.vocab_size,
         cache_dir=cache_folder(run),
         max_document_mib=run.data.max_document_mib,
+        listener=Listener(note),
     )
 
 
@@ -312,19 +315,18 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_f
     return replace(shape, vocab_size=vocab_size)
 
 
-def build_data(run: Run, tokenizer: Any) -> list[BuiltStore]:
+def build_data(run: Run, tokenizer: Any, note: Callable[[str], None]) -> list[BuiltStore]:
     """A token store for every source, built now or found in the cache."""
     data = run.data
-    return build_sources(
-        data.sources,
-        tokenizer,
+    settings = BuildSettings(
+        cache_dir=cache_folder(run),
         conversations=ConversationSettings(data.seq_len, data.overlong, run.loss_tokens == "all"),
         held_out=data.held_out,
         max_reject_share=data.max_reject_share,
         max_document_mib=data.max_document_mib,
-        cache_dir=cache_folder(run),
         workers=data.workers,
     )
+    return build_sources(data.sources, tokenizer, settings, Listener(note))
 
 
 def held_out_batches(run: Run, built: Sequence[BuiltStore]) -> list[Batch]:

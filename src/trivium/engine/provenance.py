@@ -15,6 +15,7 @@ import torch
 from trivium.config.load import flatten
 from trivium.config.run import Run, Source
 from trivium.data.store.build import BuiltStore
+from trivium.data.store.tally import describe_counts
 from trivium.engine.device import Machine, describe, probe
 from trivium.engine.engine import Engine
 from trivium.engine.prepare import Job, supervised_share
@@ -139,17 +140,6 @@ def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
 def describe_conversations(built: BuiltStore) -> str:
     """What happened to a source's conversations, in one line."""
     report = built.report
-    counts = {
-        "split into several samples": report["split"],
-        "rejected": report["rejected"],
-        "turns dropped as too long": report["dropped_turns"],
-        "answers cut": report["cut_turns"],
-        "turns whose reasoning the template does not show": report["lost_reasoning_turns"],
-        "with control tokens in the text": report["control_token_rows"],
-    }
-    notes = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
     share = report["reasoning_documents"] / max(1, report["kept"] + report["split"])
-    return (
-        f"{built.name}: {report['rows']:,} records{notes}; {supervised_share(built):.1%} of the tokens are supervised"
-        + (f"; {share:.1%} of the samples have reasoning" if share else "")
-    )
+    notes = [*describe_counts(report), f"{supervised_share(built):.1%} of the tokens are supervised"]
+    return f"{built.name}: " + "; ".join([*notes, f"{share:.1%} of the samples have reasoning"] if share else notes)

@@ -9,6 +9,7 @@ from torch import nn
 
 from trivium.config.run import Adapter, Optimizer
 from trivium.data.batch.pack import Batch, pack
+from trivium.data.columns import FULL_WEIGHT, LOSS_WEIGHTS, Column
 from trivium.engine.engine import Engine
 from trivium.model import adapter
 from trivium.model.quantize import NF4Linear
@@ -29,12 +30,17 @@ class RandomStore:
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         return np.random.default_rng(document).integers(0, self.vocab_size, int(self.lengths[document]))[start:stop]
 
-    def weights(self, document: int, start: int, stop: int) -> np.ndarray | None:
-        if self.supervised_share == 1.0:
-            return None
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return () if self.supervised_share == 1.0 else (LOSS_WEIGHTS,)
+
+    def sequence_starts(self, document: int, start: int, stop: int) -> list[int]:
+        return []
+
+    def column(self, name: str, document: int, start: int, stop: int) -> np.ndarray:
         length = int(self.lengths[document])
         first = length - round(self.supervised_share * length)
-        return np.where(np.arange(start, stop) >= first, 100, 0).astype(np.uint8)
+        return np.where(np.arange(start, stop) >= first, FULL_WEIGHT, 0).astype(np.uint8)
 
 
 def rehearsal_engine(workload: Workload, device: torch.device | str = "cpu") -> Engine:

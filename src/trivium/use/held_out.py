@@ -20,7 +20,8 @@ from torch.nn.functional import cross_entropy
 from trivium.config.load import load_run
 from trivium.config.run import Data, Source
 from trivium.data.batch.pack import NO_LABEL, Batch, sequential_batches
-from trivium.data.store.build import ConversationSettings, build_sources
+from trivium.data.chat.samples import ConversationSettings
+from trivium.data.store.build import BuildSettings, build_sources
 from trivium.engine.prepare import prepare
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import BadData, ConfigError
@@ -101,15 +102,14 @@ def passages_of_file(
     Raises: ConfigError or BadData when it is not there or holds nothing that could be learnt.
     """
     with tempfile.TemporaryDirectory(prefix="trivium-held-out-") as cache_dir:
-        (built,) = build_sources(
-            [Source(path=str(path))],
-            tokenizer,
+        settings = BuildSettings(
+            cache_dir=Path(cache_dir),
+            conversations=ConversationSettings(seq_len),
             held_out=0.0,
             max_reject_share=1.0,
             max_document_mib=MAX_DOCUMENT_MIB,
-            cache_dir=Path(cache_dir),
-            conversations=ConversationSettings(seq_len),
         )
+        (built,) = build_sources([Source(path=str(path))], tokenizer, settings)
         for unused in ("rejected", "duplicates", "dropped_turns"):
             if built.report[unused]:
                 note(f"{path}: left out {built.report[unused]:,} {unused.replace('_', ' ')}")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from trivium.data.chat.samples import ChatTemplate, describe_template
+from trivium.data.chat.template import ChatTemplate, describe_template
 from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError, TriviumError

@@ -47,6 +47,8 @@ def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], 
     """
     folder = RunFolder.existing(path)
     job = prepare(load_run(folder.run_yaml, []).run, note)
+    for built in job.built:
+        built.verify()
     records = list(folder.ledger)
     digest, num_tokens = "", 0
     for index, record in enumerate(records):

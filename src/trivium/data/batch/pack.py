@@ -1,13 +1,13 @@
-"""Rows of tokens as batches on one flat token axis, with everything the step needs computed on the host.
+"""Packed sequences as batches on one flat token axis, with everything the step needs computed on the host.
 
-Documents never share context: positions restart in each, and `bounds` tells attention where each ends. The label
-of a token is the next token of its own document, also where the row ends before the document does. Knows nothing
-of models or devices. Used by the engine and `verify`.
+Documents never share context, and neither do the sequences of one document: positions restart in each, and `bounds`
+tells attention where each ends. The label of a token is the next token of its sequence, also where the packed sequence
+ends before the document does.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from trivium.data.batch.order import Order
+from trivium.data.columns import FULL_WEIGHT, LOSS_WEIGHTS, HasColumns
 
 NO_LABEL = -100
 SUPERVISED_MULTIPLE = 64
 NO_SPANS = np.empty((0, 4), dtype=np.int64)
 
 
-class TokenStore(Protocol):
+class TokenStore(HasColumns, Protocol):
     """What packing needs of a token store."""
 
     @property
@@ -33,27 +34,28 @@ class TokenStore(Protocol):
         """Token ids [start, stop) of a document."""
         ...
 
-    def weights(self, document: int, start: int, stop: int) -> np.ndarray | None:
-        """Loss weights in hundredths, uint8, of the tokens [start, stop) as labels; None where all are 100."""
+    def sequence_starts(self, document: int, start: int, stop: int) -> list[int]:
+        """The tokens of a document, inside (start, stop), at which another of its sequences begins."""
         ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward and backward's worth of rows, N tokens long whatever they hold.
+    """The packed sequences of one forward and backward, N tokens long whatever they hold.
 
     Attributes:
         tokens: int64 [N].
-        labels: int64 [N], the next token of the same document, NO_LABEL where there is none or it carries no loss.
-        positions: int64 [N], 0 at the start of every piece of a document.
+        labels: int64 [N], the next token of the same sequence, NO_LABEL where there is none or it has no loss.
+        positions: int64 [N], 0 at the start of every piece of a document, and of each of its sequences.
         cu_seqlens: int32 [D + 1], where each piece begins and the last one ends, then N again up to a power of two.
         bounds: the same numbers without the padding, for attention without a varlen kernel.
         supervised: int64 [M], the places that have a label, then place 0 up to a multiple of SUPERVISED_MULTIPLE:
-            matrix products whose size is new every time are slow.
+            matrix products of a different size each time are slow.
         supervised_labels: int64 [M], their labels; NO_LABEL marks the padding.
         supervised_weights: float32 [M], their loss weights, 0 in the padding; None where all are 1.
-        num_supervised: how many carry loss.
+        num_supervised: how many places have a label.
         spans: int64 [pieces, 4], (source, document, start, stop) of what was read; padding has none.
+        supervised_columns: [M] each, the values of the stores' other columns for those labels; 0 in the padding.
         digests: hex SHA-256 of each packed sequence, see `sequence_digests`; empty for evaluation.
     """
 
@@ -67,19 +69,21 @@ class Batch:
     supervised_weights: torch.Tensor | None
     num_supervised: int
     spans: np.ndarray
+    supervised_columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     digests: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on a device; without waiting for the copy where they are pinned."""
+        """The batch with its tensors on a device; without waiting for the copy if they are pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """The batch in memory that a GPU can copy from while the host goes on."""
+        """The batch in page-locked memory, from which a GPU copies while the host continues."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        columns = {name: change(value) for name, value in self.supervised_columns.items()}
+        return replace(self, **tensors, supervised_columns=columns)
 
     @property
     def total_weight(self) -> float:
@@ -92,9 +96,12 @@ class Batch:
         return int((self.spans[:, 3] - self.spans[:, 2]).sum())
 
     def pieces(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Each piece of a document: its span, and the token ids that were read."""
-        for span, (begin, end) in zip(self.spans.tolist(), pairwise(self.bounds), strict=False):
-            yield span, self.tokens[begin:end].tolist()
+        """Each span and the token ids that were read of it."""
+        begin = 0
+        for source, document, start, stop in self.spans.tolist():
+            end = begin + stop - start
+            yield [source, document, start, stop], self.tokens[begin:end].tolist()
+            begin = end
 
     @property
     def max_document_tokens(self) -> int:
@@ -103,30 +110,38 @@ class Batch:
 
 
 def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Batch:
-    """Lay pieces of documents end to end on an axis of `num_tokens`; what stays free becomes unsupervised padding."""
+    """Put pieces of documents end to end on an axis of `num_tokens`; what stays free becomes unsupervised padding.
+
+    The sequences of one document do not see each other: each becomes a piece, and no label crosses into the next one.
+    """
     tokens = np.zeros(num_tokens, dtype=np.int64)
     labels = np.full(num_tokens, NO_LABEL, dtype=np.int64)
-    hundredths = np.full(num_tokens, 100, dtype=np.uint8)
-    positions = np.zeros(num_tokens, dtype=np.int64)
+    columns = _default_columns(stores, num_tokens)
     bounds = [0]
     for source, document, start, stop in spans.tolist():
         here, length, store = bounds[-1], stop - start, stores[source]
         past = min(stop + 1, int(store.lengths[document]))
-        ids, weights = store.tokens(document, start, past), store.weights(document, start, past)
+        ids = store.tokens(document, start, past)
         tokens[here : here + length] = ids[:length]
         labels[here : here + len(ids) - 1] = ids[1:]
-        if weights is not None:
-            hundredths[here : here + len(ids) - 1] = weights[1:]
-        positions[here : here + length] = np.arange(length)
+        for column in store.columns:
+            if column.per == "token":
+                values = store.column(column.name, document, start, past)
+                columns[column.name][here : here + len(ids) - 1] = values[1:]
+        for border in store.sequence_starts(document, start, past):
+            labels[here + border - start - 1] = NO_LABEL
+            if border < stop:
+                bounds.append(here + border - start)
         bounds.append(here + length)
     if bounds[-1] < num_tokens:
-        positions[bounds[-1] :] = np.arange(num_tokens - bounds[-1])
         bounds.append(num_tokens)
+    positions = np.concatenate([np.arange(stop - start) for start, stop in pairwise(bounds)])
     padded_bounds = np.full(1 + (1 << (len(bounds) - 2).bit_length()), num_tokens, dtype=np.int32)
     padded_bounds[: len(bounds)] = bounds
-    labels[hundredths == 0] = NO_LABEL
+    labels[columns[LOSS_WEIGHTS.name] == 0] = NO_LABEL
     places = np.flatnonzero(labels != NO_LABEL)
-    weights = hundredths[places]
+    supervised = {name: values[places] for name, values in columns.items()}
+    weights = supervised.pop(LOSS_WEIGHTS.name)
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -135,10 +150,18 @@ def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Ba
         bounds=tuple(bounds),
         supervised=_padded(places, 0),
         supervised_labels=_padded(labels[places], NO_LABEL),
-        supervised_weights=None if (weights == 100).all() else _padded(weights.astype(np.float32) / 100, 0),
+        supervised_weights=None if (weights == FULL_WEIGHT).all() else _padded(weights.astype(np.float32) / 100, 0),
         num_supervised=len(places),
         spans=spans,
+        supervised_columns={name: _padded(values, 0) for name, values in supervised.items()},
     )
+
+
+def _default_columns(stores: Sequence[TokenStore], num_tokens: int) -> dict[str, np.ndarray]:
+    """Every column per token that one of the stores has, and the loss weights in any case, filled with defaults."""
+    declared = {column.name: column for store in stores for column in store.columns if column.per == "token"}
+    declared[LOSS_WEIGHTS.name] = LOSS_WEIGHTS
+    return {name: np.full(num_tokens, column.default, column.dtype) for name, column in declared.items()}
 
 
 def _padded(values: np.ndarray, padding: int) -> torch.Tensor:
@@ -248,18 +271,26 @@ def share(batches: Sequence[Batch], rank: int, world_size: int) -> list[Batch]:
 
 
 def sequence_digests(batch: Batch, num_spans: Sequence[int]) -> Iterator[str]:
-    """Hex SHA-256 of each packed sequence of a batch: its spans, ids and labels.
+    """Hex SHA-256 of each packed sequence of a batch: its spans, ids and labels, and the columns of its labels.
 
     `num_spans`: how many spans each sequence has, in order.
     """
-    first = 0
+    places = batch.supervised[: batch.num_supervised].numpy()
+    weights = batch.supervised_weights
+    columns = [torch.ones(len(places)) if weights is None else weights]
+    columns += [batch.supervised_columns[name] for name in sorted(batch.supervised_columns)]
+    first = begin = 0
     for count in num_spans:
-        begin, end = batch.bounds[first], batch.bounds[first + count]
-        digest = hashlib.sha256(batch.spans[first : first + count].astype(np.int64).tobytes())
+        spans = batch.spans[first : first + count]
+        end = begin + int((spans[:, 3] - spans[:, 2]).sum())
+        digest = hashlib.sha256(spans.astype(np.int64).tobytes())
         digest.update(batch.tokens[begin:end].numpy().tobytes())
         digest.update(batch.labels[begin:end].numpy().tobytes())
+        low, high = np.searchsorted(places, [begin, end])
+        for column in columns:
+            digest.update(column[low:high].numpy().tobytes())
         yield digest.hexdigest()
-        first += count
+        first, begin = first + count, end
 
 
 def step_digest(previous: str, micro_batches: Sequence[Sequence[str]]) -> str:

@@ -1,25 +1,23 @@
-"""Formats: a record of a file becomes a `Conversation` or a `Document`, or is refused with the reason.
+"""Formats: a record of a file becomes a `Conversation` or a `Document`, or is rejected with the reason.
 
 Knows OpenAI messages, ShareGPT, Alpaca, prompt and completion, and plain text, each under the names its files usually
-use or under those its `Layout` gives. What a model will see of a conversation is `chat.py`'s business. Runs in worker
-processes and imports nothing heavy. Imported inside `data`, and by what shows or asks conversations above it.
+use or under those its `RecordLayout` gives. Runs in worker processes, so it imports nothing heavy.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from trivium.data.chat.columns import Format, Layout, detect, from_dataset_info
-from trivium.data.chat.messages import FULL_WEIGHT, Spelling, Turn, check_json, checked_text, load_json, parse_message
-from trivium.data.source.records import Reason, Reject, Row, RowError, json_type
-
-__all__ = ["Conversation", "Document", "Format", "Layout", "Turn", "content_of", "detect", "from_dataset_info", "parse"]
+from trivium.data.chat.layout import RecordLayout
+from trivium.data.chat.messages import Spelling, Turn, check_json, checked_text, load_json, parse_message
+from trivium.data.columns import FULL_WEIGHT
+from trivium.data.rejects import Reason, RecordError, json_type
 
 MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in a checked order, the last an answer, and the tools the model may call."""
+    """Messages in a checked order, the last an answer, and the tools the model may call."""
 
     turns: tuple[Turn, ...]
     tools: tuple[dict[str, Any], ...] = ()
@@ -32,85 +30,75 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """A text that is learnt whole."""
+    """A text trained on as it is."""
 
     text: str
 
 
-def content_of(row: Row | Reject, layout: Layout | None) -> Conversation | Document:
-    """What a row of a file with that layout holds.
-
-    Raises: RowError with the reason when it cannot be learnt from.
-    """
-    if isinstance(row, Reject):
-        raise RowError(row.reason, row.detail)
-    return Document(row.text) if layout is None or row.record is None else parse(row.record, layout)
-
-
-def parse(record: object, layout: Layout) -> Conversation | Document:
+def parse(record: object, layout: RecordLayout) -> Conversation | Document:
     """Read one record.
 
-    Raises: RowError with the reason when it cannot be learnt from.
+    Raises: RecordError with the reason when it cannot be used.
     """
     if not isinstance(record, dict):
-        raise RowError(Reason.NOT_OBJECT, f"found {json_type(record)}")
+        raise RecordError(Reason.NOT_OBJECT, f"found {json_type(record)}")
     if layout.format == "text":
         return _document(record, layout.text_field)
     for name in MEDIA_FIELDS:
         if record.get(name):
-            raise RowError(Reason.MEDIA, repr(name))
+            raise RecordError(Reason.MEDIA, repr(name))
     turns = _listed(record, layout) if layout.format in ("messages", "sharegpt") else _paired(record, layout)
     turns = [*_system(record, layout), *turns]
     _check_order(turns)
-    num_learnt = max(index for index, turn in enumerate(turns, start=1) if turn.role == "assistant")
-    return Conversation(tuple(turns[:num_learnt]), _tools(record, layout))
+    num_turns = max(index for index, turn in enumerate(turns, start=1) if turn.role == "assistant")
+    return Conversation(tuple(turns[:num_turns]), _tools(record, layout))
 
 
 def _document(record: dict[str, Any], name: str) -> Document:
     if name not in record:
         raise _missing(record, name)
     if record[name] is None:
-        raise RowError(Reason.NULL, repr(name))
+        raise RecordError(Reason.NULL, repr(name))
     text = checked_text(record[name], Reason.WRONG_TYPE, repr(name))
     if not text or text.isspace():
-        raise RowError(Reason.EMPTY)
+        raise RecordError(Reason.EMPTY)
     return Document(text)
 
 
-def _missing(record: dict[str, Any], name: str) -> RowError:
-    return RowError(Reason.NO_FIELD, f"no {name!r}; it has {', '.join(map(repr, list(record)[:8])) or 'no fields'}")
+def _missing(record: dict[str, Any], name: str) -> RecordError:
+    return RecordError(Reason.NO_FIELD, f"no {name!r}; it has {', '.join(map(repr, list(record)[:8])) or 'no fields'}")
 
 
-def _required(record: dict[str, Any], layout: Layout, name: str) -> Any:
+def _required(record: dict[str, Any], layout: RecordLayout, name: str) -> Any:
     found = layout.find(name, record)
     if found is None:
         raise _missing(record, " or ".join(layout.names(name)) or name)
     if record[found] is None:
-        raise RowError(Reason.NULL, repr(found))
+        raise RecordError(Reason.NULL, repr(found))
     return record[found]
 
 
-def _optional(record: dict[str, Any], layout: Layout, name: str) -> Any:
-    """What the record has under one of our names, None for nothing and for what is as good as nothing."""
+def _optional(record: dict[str, Any], layout: RecordLayout, name: str) -> Any:
+    """What the record has under one of our names; None where that is missing or empty."""
     found = layout.find(name, record)
     return (record[found] if found is not None else None) or None
 
 
-def _spelling(layout: Layout) -> Spelling:
+def _spelling(layout: RecordLayout) -> Spelling:
     return Spelling(layout.fields.get("role"), layout.fields.get("content"), layout.roles)
 
 
-def _listed(record: dict[str, Any], layout: Layout) -> list[Turn]:
+def _listed(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
     messages = _required(record, layout, "messages")
     if not isinstance(messages, list):
-        raise RowError(Reason.MESSAGES_NOT_LIST, json_type(messages))
+        raise RecordError(Reason.MESSAGES_NOT_LIST, json_type(messages))
     if not messages:
-        raise RowError(Reason.NO_MESSAGES)
+        raise RecordError(Reason.NO_MESSAGES)
     spelling = _spelling(layout)
     return [parse_message(message, number, spelling) for number, message in enumerate(messages, start=1)]
 
 
-def _paired(record: dict[str, Any], layout: Layout) -> list[Turn]:
+def _paired(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
     """A question and its answer, each a text or a list of messages, after what was said before."""
     spelling = _spelling(layout)
     turns = _history(record, layout)
@@ -124,16 +112,16 @@ def _paired(record: dict[str, Any], layout: Layout) -> list[Turn]:
     if question.strip():
         turns.append(Turn("user", question))
     elif not turns:
-        raise RowError(Reason.EMPTY_QUESTION)
+        raise RecordError(Reason.EMPTY_QUESTION)
     if isinstance(answer, list):
         return turns + [parse_message(message, number, spelling) for number, message in enumerate(answer, start=1)]
     text = checked_text(answer, Reason.ANSWER_NOT_TEXT, "answer")
     if not text.strip():
-        raise RowError(Reason.EMPTY_ANSWER)
+        raise RecordError(Reason.EMPTY_ANSWER)
     return [*turns, Turn("assistant", text, weight=FULL_WEIGHT)]
 
 
-def _question(record: dict[str, Any], layout: Layout) -> Any:
+def _question(record: dict[str, Any], layout: RecordLayout) -> Any:
     """The prompt; a record that has an input may leave it out."""
     prompt = _optional(record, layout, "prompt")
     if prompt is None and _optional(record, layout, "input") is None:
@@ -141,69 +129,69 @@ def _question(record: dict[str, Any], layout: Layout) -> Any:
     return prompt
 
 
-def _history(record: dict[str, Any], layout: Layout) -> list[Turn]:
+def _history(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
     history = _optional(record, layout, "history") or []
     if not isinstance(history, list):
-        raise RowError(Reason.HISTORY_NOT_PAIRS, json_type(history))
+        raise RecordError(Reason.HISTORY_NOT_PAIRS, json_type(history))
     turns = []
     for number, pair in enumerate(history, start=1):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError(Reason.HISTORY_NOT_PAIRS, f"entry {number}")
+            raise RecordError(Reason.HISTORY_NOT_PAIRS, f"entry {number}")
         question, answer = (checked_text(text, Reason.HISTORY_NOT_PAIRS, f"entry {number}") for text in pair)
         if not question.strip():
-            raise RowError(Reason.EMPTY_QUESTION, f"history, entry {number}")
+            raise RecordError(Reason.EMPTY_QUESTION, f"history, entry {number}")
         if not answer.strip():
-            raise RowError(Reason.EMPTY_ANSWER, f"history, entry {number}")
+            raise RecordError(Reason.EMPTY_ANSWER, f"history, entry {number}")
         turns += [Turn("user", question), Turn("assistant", answer, weight=FULL_WEIGHT)]
     return turns
 
 
-def _system(record: dict[str, Any], layout: Layout) -> list[Turn]:
+def _system(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
     system = _optional(record, layout, "system")
     return [] if system is None else [Turn("system", checked_text(system, Reason.SYSTEM_NOT_TEXT, "system"))]
 
 
-def _tools(record: dict[str, Any], layout: Layout) -> tuple[dict[str, Any], ...]:
+def _tools(record: dict[str, Any], layout: RecordLayout) -> tuple[dict[str, Any], ...]:
     tools = _optional(record, layout, "tools")
     if isinstance(tools, str):
         try:
             tools = load_json(tools) if tools.strip() else None
         except ValueError as error:
-            raise RowError(Reason.TOOLS_NOT_LIST, str(error)) from None
+            raise RecordError(Reason.TOOLS_NOT_LIST, str(error)) from None
     if tools is None:
         return ()
     if not isinstance(tools, list):
-        raise RowError(Reason.TOOLS_NOT_LIST, json_type(tools))
+        raise RecordError(Reason.TOOLS_NOT_LIST, json_type(tools))
     return tuple(_tool(tool, f"tool {number}") for number, tool in enumerate(tools, start=1))
 
 
 def _tool(tool: object, where: str) -> dict[str, Any]:
     if not isinstance(tool, dict):
-        raise RowError(Reason.TOOL_NOT_OBJECT, f"{where} is {json_type(tool)}")
+        raise RecordError(Reason.TOOL_NOT_OBJECT, f"{where} is {json_type(tool)}")
     wrapped = tool if "function" in tool else {"type": "function", "function": tool}
     function = wrapped["function"]
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip():
-        raise RowError(Reason.TOOL_UNNAMED, where)
+        raise RecordError(Reason.TOOL_UNNAMED, where)
     check_json(wrapped, where)
     return wrapped
 
 
 def _check_order(turns: list[Turn]) -> None:
-    """Raises: RowError when serving could never come to these turns, or none of them would be learnt."""
+    """Raises: RecordError when serving could not produce these turns, or none of them would be trained on."""
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     for index, turn in enumerate(turns):
         before = turns[index - 1] if index else None
         if turn.role == "system" and before is not None:
             reason = Reason.TWO_SYSTEMS if turns[0].role == "system" else Reason.SYSTEM_LATE
-            raise RowError(reason, f"turn {index + 1}")
+            raise RecordError(reason, f"turn {index + 1}")
         if turn.role == "assistant" and before is not None and before.role == "assistant":
-            raise RowError(Reason.TWO_ANSWERS, f"turns {index} and {index + 1}")
+            raise RecordError(Reason.TWO_ANSWERS, f"turns {index} and {index + 1}")
         if turn.role == "tool" and not (before and (before.tool_calls or before.role == "tool")):
-            raise RowError(Reason.RESULT_ALONE, f"turn {index + 1}")
+            raise RecordError(Reason.RESULT_ALONE, f"turn {index + 1}")
     if not answers:
-        raise RowError(Reason.NO_ANSWER)
+        raise RecordError(Reason.NO_ANSWER)
     if not any(turns[index].weight for index in answers):
-        raise RowError(Reason.UNTRAINED)
+        raise RecordError(Reason.UNTRAINED)
     if not any(turns[index].weight for index in answers if index > 0):
-        raise RowError(Reason.NOTHING_ASKED)
+        raise RecordError(Reason.NOTHING_ASKED)

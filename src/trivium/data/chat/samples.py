@@ -1,9 +1,9 @@
-"""Chat: a conversation becomes samples of token ids, each answer proven to continue exactly what serving sends.
+"""Samples: a conversation becomes samples of token ids, each answer proven to continue exactly what serving sends.
 
-The model's own chat template decides everything; nothing here knows a model. For every learnt answer the prompt is
-what `apply_chat_template(history, add_generation_prompt=True)` gives, and the answer is encoded by itself, as a model
-writes it. Templates that show an earlier turn differently later (Qwen3 drops its reasoning) make one conversation
-several samples. How a template is called is `template.py`'s business. Imported inside `data`.
+The model's own chat template decides everything; nothing here knows a model. For every answer that is trained on, the
+prompt is what `apply_chat_template(history, add_generation_prompt=True)` gives, and the answer is encoded by itself, as
+a model writes it. Templates that show an earlier turn differently later (Qwen3 drops its reasoning) make one
+conversation several samples.
 """
 
 import json
@@ -15,22 +15,32 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from trivium.data.chat.formats import Conversation
-from trivium.data.chat.messages import FULL_WEIGHT
-from trivium.data.chat.template import ChatTemplate, Renderer, describe_template
-from trivium.data.source.records import Reason, RowError
+from trivium.data.chat.template import Renderer, describe_template
+from trivium.data.columns import FULL_WEIGHT
+from trivium.data.rejects import Reason, RecordError
 from trivium.errors import BadData
-
-__all__ = ["Answer", "ChatEncoder", "ChatTemplate", "Encoded", "LongRows", "Sample", "describe_template"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LongRows = Literal["drop", "split", "truncate"]
+Overlong = Literal["drop", "split", "truncate"]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A learnt turn inside a sample: tokens [start, stop) are the answer, its end-of-turn token the last of them."""
+class ConversationSettings:
+    """How conversations become samples; documents are not affected."""
+
+    seq_len: int
+    """Tokens of the longest sample."""
+    overlong: Overlong = "drop"
+    """What to do with longer ones; see `config.Data.overlong`."""
+    all_tokens: bool = False
+    """Every token is supervised, not the assistant's alone."""
+
+
+@dataclass(frozen=True)
+class AnswerSpan:
+    """A supervised answer inside a sample: its tokens are [start, stop), the end-of-turn token the last of them."""
 
     turn: int
     start: int
@@ -40,35 +50,35 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Tokens that belong together."""
+class ChatSample:
+    """Token ids with their loss weights, made from one conversation."""
 
     ids: np.ndarray
     """[tokens] int32."""
     weights: np.ndarray
-    """[tokens] uint8, hundredths: by how much the loss of predicting this token counts."""
+    """[tokens] uint8, hundredths: the loss weight of each token as a label."""
     has_reasoning: bool
-    answers: tuple[Answer, ...]
+    answers: tuple[AnswerSpan, ...]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a conversation."""
+    """The samples of a conversation, and what was left out of them."""
 
-    samples: list[Sample]
+    samples: list[ChatSample]
     dropped_turns: int = 0
-    """Learnt turns that gave nothing: too long, or nothing stands before them that could have asked."""
+    """Answers left out: too long, or nothing before them that they could answer."""
     cut_turns: int = 0
-    """Learnt turns whose answer lost its end."""
+    """Answers that lost their end."""
     split: bool = False
     """Whether a turn's history begins later than the conversation, so that it fits."""
-    lost_reasoning: int = 0
-    """Learnt turns whose reasoning the template does not show."""
+    lost_reasoning_turns: int = 0
+    """Answers whose reasoning the template does not show."""
     has_control_text: bool = False
-    """Whether what the model reads spells out a token such as <think>; serving would take it for one, too."""
+    """Whether what the model reads spells out a token like <think>; serving would encode it as that token, too."""
 
 
-class _Part(NamedTuple):
+class _PromptAnswer(NamedTuple):
     """One answer and the prompt it continues."""
 
     prompt_ids: list[int]
@@ -88,20 +98,20 @@ class _Growing:
     ids: list[int] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)
     has_reasoning: bool = False
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[AnswerSpan] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     """What serving sends for each answer."""
 
-    def extend(self, part: _Part, turn: int, weight: int) -> None:
+    def extend(self, part: _PromptAnswer, turn: int, weight: int) -> None:
         start = len(part.prompt_ids)
         self.ids = self.ids + part.prompt_ids[len(self.ids) :] + part.answer_ids
         self.weights += [0] * (start - len(self.weights)) + [weight] * len(part.answer_ids)
         self.has_reasoning |= part.has_reasoning
-        self.answers.append(Answer(turn, start, len(self.ids), part.thinking))
+        self.answers.append(AnswerSpan(turn, start, len(self.ids), part.thinking))
         self.prompts.append(part.prompt_ids)
 
-    def sample(self) -> Sample:
-        return Sample(
+    def sample(self) -> ChatSample:
+        return ChatSample(
             np.array(self.ids, dtype=np.int32),
             np.array(self.weights, dtype=np.uint8),
             self.has_reasoning,
@@ -115,19 +125,19 @@ class ChatEncoder:
     Args:
         tokenizer: a loaded Hugging Face tokenizer with a chat template.
         seq_len: tokens of the longest sample.
-        overlong: what becomes of a turn that does not fit; see `config.Data.overlong`.
-        all_tokens: every token is learnt, not the answers' alone; such a sample is a document and may be longer.
+        overlong: what to do with a turn that does not fit; see `config.Data.overlong`.
+        all_tokens: every token is supervised, not the answers alone; such a sample is a document and may be longer.
 
-    Raises: ConfigError without a usable chat template, BadData when even the simplest answer is no continuation.
+    Raises: ConfigError without a usable chat template, BadData when the simplest answer does not continue its prompt.
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerFast", seq_len: int, overlong: LongRows = "drop", all_tokens: bool = False
+        self, tokenizer: "PreTrainedTokenizerFast", seq_len: int, overlong: Overlong = "drop", all_tokens: bool = False
     ) -> None:
         self.template = describe_template(tokenizer)
         self._renderer = Renderer(tokenizer)
         self._seq_len = seq_len
-        self._long_rows = overlong
+        self._overlong = overlong
         self._all_tokens = all_tokens
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
@@ -137,7 +147,7 @@ class ChatEncoder:
     def encode(self, conversation: Conversation) -> Encoded:
         """Encode one conversation.
 
-        Raises: RowError when it gives no sample, BadData when an answer is no continuation of what serving sends.
+        Raises: RecordError when it gives no sample, BadData when an answer does not continue what serving sends.
         """
         has_control_text = self._check_control_tokens(conversation)
         if self._all_tokens:
@@ -158,30 +168,30 @@ class ChatEncoder:
                 growing.append(_Growing())
             growing[-1].extend(cut, index, turn.weight)
         if not growing:
-            raise RowError(Reason.LONGER_THAN_SEQ_LEN, f"no answer fits into {self._seq_len:,} tokens")
+            raise RecordError(Reason.LONGER_THAN_SEQ_LEN, f"no answer fits into {self._seq_len:,} tokens")
         self._prove(growing)
         samples = [sample.sample() for sample in growing]
         return Encoded(samples, num_dropped, num_cut, first > 0, num_lost, has_control_text)
 
     def _check_control_tokens(self, conversation: Conversation) -> bool:
-        """Whether a token that is not special is spelt out where the model reads; a special one refuses the row."""
+        """Whether the text spells out a token that is not special; one that is special rejects the record."""
         for index, turn in enumerate(conversation.turns):
             text = json.dumps(turn.message(), ensure_ascii=False)
             if match := self._special.search(text):
-                raise RowError(Reason.CONTROL_TOKEN, f"{match[0]} in turn {index + 1} ({turn.role})")
+                raise RecordError(Reason.CONTROL_TOKEN, f"{match[0]} in turn {index + 1} ({turn.role})")
         tools = json.dumps(conversation.tools, ensure_ascii=False)
         if match := self._special.search(tools):
-            raise RowError(Reason.CONTROL_TOKEN, f"{match[0]} in the tools")
+            raise RecordError(Reason.CONTROL_TOKEN, f"{match[0]} in the tools")
         read = [turn.content for turn in conversation.turns if turn.role != "assistant"]
         return any(self._control.search(text) for text in (*read, tools))
 
-    def _whole(self, conversation: Conversation) -> Sample:
+    def _whole(self, conversation: Conversation) -> ChatSample:
         ids = self._renderer.whole_ids(conversation.turns, conversation.tools)
         weights = np.full(len(ids), FULL_WEIGHT, dtype=np.uint8)
         has_reasoning = any(turn.thinks for turn in conversation.turns if turn.role == "assistant")
-        return Sample(np.array(ids, dtype=np.int32), weights, has_reasoning, ())
+        return ChatSample(np.array(ids, dtype=np.int32), weights, has_reasoning, ())
 
-    def _fitting_part(self, conversation: Conversation, first: int, index: int) -> tuple[_Part | None, int]:
+    def _fitting_part(self, conversation: Conversation, first: int, index: int) -> tuple[_PromptAnswer | None, int]:
         """The answer of turn `index` after the history from turn `first` on, or, to split, from a later user turn on.
 
         Gives the turn that the history begins with, too. It never moves back, so that later answers extend the sample.
@@ -190,7 +200,7 @@ class ChatEncoder:
         if index == 0:
             return None, first
         part = self._part(conversation, first, index)
-        if self._long_rows != "split" or part.num_tokens <= self._seq_len:
+        if self._overlong != "split" or part.num_tokens <= self._seq_len:
             return part, first
         for start in range(first + 1, index):
             if turns[start].role == "user" and any(turn.role != "system" for turn in turns[first:start]):
@@ -199,16 +209,16 @@ class ChatEncoder:
                     return later, start
         return None, first
 
-    def _cut(self, part: _Part) -> _Part | None:
+    def _cut(self, part: _PromptAnswer) -> _PromptAnswer | None:
         """The part as it fits, None when it does not; an end of turn and one token before it always stay."""
         if part.num_tokens <= self._seq_len:
             return part
         room = self._seq_len - len(part.prompt_ids) - 1
-        if self._long_rows != "truncate" or room < 1:
+        if self._overlong != "truncate" or room < 1:
             return None
         return part._replace(answer_ids=[*part.answer_ids[:room], self.template.end_of_turn_id])
 
-    def _part(self, conversation: Conversation, first: int, index: int) -> _Part:
+    def _part(self, conversation: Conversation, first: int, index: int) -> _PromptAnswer:
         """The answer of turn `index`, and the prompt of the turns from `first` on, with the system turn always."""
         turn, history, where = conversation.turns[index], conversation.turns[first:index], f"turn {index + 1}"
         if first and conversation.turns[0].role == "system":
@@ -219,10 +229,10 @@ class ChatEncoder:
             raise BadData(
                 f"{where}: the chat template ends it with {rest[-40:]!r} and not with {self.template.end_of_turn}. "
                 "Expected the same end for every answer, since the model learns to stop by it. Use the model's own "
-                "template, or mend it."
+                "template, or correct this one."
             )
         answer = rest[: end + len(self.template.end_of_turn)]
-        return _Part(
+        return _PromptAnswer(
             self._renderer.prompt_ids(history, conversation.tools, thinking),
             self._renderer.answer_ids(answer, where),
             thinking,

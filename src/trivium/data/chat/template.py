@@ -1,7 +1,6 @@
-"""Chat templates: called as serving calls them, and asked what can be learnt of the answers they write.
+"""Chat templates: called as serving calls them, and checked for what training on their answers needs.
 
-A template is the model's own and decides everything; nothing here knows a model. Which turns are learnt and how they
-are laid out is `chat.py`'s business. Imported inside `data`.
+A template is the model's own and decides everything; nothing here knows a model.
 """
 
 import hashlib
@@ -9,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trivium.data.chat.messages import FULL_WEIGHT, Turn
-from trivium.data.source.records import Reason, RowError
+from trivium.data.chat.messages import Turn
+from trivium.data.columns import FULL_WEIGHT
+from trivium.data.rejects import Reason, RecordError
 from trivium.data.tokenizer import CHATML_TEMPLATE
 from trivium.errors import BadData, ConfigError
 
@@ -37,19 +37,19 @@ class ChatTemplate:
 
     sha256: str
     known_as: str | None
-    """Whose template it is; None for one we have not met."""
+    """Whose template it is; None for an unknown one."""
     end_of_turn: str
-    """The special token after which an answer is over."""
+    """The special token that ends an answer."""
     end_of_turn_id: int
     has_thinking_switch: bool
     """Whether `enable_thinking` changes what it writes."""
 
 
 class Continuation(NamedTuple):
-    """How a turn goes on from what serving sends."""
+    """How a turn continues what serving sends."""
 
     rest: str
-    """What the rendered conversation has after the prompt."""
+    """The rendered conversation after the prompt."""
     thinking: bool | None
     """The `enable_thinking` of that prompt, None where the template has no such switch."""
 
@@ -68,14 +68,14 @@ class Renderer:
     def prompt_ids(self, history: Sequence[Turn], tools: Sequence[dict[str, Any]], thinking: bool | None) -> list[int]:
         """The tokens that serving sends to be answered.
 
-        Raises: RowError when the template refuses the turns.
+        Raises: RecordError when the template refuses the turns.
         """
         return self._apply(history, tools, thinking, add_generation_prompt=True, tokenize=True)
 
     def whole_ids(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> list[int]:
-        """The tokens of a conversation that waits for no answer.
+        """The tokens of a conversation without a generation prompt.
 
-        Raises: RowError when the template refuses the turns.
+        Raises: RecordError when the template refuses the turns.
         """
         return self._apply(turns, tools, None, add_generation_prompt=False, tokenize=True)
 
@@ -85,9 +85,9 @@ class Renderer:
         """Which prompt of the history the turn continues, and with what.
 
         With a thinking switch there are two prompts; the longest that the turn continues is its own. So the empty think
-        block of an answer without reasoning belongs to the prompt, and is not learnt.
+        block of an answer without reasoning belongs to the prompt, and is not supervised.
 
-        Raises: BadData when it continues none, RowError when the template refuses the turns.
+        Raises: BadData when it continues none, RecordError when the template refuses the turns.
         """
         prompt = whole = ""
         for thinking in self.modes:
@@ -113,7 +113,7 @@ class Renderer:
                 **arguments,
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise RowError(Reason.TEMPLATE, f"{type(error).__name__}: {error}") from None
+            raise RecordError(Reason.TEMPLATE, f"{type(error).__name__}: {error}") from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text."""
@@ -132,7 +132,7 @@ class Renderer:
                 f"{where}: the tokenizer loses text. At character {place} the answer has "
                 f"{answer[place : place + 20]!r}, and its tokens decode to {decoded[place : place + 20]!r}. Expected "
                 "the same text, since the model can only learn the latter. Use the tokenizer that belongs to the "
-                "model, or leave such rows out."
+                "model, or leave such records out."
             )
         return ids
 
@@ -142,41 +142,42 @@ class Renderer:
     def _normal(self, text: str) -> str:
         return self._normalizer.normalize_str(text) if self._normalizer else text
 
-    def mismatch(self, sent: list[int], learnt: list[int], where: str) -> BadData:
+    def mismatch(self, sent: list[int], trained: list[int], where: str) -> BadData:
         """The error that shows where two lists of tokens part."""
-        place = next((i for i, (a, b) in enumerate(zip(sent, learnt, strict=False)) if a != b), len(learnt))
+        place = next((i for i, (a, b) in enumerate(zip(sent, trained, strict=False)) if a != b), len(trained))
         before = self._decode(sent[max(0, place - SHOWN_TOKENS) : place])
-        sent, learnt = (ids[place : place + SHOWN_TOKENS] for ids in (sent, learnt))
+        sent, trained = (ids[place : place + SHOWN_TOKENS] for ids in (sent, trained))
         return BadData(
-            f"{where}: what serving sends before this answer is not how the learnt conversation begins, so no label "
-            f"could be right. They part at token {place}, after {before!r}: serving sends {sent} "
-            f"{self._decode(sent)!r}, the conversation has {learnt} {self._decode(learnt)!r}. Expected "
+            f"{where}: what serving sends before this answer is not how the conversation trained on begins, so its "
+            f"labels would be wrong. They differ at token {place}, after {before!r}: serving sends {sent} "
+            f"{self._decode(sent)!r}, the conversation has {trained} {self._decode(trained)!r}. Expected "
             "apply_chat_template(history, add_generation_prompt=True) to be the beginning of "
-            "apply_chat_template(history and answer). Use the model's own chat template, or mend it."
+            "apply_chat_template(history and answer). Use the model's own chat template, or correct this one."
         )
 
 
 def describe_template(tokenizer: "PreTrainedTokenizerFast") -> ChatTemplate:
-    """Try a tokenizer's chat template on the simplest conversation.
+    """Describe a tokenizer's chat template by rendering the simplest conversation.
 
-    Raises: ConfigError when there is none or it ends no turn, BadData when an answer is no continuation of its prompt.
+    Raises: ConfigError when there is none or it does not end a turn with a special token, BadData when an answer does
+        not continue its prompt.
     """
     name = tokenizer.name_or_path
     try:
         template = tokenizer.get_chat_template()
     except ValueError:
         raise ConfigError(
-            f"Tokenizer {name} has no chat template, so nobody can say what a model would read of a conversation. "
+            f"Tokenizer {name} has no chat template, which conversations need. "
             "Expected one in chat_template.jinja or tokenizer_config.json; take the tokenizer of the model's chat "
-            "version, or put a template beside this one."
+            "version, or add a chat_template.jinja to its folder."
         ) from None
     try:
         renderer = Renderer(tokenizer)
         rest = renderer.continuation(PROBE[:1], PROBE[1], (), f"The chat template of {name}").rest
-    except RowError as error:
+    except RecordError as error:
         raise ConfigError(
             f"The chat template of {name} cannot render the simplest conversation ({error.detail}). Expected one for "
-            "conversations of text; use the model's own, or mend it."
+            "conversations of text; use the model's own, or correct this one."
         ) from None
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     after = renderer.encode(rest[rest.rfind(PROBE_ANSWER) + len(PROBE_ANSWER) :])
@@ -184,7 +185,7 @@ def describe_template(tokenizer: "PreTrainedTokenizerFast") -> ChatTemplate:
     if end_id is None:
         raise ConfigError(
             f"The chat template of {name} ends an answer with {rest[-40:]!r}, which holds no special token. Expected "
-            "one such as <|im_end|>, since a model learns to stop by it. Use the model's own template, or mend it."
+            "one like <|im_end|>, since a model learns to stop by it. Use the model's own, or correct this one."
         )
     sha256 = hashlib.sha256(template.encode()).hexdigest()
     return ChatTemplate(

@@ -1,7 +1,4 @@
-"""What documents and conversations are to a model: text in spans of one loss weight, and the proof of each answer.
-
-Colours nothing and counts nothing. Imported by `inspect.py`.
-"""
+"""What a model reads of documents and conversations: text in spans of one loss weight, and the proof of each answer."""
 
 import json
 from collections.abc import Iterator
@@ -10,16 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trivium.data.chat.formats import Conversation, Document, Turn
-from trivium.data.chat.samples import ChatEncoder, Encoded, Sample
+from trivium.data.chat.formats import Conversation, Document
+from trivium.data.chat.messages import Turn
+from trivium.data.chat.samples import ChatEncoder, ChatSample, Encoded
+from trivium.data.store.tally import describe_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 @dataclass
-class Span:
-    """Text whose tokens carry one loss weight."""
+class TextSpan:
+    """Text whose tokens have one loss weight."""
 
     text: str
     weight: int | None = None
@@ -27,8 +26,8 @@ class Span:
 
 
 @dataclass
-class Proof:
-    """A learnt answer: up to it its sample is, id for id, the prompt that serving sends."""
+class AnswerProof:
+    """A supervised answer: up to it its sample is, id for id, the prompt that serving sends."""
 
     turn: int
     """Number of the answer's turn, from 1."""
@@ -43,19 +42,19 @@ class Shown:
     """A document, a conversation, or a sample of one."""
 
     name: str
-    spans: list[Span]
+    spans: list[TextSpan]
     num_tokens: int | None = None
-    """None where no tokenizer was at hand."""
-    proofs: list[Proof] = field(default_factory=list)
+    """None without a tokenizer."""
+    proofs: list[AnswerProof] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What became of its conversation, and why."""
+    """What was split, dropped or cut, and why."""
 
 
-def as_text(content: Conversation | Document) -> list[Span]:
-    """A document's text, or a line for each turn of a conversation; no template has seen it."""
+def as_text(content: Conversation | Document) -> list[TextSpan]:
+    """A document's text, or a line for each turn of a conversation, without a template."""
     if isinstance(content, Document):
-        return [Span(content.text)]
-    return [Span(_turn_text(turn), turn.weight) for turn in content.turns]
+        return [TextSpan(content.text)]
+    return [TextSpan(_turn_text(turn), turn.weight) for turn in content.turns]
 
 
 def _turn_text(turn: Turn) -> str:
@@ -69,7 +68,7 @@ def as_samples(
 ) -> list[Shown]:
     """The samples that a conversation becomes, each answer proven by the encoder.
 
-    Raises: RowError when it gives none, BadData when an answer is no continuation of what serving sends.
+    Raises: RecordError when it gives none, BadData when an answer does not continue what serving sends.
     """
     encoded = encoder.encode(conversation)
     num_samples = len(encoded.samples)
@@ -86,9 +85,10 @@ def as_samples(
     return shown
 
 
-def _proofs(sample: Sample) -> list[Proof]:
+def _proofs(sample: ChatSample) -> list[AnswerProof]:
     return [
-        Proof(answer.turn + 1, answer.start, answer.stop - answer.start, answer.thinking) for answer in sample.answers
+        AnswerProof(answer.turn + 1, answer.start, answer.stop - answer.start, answer.thinking)
+        for answer in sample.answers
     ]
 
 
@@ -97,16 +97,12 @@ def _notes(encoded: Encoded) -> Iterator[str]:
         yield "a later answer's history begins at a later user turn, so that it fits"
     elif len(encoded.samples) > 1:
         yield f"{len(encoded.samples)} samples, since the template shows earlier turns differently later"
-    counts = {
-        "answers dropped: too long, or nothing stands before them": encoded.dropped_turns,
-        "answers cut to fit": encoded.cut_turns,
-        "answers whose reasoning the template does not show": encoded.lost_reasoning,
-        "or more control tokens written out in the text, which the model reads as such": int(encoded.has_control_text),
-    }
-    yield from (f"{count} {what}" for what, count in counts.items() if count)
+    yield from describe_notes(vars(encoded) | {"control_token_records": encoded.has_control_text})
 
 
-def as_spans(ids: np.ndarray, weights: np.ndarray | None, tokenizer: "PreTrainedTokenizerFast | None") -> list[Span]:
+def as_spans(
+    ids: np.ndarray, weights: np.ndarray | None, tokenizer: "PreTrainedTokenizerFast | None"
+) -> list[TextSpan]:
     """Tokens as text, or as numbers without a tokenizer, cut where the weight changes.
 
     Args:
@@ -119,5 +115,5 @@ def as_spans(ids: np.ndarray, weights: np.ndarray | None, tokenizer: "PreTrained
     for first, last in zip([0, *borders], [*borders, len(ids)], strict=True):
         part = ids[first:last].tolist()
         text = str(tokenizer.decode(part)) if tokenizer else " ".join(map(str, part))
-        spans.append(Span(text, None if weights is None or not part else int(weights[first])))
+        spans.append(TextSpan(text, None if weights is None or not part else int(weights[first])))
     return spans

@@ -1,41 +1,42 @@
-"""How much data there is, in seconds: rows, tokens, lengths, what carries loss, what reasons. Builds nothing.
+"""How much data there is, within seconds: records, tokens, lengths, supervised and reasoning shares. Builds nothing.
 
-All rows are read where that is quick, else blocks spread over the files, and the rest is concluded from their bytes.
-Tokens are those that a build makes, samples of conversations included, where a tokenizer is given; else they are
-estimated from the bytes of the text by its scripts. Nothing is shown: `inspect.py` does that. Imported by the verb
-`plan`; imports no torch by itself (a loaded tokenizer has).
+All records are read where that is quick, else blocks spread over the files, and the rest is extrapolated from bytes.
+With a tokenizer, tokens are those that a build makes, samples of conversations included; without one they are estimated
+from the bytes of the text by its scripts. Does not import torch (a loaded tokenizer does).
 """
 
-import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from trivium.config.run import Data, Source
-from trivium.data.chat.formats import Conversation, content_of
-from trivium.data.chat.samples import ChatEncoder
-from trivium.data.source.blocks import Block, file_kind
+from trivium.data.chat.formats import Conversation
+from trivium.data.chat.samples import ConversationSettings
+from trivium.data.columns import LOSS_WEIGHTS, REASONING
+from trivium.data.rejects import Reject
+from trivium.data.source.blocks import SourceBlock, file_kind
 from trivium.data.source.corpus import Corpus, FileCorpus, NoHashes, find_corpus
-from trivium.data.source.records import RowError, parse_piece
+from trivium.data.source.records import read_records
 from trivium.data.source.spread import parquet_footer, plain_bytes, spread_blocks
-from trivium.data.store.build import ConversationSettings
-from trivium.data.store.encode import Tally
+from trivium.data.store.build import chat_reading
+from trivium.data.store.encode import encode_blocks
 from trivium.data.store.megatron import Store
-from trivium.data.store.publish import REASONING_FILE
+from trivium.data.store.tally import Tally
+from trivium.data.tokenizer import document_encoding
 from trivium.errors import BadData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MOST_BYTES_READ, MOST_BYTES_ENCODED = 16 << 20, 1 << 20
-"""Bytes of a source that are read to count its rows, and encoded to count their tokens: all of a smaller one."""
+"""Bytes of a source that are read to count its records, and encoded to count their tokens: all of a smaller one."""
 NO_LIMIT = ConversationSettings(seq_len=1 << 30)
-MASK_DOCUMENTS = 10_000
+LOOKED_AT_DOCUMENTS = 10_000
 
 # UTF-8 bytes of a token by script, the spaces within a text counted where they stand. Measured with Qwen's tokenizer
 # (2.5 and 3 are the same here) on the prose of the Hugging Face course in 22 languages: English 5.0 bytes a token in
@@ -60,13 +61,13 @@ class Survey:
     Attributes:
         num_rows: usable documents, or conversations.
         num_tokens: tokens of one pass over them.
-        kind: what most of the tokens stand in.
+        kind: what most of the tokens are part of.
         mean_tokens: mean length of a document, or of a sample of a conversation.
-        supervised_share: share of the tokens that carry loss when answers alone are learnt.
+        supervised_share: share of the tokens that are supervised when only answers are.
         reasoning_share: share of the conversations' samples that show reasoning.
         is_measured: whether the tokens were counted with a tokenizer, rather than estimated.
-        read_share: share of the sources that was read; where it is below 1, counts are concluded from that.
-        num_rejected: rows that cannot be used.
+        read_share: share of the sources that was read; where it is below 1, counts are extrapolated from that.
+        num_rejected: records that cannot be used.
     """
 
     num_rows: int
@@ -81,14 +82,16 @@ class Survey:
 
     @property
     def how(self) -> str:
-        """How these figures came about, in words."""
-        read = "all rows read" if self.read_share == 1.0 else f"{self.read_share:.2g} of the data read, evenly spread"
+        """How these figures were found, in words."""
+        read = (
+            "all records read" if self.read_share == 1.0 else f"{self.read_share:.2g} of the data read, evenly spread"
+        )
         return f"{read}; tokens {'counted' if self.is_measured else 'estimated from the bytes of the text'}"
 
 
 @dataclass(frozen=True)
 class _Found:
-    """One source: what was read of it, and by how much all of it is more."""
+    """One source: what was read of it, and by what factor the whole is larger."""
 
     tally: Tally
     factor: float = 1.0
@@ -96,12 +99,12 @@ class _Found:
 
     @property
     def num_rows(self) -> float:
-        return (self.tally.num_kept + self.tally.num_split_rows) * self.factor
+        return (self.tally.kept + self.tally.split) * self.factor
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Of documents all, although nothing predicts the first."""
-        return self.tally.num_supervised_tokens if self.tally.num_conversations else self.tally.num_tokens
+        """All tokens of documents, although the first is never predicted."""
+        return self.tally.supervised_tokens if self.tally.conversations else self.tally.num_tokens
 
 
 def survey(
@@ -115,20 +118,20 @@ def survey(
     Args:
         sources: files, folders, Hub data sets or ready stores.
         tokenizer: the model's, loaded; without one tokens are estimated.
-        conversations: what becomes of long ones; by default they keep their length.
-        cache_dir: where stores are kept, so that one within a source is not taken for data.
+        conversations: what to do with long ones; by default they keep their length.
+        cache_dir: where stores are kept, so that one inside a source is not read as data.
 
-    Raises: ConfigError or BadData when a source is not there, cannot be read, or holds no usable row.
+    Raises: ConfigError or BadData when a source is not there, cannot be read, or has no usable record.
     """
     found = [_survey(source, tokenizer, conversations, cache_dir) for source in sources]
     tokens = [one.tally.num_tokens * one.factor for one in found]
-    samples = [one.tally.num_documents * one.factor for one in found]
-    chats = [index for index, one in enumerate(found) if one.tally.num_conversations]
+    samples = [one.tally.num_samples * one.factor for one in found]
+    chats = [index for index, one in enumerate(found) if one.tally.conversations]
     num_tokens = sum(tokens)
     if not num_tokens:
         names = ", ".join(str(source.path or source.hub or source.store) for source in sources)
-        raise BadData(f"{names}: no usable row was found. `trivium data inspect` shows why each is refused.")
-    reasoned = sum(found[index].tally.num_reasoning_documents * found[index].factor for index in chats)
+        raise BadData(f"{names}: no usable record was found. `trivium data inspect` shows why each is rejected.")
+    reasoned = sum(found[index].tally.reasoning_documents * found[index].factor for index in chats)
     return Survey(
         num_rows=max(1, round(sum(one.num_rows for one in found))),
         num_tokens=max(1, round(num_tokens)),
@@ -138,7 +141,7 @@ def survey(
         reasoning_share=reasoned / sum(samples[index] for index in chats) if chats else 0.0,
         is_measured=all(one.is_measured for one in found),
         read_share=sum(one.tally.num_tokens for one in found) / num_tokens,
-        num_rejected=round(sum(one.tally.num_rejected * one.factor for one in found)),
+        num_rejected=round(sum(one.tally.rejected * one.factor for one in found)),
     )
 
 
@@ -150,23 +153,22 @@ def _survey(
     hashes = NoHashes() if cache is None else NoHashes(cache)
     corpus = find_corpus(source, Data.model_fields["max_document_mib"].default, hashes)
     sizes = [plain_bytes(file) for file in corpus.files] if isinstance(corpus, FileCorpus) else []
-    read, num_bytes = _count(corpus, _blocks(corpus, sizes, MOST_BYTES_READ), Estimate())
+    read, num_bytes = _estimate(corpus, _blocks(corpus, sizes, MOST_BYTES_READ))
     if not sizes and num_bytes >= MOST_BYTES_READ:
         raise BadData(
             f"{corpus.name}: is larger than {MOST_BYTES_READ >> 20} MiB, and the Hub does not say by how much. Give "
-            "the number of its rows or tokens instead, or a downloaded copy of it."
+            "the number of its records or tokens instead, or a downloaded copy of it."
         )
-    num_rows = _rows_by_footer(corpus)
-    if num_rows is None:
-        num_rows = read.num_rows * (sum(sizes) / max(1, num_bytes) if sum(sizes) > MOST_BYTES_READ else 1.0)
+    num_records = _records_by_footer(corpus)
+    if num_records is None:
+        num_records = read.records * (sum(sizes) / max(1, num_bytes) if sum(sizes) > MOST_BYTES_READ else 1.0)
     if tokenizer is not None:
-        chat = ChatEncoder(tokenizer, **asdict(conversations)) if corpus.has_conversations else None
-        read, _ = _count(corpus, _blocks(corpus, sizes, MOST_BYTES_ENCODED), Encode(tokenizer, chat))
-    return _Found(read, num_rows / max(1, read.num_rows), is_measured=tokenizer is not None)
+        read = _encode(corpus, _blocks(corpus, sizes, MOST_BYTES_ENCODED), tokenizer, conversations)
+    return _Found(read, num_records / max(1, read.records), is_measured=tokenizer is not None)
 
 
-def _blocks(corpus: Corpus, sizes: list[int], most_bytes: int) -> Iterator[Block]:
-    """All of a corpus where that is quick, else what lies evenly in it; of the Hub the beginning."""
+def _blocks(corpus: Corpus, sizes: list[int], most_bytes: int) -> Iterator[SourceBlock]:
+    """All of a corpus where that is quick, else blocks spread over it; of a Hub data set the beginning."""
     if isinstance(corpus, FileCorpus):
         yield from corpus.blocks() if sum(sizes) <= most_bytes else spread_blocks(corpus, sizes, most_bytes)
         return
@@ -178,75 +180,59 @@ def _blocks(corpus: Corpus, sizes: list[int], most_bytes: int) -> Iterator[Block
             return
 
 
-def _rows_by_footer(corpus: Corpus) -> int | None:
-    """Rows of all files where each knows its number; None where some do not."""
+def _records_by_footer(corpus: Corpus) -> int | None:
+    """Records of all files where each file says how many it has; None otherwise."""
     if not isinstance(corpus, FileCorpus) or any(file_kind(file.path) != "parquet" for file in corpus.files):
         return None
     return sum(parquet_footer(file.path).num_rows for file in corpus.files)
 
 
-def _count(corpus: Corpus, blocks: Iterator[Block], counter: "Estimate | Encode") -> tuple[Tally, int]:
-    """What becomes of the rows of these blocks, and their bytes."""
+def _estimate(corpus: Corpus, blocks: Iterator[SourceBlock]) -> tuple[Tally, int]:
+    """Count the records of these blocks, their tokens by the bytes of their text, and their bytes."""
     tally, num_bytes = Tally(), 0
-    for piece in itertools.chain.from_iterable(block.pieces for block in blocks):
-        num_bytes += len(piece.data)
-        for row in parse_piece(piece, corpus.reading.field, corpus.reading.max_row_bytes):
-            try:
-                content = content_of(row, piece.layout)
-                if isinstance(content, Conversation):
-                    counter.conversation(content, tally)
-                    tally.num_conversations += 1
-                else:
-                    counter.document(content.text, tally)
-                    tally.num_documents += 1
-            except RowError as error:
-                tally.rejected[error.reason.value] += 1
+    for block in blocks:
+        num_bytes += sum(len(piece.data) for piece in block.pieces)
+        for record in read_records(block.pieces, corpus.reading):
+            content = record.content
+            if isinstance(content, Reject):
+                tally.rejected_by_reason[content.reason] += 1
+                continue
+            tally.num_samples += 1
+            if isinstance(content, Conversation):
+                _estimate_conversation(content, tally)
+            else:
+                tally.num_tokens += estimated_tokens(content.text) + 1  # and its end
     return tally, num_bytes
 
 
-class Estimate:
-    """Tokens by the bytes of the text; a conversation is one sample, since no template says otherwise."""
+def _estimate_conversation(conversation: Conversation, tally: Tally) -> None:
+    """Tools and turns as text, and what ChatML writes around them; an answer's end is supervised, too.
 
-    def document(self, text: str, tally: Tally) -> None:
-        """Its text and its end."""
-        tally.num_tokens += estimated_tokens(text) + 1
-
-    def conversation(self, conversation: Conversation, tally: Tally) -> None:
-        """Tools and turns as text, and what ChatML writes around them; an answer's end is learnt, too."""
-        tally.num_documents += 1
-        tally.num_reasoning_documents += any(turn.weight and turn.thinks for turn in conversation.turns)
-        if conversation.tools:
-            tally.num_tokens += estimated_tokens(json.dumps(conversation.tools, ensure_ascii=False))
-        for turn in conversation.turns:
-            calls = json.dumps(turn.tool_calls, ensure_ascii=False) if turn.tool_calls else ""
-            num_tokens = estimated_tokens(f"{turn.reasoning or ''}{turn.content}{calls}")
-            tally.num_tokens += num_tokens + TURN_TOKENS
-            tally.num_supervised_tokens += num_tokens + 1 if turn.weight else 0
+    A conversation counts as one sample, since there is no template to split it.
+    """
+    tally.conversations += 1
+    tally.reasoning_documents += any(turn.weight and turn.thinks for turn in conversation.turns)
+    if conversation.tools:
+        tally.num_tokens += estimated_tokens(json.dumps(conversation.tools, ensure_ascii=False))
+    for turn in conversation.turns:
+        calls = json.dumps(turn.tool_calls, ensure_ascii=False) if turn.tool_calls else ""
+        num_tokens = estimated_tokens(f"{turn.reasoning or ''}{turn.content}{calls}")
+        tally.num_tokens += num_tokens + TURN_TOKENS
+        tally.supervised_tokens += num_tokens + 1 if turn.weight else 0
 
 
-@dataclass(frozen=True)
-class Encode:
-    """Tokens as a build makes them. A control token that is written out in a document is taken for one, though."""
-
-    tokenizer: "PreTrainedTokenizerFast"
-    chat: ChatEncoder | None
-    """Set where there are conversations."""
-
-    def document(self, text: str, tally: Tally) -> None:
-        """Its text and its end."""
-        tally.num_tokens += len(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) + 1
-
-    def conversation(self, conversation: Conversation, tally: Tally) -> None:
-        """Its samples. Raises: RowError when it gives none, BadData when the template cannot be trusted."""
-        assert self.chat is not None
-        samples = self.chat.encode(conversation).samples
-        tally.num_documents += len(samples)
-        tally.num_split_rows += len(samples) > 1
-        tally.num_split_documents += len(samples) if len(samples) > 1 else 0
-        for sample in samples:
-            tally.num_tokens += len(sample.ids)
-            tally.num_supervised_tokens += int(np.count_nonzero(sample.weights[1:]))
-            tally.num_reasoning_documents += sample.has_reasoning
+def _encode(
+    corpus: Corpus,
+    blocks: Iterator[SourceBlock],
+    tokenizer: "PreTrainedTokenizerFast",
+    conversations: ConversationSettings,
+) -> Tally:
+    """Count the records of these blocks and their tokens, as a build makes them."""
+    tally = Tally()
+    chat = chat_reading(corpus, tokenizer, conversations)
+    for block in encode_blocks(blocks, document_encoding(tokenizer), corpus.reading, chat, workers=1):
+        tally.add(block.tally)
+    return tally
 
 
 def estimated_tokens(text: str) -> int:
@@ -262,14 +248,15 @@ def estimated_tokens(text: str) -> int:
 
 
 def _of_store(path: Path) -> _Found:
-    """A ready store knows its tokens; of a mask some documents are looked at, evenly spread."""
+    """A ready store knows its tokens; the loss weights of some documents, evenly spread, are looked at."""
     store = Store(path)
-    tally = Tally(num_documents=len(store), num_tokens=store.num_tokens, num_supervised_tokens=store.num_tokens)
-    if store.mask is None:
+    tally = Tally(num_samples=len(store), num_tokens=store.num_tokens, supervised_tokens=store.num_tokens)
+    if LOSS_WEIGHTS not in store.columns:
         return _Found(tally)
-    masks = [store.mask.tokens(document) for document in range(0, len(store), 1 + len(store) // MASK_DOCUMENTS)]
-    share = sum(int(np.count_nonzero(mask[1:])) for mask in masks) / max(1, sum(map(len, masks)))
-    tally.num_conversations, tally.num_supervised_tokens = len(store), round(store.num_tokens * share)
-    if (path / REASONING_FILE).is_file():
-        tally.num_reasoning_documents = int(np.load(path / REASONING_FILE, allow_pickle=False).sum())
+    chosen = range(0, len(store), 1 + len(store) // LOOKED_AT_DOCUMENTS)
+    weights = [store.column(LOSS_WEIGHTS.name, document) for document in chosen]
+    share = sum(int(np.count_nonzero(one[1:])) for one in weights) / max(1, sum(map(len, weights)))
+    tally.conversations, tally.supervised_tokens = len(store), round(store.num_tokens * share)
+    if REASONING in store.columns:
+        tally.reasoning_documents = int(store.values(REASONING.name).sum())
     return _Found(tally)

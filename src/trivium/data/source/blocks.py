@@ -1,7 +1,6 @@
-"""Blocks: the files of a source become blocks of whole rows, read in order from any place in constant memory.
+"""Blocks: the files of a source become blocks of whole records, read in order from any position in constant memory.
 
-The parent process of a build reads raw bytes here and cuts them at row borders; it decodes and parses nothing that
-a worker can. Which files a source has, and what identifies them, is for `corpus.py`. Imported inside `data` only.
+The parent process of a build reads raw bytes here and cuts them at record borders; workers decode and parse them.
 """
 
 import gzip
@@ -12,37 +11,39 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from trivium.data.chat.formats import Layout
+from trivium.data.chat.layout import RecordLayout
+from trivium.data.rejects import Reason
 from trivium.data.source.records import (
     BLANK_LINES,
     JSON_DECODER,
     LINE_END,
-    Format,
     Piece,
-    Reason,
+    PieceFormat,
+    Reading,
     end_of_blank_lines,
     is_too_long,
-    parse_piece,
+    read_objects,
 )
 from trivium.errors import BadData, ConfigError
 
 BLOCK_BYTES = 1 << 19
 PIECE_OVERHEAD_BYTES = 256
-PARQUET_BATCH_ROWS = 64
+PARQUET_BATCH_RECORDS = 64
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst")
-EXPECTED_FILES = "Expected .txt, .md, .jsonl, .json (a list, or one object a line) or .parquet, plain or as .gz or .zst"
+EXPECTED_FILES = (
+    "Expected .txt, .md, .jsonl, .json (a list, or one object per line) or .parquet, plain or as .gz or .zst"
+)
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Position(NamedTuple):
-    """The next row to read: file number, byte of the decompressed text (row of a table), and line, from 1."""
+    """The next record to read: file number, byte of the decompressed text (record of a table), and line, from 1."""
 
     file: int = 0
     offset: int = 0
@@ -52,20 +53,11 @@ class Position(NamedTuple):
 START = Position()
 
 
-class Block(NamedTuple):
-    """Work for one worker: pieces of one or more files, and where the row after them begins."""
+class SourceBlock(NamedTuple):
+    """Work for one worker: pieces of one or more files, and where the record after them begins."""
 
     pieces: tuple[Piece, ...]
     after: Position
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What of a file is a document; part of a store's name."""
-
-    field: str
-    documents: str
-    max_row_bytes: int
 
 
 class SourceFile(NamedTuple):
@@ -73,14 +65,14 @@ class SourceFile(NamedTuple):
 
     path: Path
     name: str
-    layout: Layout | None = None
-    """How its records say what they hold; None where one field of theirs, or the file, is the text."""
+    layout: RecordLayout | None = None
+    """Where its records hold what; None where one field of theirs, or the file, is the text."""
 
 
 def list_files(root: Path) -> list[SourceFile]:
     """The readable files of a file or folder, sorted by name, links followed once.
 
-    Hidden files and files of other kinds in a folder are passed over.
+    Hidden files and files of other kinds in a folder are skipped.
     Raises: ConfigError when there is nothing there to read, BadData when a folder may not be opened.
     """
     if root.is_file():
@@ -115,7 +107,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def file_kind(path: Path) -> str | None:
-    """`text`, `json` or `parquet` by the file's name, None when it is of no kind that is read."""
+    """`text`, `json` or `parquet` by the file's name, None for other files."""
     suffixes = path.suffixes
     if suffixes and suffixes[-1] in COMPRESSIONS:
         kind = KINDS.get(suffixes[-2]) if len(suffixes) > 1 else None
@@ -125,8 +117,8 @@ def file_kind(path: Path) -> str | None:
 
 def read_blocks(
     files: list[SourceFile], reading: Reading, start: Position = START, block_bytes: int = BLOCK_BYTES
-) -> Iterator[Block]:
-    """Yield blocks of about `block_bytes` (more only for a longer row) from `start` to the end of the last file.
+) -> Iterator[SourceBlock]:
+    """Yield blocks of about `block_bytes` (more only for a longer record) from `start` to the end of the last file.
 
     Raises: BadData when a file cannot be read or is not what its name says.
     """
@@ -138,10 +130,10 @@ def read_blocks(
             pieces.append(piece)
             num_bytes += len(piece.data) + PIECE_OVERHEAD_BYTES
             if num_bytes >= block_bytes:
-                yield Block(tuple(pieces), after)
+                yield SourceBlock(tuple(pieces), after)
                 pieces, num_bytes = [], 0
     if pieces:
-        yield Block(tuple(pieces), Position(len(files)))
+        yield SourceBlock(tuple(pieces), Position(len(files)))
 
 
 def _read_file(
@@ -156,13 +148,13 @@ def _read_file(
         elif kind == "text" and reading.documents == "file":
             yield from _read_whole(file, reading, start)
         else:
-            form = cast(Format, "json" if kind == "json" else reading.documents)
+            form = cast(PieceFormat, "json" if kind == "json" else reading.documents)
             border = BLANK_LINES if form == "paragraph" else LINE_END
             with open_decompressed(file.path) as stream:
-                refusal = _refuse_all_rows(file)
+                refusal = _whole_file_refusal(file)
                 layout = file.layout if kind == "json" else None
                 _skip(stream, start.offset)
-                for first_line, data, too_long, after in _cut_rows(stream, border, reading, start, block_bytes):
+                for first_line, data, too_long, after in _cut_records(stream, border, reading, start, block_bytes):
                     reason = Reason.TOO_LONG if too_long else refusal
                     yield Piece(file.name, form, first_line, data, reason, layout), after
 
@@ -189,14 +181,14 @@ def open_decompressed(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _refuse_all_rows(file: SourceFile) -> Reason | None:
-    """Look at a file's first bytes for what makes all of its rows useless."""
+def _whole_file_refusal(file: SourceFile) -> Reason | None:
+    """Why none of a file's records can be used, by its first bytes; None when they may."""
     with open_decompressed(file.path) as stream:
         return Reason.UTF16 if stream.read(2) in UTF16_BOMS else None
 
 
 def is_list(path: Path) -> bool:
-    """Whether a .json file is one list, and not an object a line."""
+    """Whether a .json file is one list, and not an object per line."""
     with open_decompressed(path) as stream:
         return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
@@ -216,9 +208,9 @@ def _read_list(
 def _list_entries(path: Path, block_bytes: int) -> Iterator[Any]:
     """Decode one entry after the other; never more than a block and an entry is held.
 
-    Raises: BadData where the list breaks off or holds what is no JSON, since nobody knows where the next entry begins.
+    Raises: BadData where the list breaks off or holds what is not JSON, since the next entry cannot be found.
     """
-    # A byte that is no UTF-8 becomes a lone surrogate, for which its own row is refused and no other.
+    # A byte that is not UTF-8 becomes a lone surrogate, for which only its own record is rejected.
     with open_decompressed(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape") as stream:
         buffer = stream.read(block_bytes)
         place, number = buffer.index("[") + 1, 0
@@ -246,8 +238,8 @@ def _list_entries(path: Path, block_bytes: int) -> Iterator[Any]:
             if place > block_bytes:
                 buffer, place = buffer[place:], 0
     raise BadData(
-        f"{path}: is a JSON list that breaks off or is no JSON after entry {number:,}. Restore the file, or turn it "
-        "into one object a line (jq -c '.[]'), where a broken row spoils no other."
+        f"{path}: is a JSON list that breaks off or is not JSON after entry {number:,}. Restore the file, or turn it "
+        "into one object per line (jq -c '.[]'), where a broken record does not affect the others."
     )
 
 
@@ -264,10 +256,10 @@ def _skip(stream: BinaryIO, num_bytes: int) -> None:
         num_bytes -= len(passed)
 
 
-def _cut_rows(
+def _cut_records(
     stream: BinaryIO, border: re.Pattern[bytes], reading: Reading, start: Position, block_bytes: int
 ) -> Iterator[tuple[int, bytes, bool, Position]]:
-    """Yield (first line, whole rows, too long, position after); a row that is too long comes as a stand-in."""
+    """Yield (first line, whole records, too long, position after); a record that is too long comes as a stand-in."""
     buffer, offset, line = b"", start.offset, start.line
     at_end = False
     while not at_end:
@@ -279,15 +271,15 @@ def _cut_rows(
             offset, first_line, line = offset + stop, line, line + buffer.count(b"\n", 0, stop)
             yield first_line, buffer[:stop], False, Position(start.file, offset, line)
             buffer = buffer[stop:]
-        elif is_too_long(buffer, reading.max_row_bytes):
+        elif is_too_long(buffer, reading.max_record_bytes):
             first_line = line + buffer.count(b"\n", 0, end_of_blank_lines(buffer, 0, len(buffer)))
-            buffer, num_bytes, num_lines = _skip_row(stream, border, buffer, block_bytes)
+            buffer, num_bytes, num_lines = _skip_record(stream, border, buffer, block_bytes)
             offset, line = offset + num_bytes, line + num_lines
             yield first_line, b"too long", True, Position(start.file, offset, line)
 
 
 def _last_border(buffer: bytes, border: re.Pattern[bytes]) -> int:
-    """Where the last complete row of the buffer ends, 0 when none does."""
+    """Where the last complete record of the buffer ends, 0 when none does."""
     if border is LINE_END:
         return buffer.rfind(b"\n") + 1
     stop = 0
@@ -296,8 +288,10 @@ def _last_border(buffer: bytes, border: re.Pattern[bytes]) -> int:
     return stop
 
 
-def _skip_row(stream: BinaryIO, border: re.Pattern[bytes], buffer: bytes, block_bytes: int) -> tuple[bytes, int, int]:
-    """Read past the row that fills the buffer; give what was read beyond it, and the bytes and lines passed."""
+def _skip_record(
+    stream: BinaryIO, border: re.Pattern[bytes], buffer: bytes, block_bytes: int
+) -> tuple[bytes, int, int]:
+    """Read past the record that fills the buffer; give what was read beyond it, and the bytes and lines passed."""
     num_bytes = num_lines = 0
     while (match := border.search(buffer)) is None:
         blanks = buffer.rstrip(b" \t\r")
@@ -313,13 +307,13 @@ def _skip_row(stream: BinaryIO, border: re.Pattern[bytes], buffer: bytes, block_
 
 
 def _read_whole(file: SourceFile, reading: Reading, start: Position) -> Iterator[tuple[Piece, Position]]:
-    """The file as one row."""
+    """The file as one record."""
     if start.offset:
         return
     with open_decompressed(file.path) as stream:
-        data = stream.read(reading.max_row_bytes + 1)
+        data = stream.read(reading.max_record_bytes + 1)
     refusal = Reason.UTF16 if data.startswith(UTF16_BOMS) else None
-    if len(data) > reading.max_row_bytes:
+    if len(data) > reading.max_record_bytes:
         data, refusal = b"too long", Reason.TOO_LONG
     yield Piece(file.name, "file", 1, data, refusal), Position(start.file, 1, 2)
 
@@ -327,7 +321,7 @@ def _read_whole(file: SourceFile, reading: Reading, start: Position) -> Iterator
 def _read_parquet(
     file: SourceFile, reading: Reading, start: Position, block_bytes: int
 ) -> Iterator[tuple[Piece, Position]]:
-    """The rows of one column as JSON lines; a line number is a row number."""
+    """The records of a table as JSON lines; a line number is a record number."""
     import pyarrow
     from pyarrow import parquet
 
@@ -339,56 +333,57 @@ def _read_parquet(
                     f"{file.path}: has no column {reading.field!r}; it has {', '.join(names)}. Name one as the field."
                 )
             field = reading.field if file.layout is None else None
-            rows = _parquet_rows(table, [reading.field] if field else names, start.offset)
-            for data, first_row, next_row in json_pieces(rows, field, start.offset, block_bytes):
-                piece = Piece(file.name, "json", first_row + 1, data, None, file.layout)
-                yield piece, Position(start.file, next_row, next_row + 1)
+            records = _parquet_records(table, [reading.field] if field else names, start.offset)
+            for data, first, after in json_pieces(records, field, start.offset, block_bytes):
+                piece = Piece(file.name, "json", first + 1, data, None, file.layout)
+                yield piece, Position(start.file, after, after + 1)
     except pyarrow.ArrowException as error:
         raise BadData(f"{file.path}: is not a readable Parquet file ({error}). Restore it or leave it out.") from error
 
 
-def _parquet_rows(table: Any, columns: list[str], first_row: int) -> Iterator[dict[str, object]]:
+def _parquet_records(table: Any, columns: list[str], first_record: int) -> Iterator[dict[str, object]]:
     import pyarrow
 
-    first_group, group_row = 0, 0
+    first_group, group_first = 0, 0
     while (
-        first_group < table.num_row_groups and group_row + table.metadata.row_group(first_group).num_rows <= first_row
+        first_group < table.num_row_groups
+        and group_first + table.metadata.row_group(first_group).num_rows <= first_record
     ):
-        group_row += table.metadata.row_group(first_group).num_rows
+        group_first += table.metadata.row_group(first_group).num_rows
         first_group += 1
     groups = range(first_group, table.num_row_groups)
-    for batch in table.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
+    for batch in table.iter_batches(PARQUET_BATCH_RECORDS, row_groups=groups, columns=columns, use_threads=False):
         values = []
         for column in batch.columns:
             if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
                 column = column.cast(pyarrow.large_binary())  # bytes, so that one bad value does not hide the others
-            values.append(column[max(0, first_row - group_row) :].to_pylist())
-        group_row += batch.num_rows
-        for row in zip(*values, strict=True):
-            yield dict(zip(batch.schema.names, row, strict=True))
+            values.append(column[max(0, first_record - group_first) :].to_pylist())
+        group_first += batch.num_rows
+        for record in zip(*values, strict=True):
+            yield dict(zip(batch.schema.names, record, strict=True))
 
 
 def json_pieces(
-    rows: Iterator[Any], field: str | None, first_row: int, block_bytes: int
+    records: Iterator[Any], field: str | None, first_record: int, block_bytes: int
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Yield records as (JSON lines of about `block_bytes`, number of the first row, number after the last).
+    """Yield records as (JSON lines of about `block_bytes`, number of the first record, number after the last).
 
     With a `field` they are cut down to it.
     """
     lines: list[bytes] = []
-    num_bytes, row = 0, first_row
-    for row, record in enumerate(rows, start=first_row + 1):
+    num_bytes, number = 0, first_record
+    for number, record in enumerate(records, start=first_record + 1):
         lines.append(_json_line(record, field))
         num_bytes += len(lines[-1])
         if num_bytes >= block_bytes:
-            yield b"".join(lines), row - len(lines), row
+            yield b"".join(lines), number - len(lines), number
             lines, num_bytes = [], 0
     if lines:
-        yield b"".join(lines), row - len(lines), row
+        yield b"".join(lines), number - len(lines), number
 
 
 def _json_line(record: Any, field: str | None) -> bytes:
-    """One record as a line of JSON, cut down to its text where that is all; one without that field keeps its names."""
+    """One record as a line of JSON, cut down to `field`; one without that field keeps its field names."""
     if field is not None:
         record = {field: record[field]} if field in record else dict.fromkeys(record)
     if isinstance(record, dict):
@@ -397,7 +392,7 @@ def _json_line(record: Any, field: str | None) -> bytes:
                 try:
                     record = {**record, name: value.decode("utf-8")}
                 except UnicodeDecodeError:
-                    return value.replace(b"\n", b" ") + b"\n"  # the worker refuses these bytes for what they are
+                    return value.replace(b"\n", b" ") + b"\n"  # the worker rejects these bytes
     encoded = json.dumps(record, ensure_ascii=False, default=lambda other: {"type": type(other).__name__}) + "\n"
     try:
         return encoded.encode("utf-8")
@@ -406,15 +401,7 @@ def _json_line(record: Any, field: str | None) -> bytes:
 
 
 def first_records(file: SourceFile, reading: Reading, count: int) -> list[dict[str, Any]]:
-    """The first few records of a file of JSON or a table; rows that are none are passed over."""
-    found: list[dict[str, Any]] = []
-    whole = file._replace(layout=Layout("messages"))
-    for block in read_blocks([whole], reading, block_bytes=1 << 16):
-        for piece in block.pieces:
-            for row in parse_piece(piece, reading.field, reading.max_row_bytes):
-                record = getattr(row, "record", None)
-                if record is not None:
-                    found.append(record)
-                if len(found) == count:
-                    return found
-    return found
+    """The first few records of a file of JSON or a table; those that are not JSON objects are left out."""
+    all_fields = file._replace(layout=RecordLayout("messages"))
+    pieces = (piece for block in read_blocks([all_fields], reading, block_bytes=1 << 16) for piece in block.pieces)
+    return list(islice(read_objects(pieces, reading.max_record_bytes), count))

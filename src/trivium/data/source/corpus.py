@@ -1,28 +1,27 @@
 """Corpora: what a source consists of, what identifies it, and its blocks.
 
 A store is named by the hash of its inputs, so a corpus knows the hash of each of its files, or the revision of its
-Hub data set. Reading and cutting is `blocks.py`'s business. Imported by `build.py`, `inspect.py` and `survey.py`.
+Hub data set.
 """
 
 import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 from trivium.config.run import Source
-from trivium.data.chat.formats import Layout, detect, from_dataset_info
+from trivium.data.chat.layout import RecordLayout, detect, from_dataset_info
 from trivium.data.source.blocks import (
     BLOCK_BYTES,
     START,
-    Block,
     Position,
-    Reading,
+    SourceBlock,
     SourceFile,
     file_kind,
     first_records,
@@ -30,53 +29,18 @@ from trivium.data.source.blocks import (
     list_files,
     read_blocks,
 )
-from trivium.data.source.records import Piece
+from trivium.data.source.records import Piece, Reading
 from trivium.errors import BadData, ConfigError, TriviumError
 from trivium.files import atomic_write, sha256_file
 
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".parquet")
 USUAL_COMPRESSION = 4
 FRESH_NANOSECONDS = 2_000_000_000
+Result = TypeVar("Result")
 LOOKED_AT_RECORDS = 20
 
 
-class Corpus(Protocol):
-    """A source whose content is known by its hash."""
-
-    @property
-    def name(self) -> str:
-        """What the source is called in messages and reports."""
-        ...
-
-    @property
-    def reading(self) -> Reading:
-        """What of a row is the document."""
-        ...
-
-    @property
-    def num_bytes(self) -> int | None:
-        """About how many bytes of plain rows there are; None when nobody knows."""
-        ...
-
-    @property
-    def has_conversations(self) -> bool:
-        """Whether some of its rows are conversations."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides which documents come out, as JSON."""
-        ...
-
-    def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-        """The rows from `start` on."""
-        ...
-
-    def require_unchanged(self) -> None:
-        """Raises: BadData when a file changed since it was hashed."""
-        ...
-
-
-def open_corpus(source: Source, max_document_mib: float, cache_dir: Path) -> Corpus:
+def open_corpus(source: Source, max_document_mib: float, cache_dir: Path) -> "Corpus":
     """Find and hash what a source names.
 
     Raises: ConfigError or BadData when it is not there or cannot be read.
@@ -87,7 +51,7 @@ def open_corpus(source: Source, max_document_mib: float, cache_dir: Path) -> Cor
     return corpus
 
 
-def find_corpus(source: Source, max_document_mib: float, hashes: "FileHashes") -> Corpus:
+def find_corpus(source: Source, max_document_mib: float, hashes: "FileHashes") -> "Corpus":
     """Find what a source names; `NoHashes` where nothing is built of it.
 
     Raises: ConfigError or BadData when it is not there or cannot be read.
@@ -101,21 +65,21 @@ def find_corpus(source: Source, max_document_mib: float, hashes: "FileHashes") -
     return HubCorpus.open(source, layout, reading, hashes)
 
 
-def find_layout(source: Source, records: list[dict[str, Any]], where: str) -> Layout | None:
-    """How records say what they hold, as the source says or as the first ones show; None for plain text.
+def find_layout(source: Source, records: list[dict[str, Any]], where: str) -> RecordLayout | None:
+    """Where records hold what, as the source says or the first ones show; None for plain text.
 
-    Raises: BadData when nobody can tell.
+    Raises: BadData when that cannot be told.
     """
     if source.format == "text" or not records:
         return None
-    layout = Layout(source.format, dict(source.fields), dict(source.roles), source.field)
+    layout = RecordLayout(source.format, dict(source.fields), dict(source.roles), source.field)
     if source.format == "auto":
         layout = detect(records, layout, where)
     return None if layout.format == "text" else layout
 
 
 class FileHashes:
-    """SHA-256 of files, remembered by path, size and time of change so that a large corpus is hashed once.
+    """SHA-256 of files, remembered by path, size and time of change so that a large file is hashed once.
 
     A file changed in the last two seconds is not remembered: within its clock's grain it may change again unseen.
     """
@@ -123,7 +87,7 @@ class FileHashes:
     def __init__(self, cache_dir: Path) -> None:
         self.cache_dir = cache_dir.resolve()
         self._path = self.cache_dir / "file-hashes.json"
-        self._known: dict[str, list[str]] = {}
+        self._known: dict[str, list[Any]] = {}
         if self._path.exists():
             try:
                 self._known = json.loads(self._path.read_text())
@@ -133,41 +97,48 @@ class FileHashes:
 
     def sha256(self, path: Path) -> str:
         """Raises: BadData when the file cannot be read."""
-        key = str(path.resolve())
+        return self.remembered(path, "", lambda: sha256_file(path))
+
+    def remembered(self, path: Path, what: str, compute: Callable[[], Result]) -> Result:
+        """What `compute` finds in a file, as JSON can hold it; computed again only when the file changed.
+
+        Raises: BadData when the file cannot be read.
+        """
+        key = f"{path.resolve()} {what}".rstrip()
         before = stamp(path)
         known = self._known.get(key)
         if known is not None and known[0] == before:
             return known[1]
         try:
-            digest = sha256_file(path)
+            found = compute()
         except OSError as error:
             raise BadData(
                 f"{path}: cannot be read ({error.strerror}). Give read permission, or leave the file out."
             ) from error
         if time.time_ns() - path.stat().st_mtime_ns > FRESH_NANOSECONDS:
-            self._known[key] = [before, digest]
+            self._known[key] = [before, found]
             self._changed = True
-        return digest
+        return found
 
     def save(self) -> None:
-        """Keep what was learnt for the next build."""
+        """Keep the hashes for the next build."""
         if self._changed:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self._path, json.dumps(self._known, indent=0, sort_keys=True))
 
 
 class NoHashes(FileHashes):
-    """For whoever only looks: no file is read through just to be named, and nothing is remembered."""
+    """Hashes nothing and remembers nothing, for reading without building."""
 
     def __init__(self, cache_dir: Path = Path(os.devnull)) -> None:
         super().__init__(cache_dir)
 
     def sha256(self, path: Path) -> str:
-        """None."""
+        """Empty."""
         return ""
 
     def save(self) -> None:
-        """Nothing was learnt."""
+        """Does nothing."""
 
 
 def stamp(path: Path) -> str:
@@ -188,9 +159,9 @@ class FileCorpus:
 
     @classmethod
     def open(
-        cls, root: Path, source: Source, layout: Layout | None, reading: Reading, hashes: FileHashes
+        cls, root: Path, source: Source, layout: RecordLayout | None, reading: Reading, hashes: FileHashes
     ) -> "FileCorpus":
-        """List and hash the files below `root` and find their layouts; a cache that lies among them is no source."""
+        """List and hash the files below `root` and find their layouts; a cache folder among them is left out."""
         files = list_files(root)
         if root.resolve() in hashes.cache_dir.parents:
             files = [file for file in files if not file.path.resolve().is_relative_to(hashes.cache_dir)]
@@ -201,7 +172,7 @@ class FileCorpus:
 
     @property
     def num_bytes(self) -> int:
-        """Compressed files count for four times their size."""
+        """About how many uncompressed bytes there are; compressed files count for four times their size."""
         return sum(
             file.path.stat().st_size * (USUAL_COMPRESSION if file.path.suffix in COMPRESSED_SUFFIXES else 1)
             for file in self.files
@@ -220,8 +191,8 @@ class FileCorpus:
         ]
         return {"files": named, "reading": asdict(self.reading)}
 
-    def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-        """The rows of all files from `start` on."""
+    def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[SourceBlock]:
+        """The records of all files from `start` on."""
         return read_blocks(self.files, self.reading, start, block_bytes)
 
     def require_unchanged(self) -> None:
@@ -229,12 +200,12 @@ class FileCorpus:
         for file, before in zip(self.files, self.stamps, strict=True):
             if not file.path.exists() or stamp(file.path) != before:
                 raise BadData(
-                    f"{file.path}: changed while it was being read, so nobody could say what the store holds. "
-                    "Nothing was published; run the same command again when the file is at rest."
+                    f"{file.path}: changed while it was being read, so the content of the store would be unknown. "
+                    "Nothing was published; run the same command again when nothing writes to the file."
                 )
 
 
-def _with_layout(file: SourceFile, source: Source, layout: Layout | None, reading: Reading) -> SourceFile:
+def _with_layout(file: SourceFile, source: Source, layout: RecordLayout | None, reading: Reading) -> SourceFile:
     if file_kind(file.path) == "text":
         return file
     known = layout or find_layout(source, first_records(file, reading, LOOKED_AT_RECORDS), str(file.path))
@@ -251,10 +222,10 @@ class HubCorpus:
     revision: str
     """Commit of the data set, or the hash of the folder: what is read is what was hashed."""
     reading: Reading
-    layout: Layout | None = None
+    layout: RecordLayout | None = None
 
     @classmethod
-    def open(cls, source: Source, layout: Layout | None, reading: Reading, hashes: FileHashes) -> "HubCorpus":
+    def open(cls, source: Source, layout: RecordLayout | None, reading: Reading, hashes: FileHashes) -> "HubCorpus":
         """Find out the revision, and how the first records say what they hold."""
         assert source.hub is not None
         if Path(source.hub).is_dir():
@@ -277,7 +248,7 @@ class HubCorpus:
 
     @property
     def num_bytes(self) -> None:
-        """The Hub does not say."""
+        """None, since the Hub does not say."""
         return None
 
     def identity(self) -> dict[str, Any]:
@@ -296,14 +267,14 @@ class HubCorpus:
         """Whether its records have a layout."""
         return self.layout is not None
 
-    def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[SourceBlock]:
         """The records from `start` on; a line number is a record's number."""
         field = self.reading.field if self.layout is None else None
         with self._errors_explained():
-            rows = json_pieces(iter(self._records().skip(start.offset)), field, start.offset, block_bytes)
-            for data, first_row, next_row in rows:
-                piece = Piece(self.name, "json", first_row + 1, data, None, self.layout)
-                yield Block((piece,), Position(0, next_row, next_row + 1))
+            records = iter(self._records().skip(start.offset))
+            for data, first, after in json_pieces(records, field, start.offset, block_bytes):
+                piece = Piece(self.name, "json", first + 1, data, None, self.layout)
+                yield SourceBlock((piece,), Position(0, after, after + 1))
 
     def _records(self) -> Any:
         import datasets
@@ -322,7 +293,7 @@ class HubCorpus:
             yield
         except (GeneratorExit, TriviumError):
             raise
-        except Exception as error:  # `datasets` lets through whatever its readers and the network raise
+        except Exception as error:  # `datasets` does not wrap what its readers and the network raise
             message = " ".join(str(error).split())[:300]
             raise BadData(
                 f"{self.name}: `datasets` cannot read it ({type(error).__name__}: {message}). Check id and split."
@@ -330,6 +301,10 @@ class HubCorpus:
 
     def require_unchanged(self) -> None:
         """A revision never changes."""
+
+
+Corpus = FileCorpus | HubCorpus
+"""A source whose content is known by its hash."""
 
 
 def _hub_commit(identifier: str, revision: str | None) -> str:

@@ -1,7 +1,7 @@
 """Blocks from places spread evenly over a corpus that is too large to be read through.
 
-A plain file is entered anywhere, at the next border of a row, and a Parquet file at any row. A compressed file and a
-JSON list can only be read from their beginning, and that is what is taken of them. Imported by `survey.py`.
+A plain file is read from anywhere, at the next record border, and a Parquet file from any record. Of a compressed file
+and of a JSON list, which can only be read from the start, the beginning is taken.
 """
 
 import gzip
@@ -11,9 +11,9 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from trivium.data.source.blocks import START, Block, Position, Reading, SourceFile, file_kind, is_list
+from trivium.data.source.blocks import START, Position, SourceBlock, SourceFile, file_kind, is_list
 from trivium.data.source.corpus import COMPRESSED_SUFFIXES, FileCorpus
-from trivium.data.source.records import BLANK_LINES, LINE_END
+from trivium.data.source.records import BLANK_LINES, LINE_END, Reading
 
 NUM_PLACES = 32
 PROBE_BYTES = 1 << 20
@@ -41,14 +41,14 @@ def _decompressed(path: Path, raw: Any) -> Any:
 
 
 def parquet_footer(path: Path) -> Any:
-    """Rows and sizes of a Parquet file, without its content."""
+    """Record counts and sizes of a Parquet file, without its content."""
     from pyarrow import parquet
 
     return parquet.read_metadata(path)
 
 
-def spread_blocks(corpus: FileCorpus, sizes: list[int], most_bytes: int) -> Iterator[Block]:
-    """Blocks of about `most_bytes` together, from places that lie evenly in files of these `plain_bytes`."""
+def spread_blocks(corpus: FileCorpus, sizes: list[int], most_bytes: int) -> Iterator[SourceBlock]:
+    """Blocks of about `most_bytes` together, from places spread evenly over files of these `plain_bytes`."""
     ends = list(accumulate(sizes))
     starts: Counter[Position] = Counter()
     for number in range(NUM_PLACES):
@@ -58,16 +58,16 @@ def spread_blocks(corpus: FileCorpus, sizes: list[int], most_bytes: int) -> Iter
             _enter(corpus.files[index], index, place - (ends[index] - sizes[index]), sizes[index], corpus.reading)
         ] += 1
     for start, count in sorted(starts.items()):
-        # A block ends with the read that fills it, so it is up to twice as large as it was asked to be.
+        # A block ends with the read that fills it, so it may be up to twice as large as asked for.
         yield from islice(corpus.blocks(start, most_bytes * count // NUM_PLACES // 2), 1)
 
 
 def _enter(file: SourceFile, index: int, offset: int, size: int, reading: Reading) -> Position:
-    """Where the first whole row after a place begins; the beginning of a file that can only be read from there."""
+    """Where the first whole record after a place begins; the start of a file that can only be read from there."""
     kind = file_kind(file.path)
     if kind == "parquet":
-        row = parquet_footer(file.path).num_rows * offset // size
-        return Position(index, row, row + 1)
+        record = parquet_footer(file.path).num_rows * offset // size
+        return Position(index, record, record + 1)
     is_whole = kind == "text" and reading.documents == "file"
     if not offset or is_whole or file.path.suffix in COMPRESSED_SUFFIXES or (kind == "json" and is_list(file.path)):
         return START._replace(file=index)
@@ -75,5 +75,5 @@ def _enter(file: SourceFile, index: int, offset: int, size: int, reading: Readin
     with file.path.open("rb") as stream:
         stream.seek(offset)
         match = border.search(stream.read(PROBE_BYTES))
-    # The number of its line is not known; it is only said of rows that are shown, and these are not.
+    # Its line number is unknown, and never shown for these records.
     return START._replace(file=index) if match is None else Position(index, offset + match.end(), 2)

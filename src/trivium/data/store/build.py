@@ -1,8 +1,8 @@
-"""Sources -> token stores, and a tokenizer trained on them: in parallel, restartable, each thing made only once.
+"""Sources -> token stores: in parallel, restartable, each made only once.
 
-A store's folder is named by the hash of all that decides its content (files, how they are read, tokenizer, held-out
-share), so the same inputs are never tokenised twice. One store a source: mixing weights can change without any work.
-Does not decide the order or the mixture of documents. Imported by `engine`, `quickstart` and `cli`.
+A store's folder is named by the hash of everything that decides its content (files, how they are read, tokenizer,
+held-out share), so the same inputs are never tokenized twice. There is one store per source: mixing weights can change
+without any work. Prints nothing: what it has to say goes to the caller's `Listener`.
 """
 
 import errno
@@ -10,42 +10,105 @@ import hashlib
 import json
 import os
 import shutil
-import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import tokenizers
 
 from trivium.config.run import Data, Source
-from trivium.data.chat.formats import Document, content_of
-from trivium.data.chat.samples import LongRows, describe_template
-from trivium.data.progress import BuildProgress
-from trivium.data.source.blocks import BLOCK_BYTES, Block, Reading
-from trivium.data.source.corpus import Corpus, open_corpus
-from trivium.data.source.records import RowError, parse_piece
-from trivium.data.store.encode import ChatReading, Tally, encode_blocks
-from trivium.data.store.megatron import Store, has_mask
+from trivium.data.chat.samples import ConversationSettings
+from trivium.data.chat.template import describe_template
+from trivium.data.columns import LOSS_WEIGHTS, REASONING, Column
+from trivium.data.source.blocks import BLOCK_BYTES
+from trivium.data.source.corpus import Corpus, FileHashes, open_corpus
+from trivium.data.store.encode import ChatReading, encode_blocks
+from trivium.data.store.megatron import Store, read_columns
 from trivium.data.store.partial import REJECTS, Partial
-from trivium.data.store.publish import REASONING_FILE, publish
-from trivium.data.tokenizer import Encoding, TokenizerKind, document_encoding, token_dtype, train_tokenizer
-from trivium.errors import BadData, ConfigError, TriviumError
-from trivium.files import FolderLock, fsync_directory, require_free_space, sha256_file
+from trivium.data.store.publish import publish
+from trivium.data.store.tally import Tally
+from trivium.data.tokenizer import Encoding, document_encoding, token_dtype
+from trivium.errors import BadData, TriviumError
+from trivium.files import FolderLock, require_free_space, sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 2
+FORMAT = 3
 KEY_DIGITS = 20
 BLOCKS_WORTH_A_WORKER = 4
-EARLY_STOP_ROWS = 10_000
+PROGRESS_EVERY_SECONDS = 10.0
+EARLY_STOP_RECORDS = 10_000
 EARLY_STOP_SHARE = 0.5
 SMALL_VOCAB_SIZE = 1024
-SAMPLE_BYTES = 64 << 20
+DEFAULTS = {name: info.default for name, info in Data.model_fields.items()}
+DEFAULT_CONVERSATIONS = ConversationSettings(DEFAULTS["seq_len"])
+CHAT_COLUMNS = (LOSS_WEIGHTS, REASONING)
+
+
+class BuildProgress(NamedTuple):
+    """How far the build of one source is."""
+
+    name: str
+    num_bytes: int
+    """Bytes read."""
+    total_bytes: int | None
+    """About how many there are; None when that is unknown."""
+    num_tokens: int
+    num_rejected: int
+
+    @property
+    def figures(self) -> str:
+        """The counts in words."""
+        return f"{self.num_tokens:,} tokens, {self.num_rejected:,} records rejected"
+
+    def __str__(self) -> str:
+        share = f" of about {self.total_bytes / 2**20:,.0f}" if self.total_bytes else ""
+        return f"{self.name}: {self.num_bytes / 2**20:,.0f}{share} MiB, {self.figures}"
+
+
+class Listener:
+    """What a build tells its caller: one line worth knowing, and its progress as such a line every ten seconds."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
+        self._last_progress = time.monotonic()
+
+    def advance(self, progress: BuildProgress) -> None:
+        """Called after every block."""
+        if time.monotonic() - self._last_progress > PROGRESS_EVERY_SECONDS:
+            self._last_progress = time.monotonic()
+            self.note(str(progress))
+
+
+SILENT = Listener(lambda _: None)
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How stores are built.
+
+    Attributes:
+        cache_dir: where stores are kept.
+        conversations: how conversations become samples.
+        held_out: share of each source's documents kept out of training; 0 for none.
+        max_reject_share: largest share of a source's records that may be unusable.
+        max_document_mib: a longer record is rejected.
+        workers: processes that tokenize; None for one per core.
+        block_bytes: raw bytes a worker takes at a time; does not change the store.
+    """
+
+    cache_dir: Path
+    conversations: ConversationSettings = DEFAULT_CONVERSATIONS
+    held_out: float = DEFAULTS["held_out"]
+    max_reject_share: float = DEFAULTS["max_reject_share"]
+    max_document_mib: float = DEFAULTS["max_document_mib"]
+    workers: int | None = None
+    block_bytes: int = BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -67,77 +130,58 @@ class BuiltStore:
 
     @property
     def has_conversations(self) -> bool:
-        """Whether its samples must stay whole, each in one row."""
-        return bool(self.report.get("conversations")) or has_mask(self.path)
+        """Whether its samples must stay whole, each in one packed sequence."""
+        return bool(self.report.get("conversations")) or LOSS_WEIGHTS in read_columns(self.path)
 
     def reasoning(self) -> np.ndarray | None:
-        """Which training samples have a reasoned answer, bool [documents]; None when none has."""
-        path = self.path / REASONING_FILE
-        return np.load(path, allow_pickle=False) if path.is_file() else None
+        """Which training samples have an answer that reasons, bool [documents]; None when that is not recorded."""
+        store = self.open()
+        return store.values(REASONING.name).astype(bool) if REASONING in store.columns else None
 
     def open_held_out(self) -> Store | None:
         """The documents kept out of training, None when there are none."""
         return Store(self.path / "held_out") if self.manifest.get("held_out_documents") else None
 
+    def find_control_tokens(self, ids: Collection[int]) -> set[int]:
+        """Which of the tokenizer's added tokens occur in training; a ready store is read through for it."""
+        recorded = self.manifest.get("control_tokens")
+        return set(self.open().found_among(list(ids)) if recorded is None else recorded) & set(ids)
 
-@dataclass(frozen=True)
-class ConversationSettings:
-    """What becomes of conversations; documents do not ask."""
+    def verify(self) -> None:
+        """Read every byte of a built store against its manifest; of a ready store nothing is known.
 
-    seq_len: int = Data.model_fields["seq_len"].default
-    """Tokens of the longest sample."""
-    overlong: LongRows = "drop"
-    """What becomes of longer ones; see `config.Data.overlong`."""
-    all_tokens: bool = False
-    """Every token carries loss, not the assistant's alone."""
+        Raises: BadData naming the first file that differs.
+        """
+        _check_hashes(self.path, self.manifest.get("sha256", {}), sha256_file)
 
 
 def build_sources(
     sources: Sequence[Source],
     tokenizer: "PreTrainedTokenizerFast",
-    *,
-    held_out: float,
-    max_reject_share: float,
-    max_document_mib: float,
-    cache_dir: Path,
-    conversations: ConversationSettings = ConversationSettings(),
-    workers: int | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    settings: BuildSettings,
+    listener: Listener = SILENT,
 ) -> list[BuiltStore]:
-    """Give one store a source, building those that are not in `cache_dir` yet.
+    """Give one store per source, building those that are not in `settings.cache_dir` yet.
 
     Args:
         sources: files, folders, Hub data sets or ready stores.
         tokenizer: a loaded Hugging Face tokenizer.
-        conversations: what becomes of conversations.
-        held_out: share of each source's documents kept out of training; 0 for none.
-        max_reject_share: largest share of a source's rows that may be unusable.
-        max_document_mib: a longer row is refused.
-        cache_dir: where stores are kept.
-        workers: processes that tokenise; None for one a core.
-        block_bytes: raw bytes a worker takes at a time; changes nothing in the store.
+        settings: how.
+        listener: is told how far it is.
 
-    Raises: BadData when a source cannot be read or too many of its rows are unusable, ConfigError when it is not there.
+    Raises: BadData when a source cannot be read or too many of its records are unusable, ConfigError when it is not
+        there.
     """
     encoding = document_encoding(tokenizer)
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    settings.cache_dir.mkdir(parents=True, exist_ok=True)
     built = []
     for source in sources:
         if source.store is not None:
-            built.append(_ready_store(Path(source.store).expanduser(), encoding))
+            built.append(_ready_store(Path(source.store).expanduser(), encoding, settings.cache_dir))
         else:
-            corpus = open_corpus(source, max_document_mib, cache_dir)
-            job = StoreJob(
-                corpus=corpus,
-                encoding=encoding,
-                chat=chat_reading(corpus, tokenizer, conversations),
-                held_out=held_out,
-                max_reject_share=max_reject_share,
-                cache_dir=cache_dir,
-                workers=workers or os.cpu_count() or 1,
-                block_bytes=block_bytes,
-            )
-            built.append(job.run())
+            corpus = open_corpus(source, settings.max_document_mib, settings.cache_dir)
+            chat = chat_reading(corpus, tokenizer, settings.conversations)
+            built.append(StoreJob(corpus, encoding, chat, settings, listener).run())
     return built
 
 
@@ -146,25 +190,22 @@ def chat_reading(
 ) -> ChatReading | None:
     """How the conversations of a corpus become samples; None where it has none.
 
-    Raises: ConfigError or BadData when the tokenizer's chat template is of no use.
+    Raises: ConfigError or BadData when the tokenizer's chat template cannot be used.
     """
     if not corpus.has_conversations:
         return None
-    return ChatReading(tokenizer.name_or_path, describe_template(tokenizer).sha256, **asdict(conversations))
+    return ChatReading(tokenizer.name_or_path, describe_template(tokenizer).sha256, conversations)
 
 
 @dataclass(frozen=True)
 class StoreJob:
-    """The making of one store; see `build_sources` for the fields."""
+    """The making of one store; see `build_sources`."""
 
     corpus: Corpus
     encoding: Encoding
     chat: ChatReading | None
-    held_out: float
-    max_reject_share: float
-    cache_dir: Path
-    workers: int
-    block_bytes: int
+    settings: BuildSettings
+    listener: Listener = SILENT
 
     def run(self) -> BuiltStore:
         """Find the store or build it, and check it."""
@@ -174,22 +215,28 @@ class StoreJob:
             "tokenizer_sha256": self.encoding.fingerprint,
             "vocab_size": self.encoding.vocab_size,
             "end_id": self.encoding.end_id,
-            "held_out": self.held_out,
+            "held_out": self.settings.held_out,
         }
         if self.chat is not None:
-            chat = asdict(self.chat)  # the tokenizer's content is in the key already, wherever it lies
+            chat = asdict(self.chat)  # the tokenizer's content is in the key already, wherever its folder is
             inputs["conversations"] = {key: value for key, value in chat.items() if key != "tokenizer_folder"}
-        folder = made_once(self.cache_dir / f"store-{content_key(inputs)}", lambda folder: self._build(folder, inputs))
-        manifest = _verified_manifest(folder)
+        cache_dir = self.settings.cache_dir
+        folder = made_once(
+            cache_dir / f"store-{content_key(inputs)}", lambda folder: self._build(folder, inputs), self.listener.note
+        )
+        manifest = _checked_manifest(folder, cache_dir)
         report = json.loads((folder / "report.json").read_text())
-        tally = Tally(num_documents=report["kept"] + report["split"], rejected=Counter(report["rejected_by_reason"]))
+        tally = Tally(
+            num_samples=report["kept"] + report["split"], rejected_by_reason=Counter(report["rejected_by_reason"])
+        )
         self._require_few_rejects(tally, folder)
         return BuiltStore(self.corpus.name, folder, manifest, report)
 
     def _build(self, folder: Path, inputs: dict[str, Any]) -> None:
-        """Tokenise all that the partial store does not hold yet, then publish it as `folder`."""
+        """Tokenize what the partial store does not hold yet, then publish it as `folder`."""
         partial_folder = partial_of(folder)
-        with Partial(partial_folder, token_dtype(self.encoding.vocab_size), self.chat is not None) as partial:
+        columns: tuple[Column, ...] = () if self.chat is None else CHAT_COLUMNS
+        with Partial(partial_folder, token_dtype(self.encoding.vocab_size), columns) as partial:
             with _disk_full_explained(partial_folder):
                 self._encode_into(partial)
             try:
@@ -198,38 +245,43 @@ class StoreJob:
                 shutil.rmtree(partial_folder)
                 raise
             self._require_few_rejects(partial.tally, partial_folder)
-            if not partial.tally.num_documents:
+            if not partial.tally.num_samples:
                 raise BadData(
-                    f"{self.corpus.name}: holds no document. Expected at least one row with text; is it the right file?"
+                    f"{self.corpus.name}: holds no document. Expected at least one record with text; check that it is "
+                    "the right file."
                 )
             with _disk_full_explained(partial_folder):
-                publish(partial, folder, self.held_out, inputs)
+                publish(partial, folder, self.settings.held_out, self.encoding.added_ids, inputs)
 
     def _encode_into(self, partial: Partial) -> None:
-        workers, num_bytes = self.workers, self.corpus.num_bytes
+        settings, num_bytes = self.settings, self.corpus.num_bytes
+        workers = settings.workers or os.cpu_count() or 1
         if num_bytes is not None:
-            workers = max(1, min(workers, num_bytes // (BLOCKS_WORTH_A_WORKER * self.block_bytes)))
+            workers = max(1, min(workers, num_bytes // (BLOCKS_WORTH_A_WORKER * settings.block_bytes)))
             needed_bytes = _disk_bytes(num_bytes, self.encoding) - partial.num_bytes
-            require_free_space(self.cache_dir, needed_bytes, f"the token store of {self.corpus.name}")
-        blocks = self.corpus.blocks(partial.position, self.block_bytes)
-        tally, hopeless_share = partial.tally, max(EARLY_STOP_SHARE, self.max_reject_share)
-        with BuildProgress(self.corpus.name, num_bytes) as progress:
-            for block in encode_blocks(blocks, self.encoding, self.corpus.reading, self.chat, workers):
-                partial.append(block)
-                progress.advance(block.num_raw_bytes, tally.num_tokens, tally.num_rejected)
-                if tally.num_rows >= EARLY_STOP_ROWS and tally.reject_share > hopeless_share:
-                    break
-            partial.commit()
+            require_free_space(settings.cache_dir, needed_bytes, f"the token store of {self.corpus.name}")
+        blocks = self.corpus.blocks(partial.position, settings.block_bytes)
+        tally, hopeless_share = partial.tally, max(EARLY_STOP_SHARE, settings.max_reject_share)
+        num_read = 0
+        for block in encode_blocks(blocks, self.encoding, self.corpus.reading, self.chat, workers):
+            partial.append(block)
+            num_read += block.num_raw_bytes
+            progress = BuildProgress(self.corpus.name, num_read, num_bytes, tally.num_tokens, tally.rejected)
+            self.listener.advance(progress)
+            if tally.records >= EARLY_STOP_RECORDS and tally.reject_share > hopeless_share:
+                break
+        partial.commit()
 
     def _require_few_rejects(self, tally: Tally, folder: Path) -> None:
-        """Raises: BadData that names the commonest reasons and where every refused row is listed."""
-        if tally.reject_share <= self.max_reject_share:
+        """Raises: BadData that names the commonest reasons and the file with every reject."""
+        most = self.settings.max_reject_share
+        if tally.reject_share <= most:
             return
-        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in tally.rejected.most_common(3))
+        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in tally.rejected_by_reason.most_common(3))
         raise BadData(
-            f"{self.corpus.name}: {tally.num_rejected:,} of {tally.num_rows:,} rows cannot be used "
-            f"({tally.reject_share:.1%}; at most {self.max_reject_share:.1%} may): {reasons}. Each is listed with "
-            f"file, line and reason in {folder / REJECTS}. Mend the data, or allow more with max_reject_share."
+            f"{self.corpus.name}: {tally.rejected:,} of {tally.records:,} records cannot be used "
+            f"({tally.reject_share:.1%}; at most {most:.1%} may): {reasons}. Each is listed with file, line and reason "
+            f"in {folder / REJECTS}. Correct the data, or allow more with max_reject_share."
         )
 
 
@@ -243,13 +295,13 @@ def partial_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.partial")
 
 
-def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+def made_once(folder: Path, make: Callable[[Path], None], note: Callable[[str], None]) -> Path:
     """Call `make(folder)` unless it is there; of several processes one makes it, the others wait and find it."""
     with FolderLock(folder.with_name(f"{folder.name}.lock")) as lock:
         try:
             lock.acquire(wait=False)
         except TriviumError:
-            print(f"{folder.name} is being made by another process; waiting for it", file=sys.stderr, flush=True)
+            note(f"{folder.name} is being made by another process; waiting for it")
             lock.acquire(wait=True)
         if not folder.exists():
             make(folder)
@@ -257,30 +309,43 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _verified_manifest(folder: Path) -> dict[str, Any]:
-    """Read every byte of a store against its manifest: a disk that lost or bent some would train on noise, silently."""
+def _checked_manifest(folder: Path, cache_dir: Path) -> dict[str, Any]:
+    """The manifest of a store whose files are those that were built.
+
+    A file is hashed again only when its size or time of change is not the one it was hashed with; `BuiltStore.verify`
+    reads every byte.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        expected_hashes = dict(manifest["sha256"])
+        expected = dict(manifest["sha256"])
     except (OSError, ValueError, KeyError) as error:
         raise BadData(
-            f"{folder / 'manifest.json'}: cannot be read ({type(error).__name__}), so nothing vouches for the store. "
-            f"Delete {folder} and run the same command again; look at the disk."
+            f"{folder / 'manifest.json'}: cannot be read ({type(error).__name__}), so the store cannot be checked. "
+            f"Delete {folder} and run the same command again; check the disk."
         ) from None
-    for name, expected in expected_hashes.items():
-        found = sha256_file(folder / name) if (folder / name).is_file() else "missing"
-        if found != expected:
-            raise BadData(
-                f"{folder / name}: its SHA-256 is {found[:12]}, the manifest says {expected[:12]}: it is not what was "
-                f"built. Delete {folder} and run the same command again; look at the disk."
-            )
+    hashes = FileHashes(cache_dir)
+    _check_hashes(folder, expected, hashes.sha256)
+    hashes.save()
     return manifest
 
 
-def _ready_store(prefix: Path, encoding: Encoding) -> BuiltStore:
-    """A store made elsewhere, once its tokens are known to have a place in the vocabulary."""
+def _check_hashes(folder: Path, expected_hashes: dict[str, str], sha256: Callable[[Path], str]) -> None:
+    """Raises: BadData: a disk that lost or flipped bytes would mean training on noise without a sign of it."""
+    for name, expected in expected_hashes.items():
+        found = sha256(folder / name) if (folder / name).is_file() else "missing"
+        if found != expected:
+            raise BadData(
+                f"{folder / name}: its SHA-256 is {found[:12]}, the manifest says {expected[:12]}: it is not what was "
+                f"built. Delete {folder} and run the same command again; check the disk."
+            )
+
+
+def _ready_store(prefix: Path, encoding: Encoding, cache_dir: Path) -> BuiltStore:
+    """A store made elsewhere, once its tokens are known to be in the vocabulary."""
     store = Store(prefix)
-    largest = store.largest_token()
+    hashes = FileHashes(cache_dir)
+    largest = hashes.remembered(store.bin_path, "largest token", store.largest_token)
+    hashes.save()
     if largest >= encoding.vocab_size:
         raise BadData(
             f"{prefix}: holds token {largest:,}, and the tokenizer has {encoding.vocab_size:,}. "
@@ -290,7 +355,7 @@ def _ready_store(prefix: Path, encoding: Encoding) -> BuiltStore:
 
 
 def _disk_bytes(num_bytes: int, encoding: Encoding) -> int:
-    """Disk that a build needs at most, usually: the tokens are there twice while the held-out documents are parted."""
+    """Disk that a build usually needs at most: tokens are there twice while held-out documents are separated."""
     bytes_per_token = 1 if encoding.vocab_size < SMALL_VOCAB_SIZE else 3
     return 2 * num_bytes * token_dtype(encoding.vocab_size).itemsize // bytes_per_token
 
@@ -305,84 +370,3 @@ def _disk_full_explained(folder: Path) -> Iterator[None]:
         raise TriviumError(
             f"Disk full while writing {folder}. What is done is kept; free some space and run the same command again."
         ) from error
-
-
-def train_tokenizer_from_sources(
-    sources: Sequence[Source],
-    *,
-    kind: TokenizerKind,
-    vocab_size: int,
-    cache_dir: Path,
-    max_document_mib: float,
-    max_sample_bytes: int = SAMPLE_BYTES,
-) -> Path:
-    """Train a tokenizer on the sources' documents, unless the same one is in `cache_dir` already; give its folder.
-
-    Of more than `max_sample_bytes` of raw rows it reads that many, in blocks spread evenly over all sources: always the
-    same ones. Documents that will be held out are not left out, since a vocabulary tells nothing of one of them.
-
-    Raises: ConfigError when a source has no text or `vocab_size` is too small, BadData when no row can be used.
-    """
-    for source in sources:
-        if source.store is not None:
-            raise ConfigError(
-                f"{source.store}: a store holds tokens, not text, to train a tokenizer on. Name one by its path."
-            )
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    corpora = [open_corpus(source, max_document_mib, cache_dir) for source in sources]
-    inputs = {
-        "format": FORMAT,
-        "sources": [corpus.identity() for corpus in corpora],
-        "kind": kind,
-        "vocab_size": vocab_size,
-        "max_sample_bytes": max_sample_bytes,
-        "tokenizers": tokenizers.__version__,
-    }
-
-    def make(folder: Path) -> None:
-        partial = partial_of(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        train_tokenizer(sample_texts(corpora, max_sample_bytes), kind, vocab_size, partial)
-        for corpus in corpora:
-            corpus.require_unchanged()
-        os.rename(partial, folder)
-        fsync_directory(cache_dir)
-
-    return made_once(cache_dir / f"tokenizer-{content_key(inputs)}", make)
-
-
-def sample_texts(corpora: Sequence[Corpus], max_bytes: int) -> Iterator[str]:
-    """Texts from blocks spread evenly over the corpora, about `max_bytes` of raw rows in all; a pure function of both.
-
-    A corpus of unknown size gives its first blocks, as many as its equal part allows.
-    Raises: BadData when there is no text.
-    """
-    num_texts = 0
-    allowances = [corpus.num_bytes or max_bytes // len(corpora) for corpus in corpora]
-    share = min(1.0, max_bytes / max(1, sum(allowances)))
-    for corpus, allowance in zip(corpora, allowances, strict=True):
-        num_read = num_taken = 0
-        for block in corpus.blocks():
-            num_raw_bytes = sum(len(piece.data) for piece in block.pieces)
-            if num_taken <= share * num_read:
-                num_taken += num_raw_bytes
-                for text in _texts(block, corpus.reading):
-                    num_texts += 1
-                    yield text
-            num_read += num_raw_bytes
-            if corpus.num_bytes is None and num_taken >= allowance * share:
-                break
-    if not num_texts:
-        names = ", ".join(corpus.name for corpus in corpora)
-        raise BadData(
-            f"{names}: not one row holds text, so no tokenizer can be trained. See why with: trivium data inspect"
-        )
-
-
-def _texts(block: Block, reading: Reading) -> Iterator[str]:
-    """The documents of a block, and all that is said in its conversations."""
-    for piece in block.pieces:
-        for row in parse_piece(piece, reading.field, reading.max_row_bytes):
-            with suppress(RowError):
-                content = content_of(row, piece.layout)
-                yield from [content.text] if isinstance(content, Document) else (turn.content for turn in content.turns)

@@ -1,72 +1,130 @@
-"""Imports: samples that another program tokenised become a store with its mask, as a run file takes it.
+"""Imports: the padded samples that Qwen3-Coder's binarizer wrote become a store with loss weights.
 
-Ids and labels are taken over as they are: nothing is rendered, proven or held out. Imported by `cli/data.py`.
+A set is three arrays of int32, X.input_ids.mmap, X.labels.mmap and X.lengths.mmap, each with a .shape.json. Their rows
+are samples padded to the longest one; a label is the token itself, or -100 where there is no loss. Ids and labels are
+copied as they are: nothing is rendered, proven or held out.
+Source: finetuning/sft/binarize_data.py of QwenLM/Qwen3-Coder.
 """
 
 import json
 import os
 import shutil
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trivium.data.chat.messages import FULL_WEIGHT
-from trivium.data.store.encode import RejectedRow
-from trivium.data.store.megatron import StoreWriter, mask_prefix
-from trivium.data.store.mmap import read_padded_mmap
+from trivium.data.columns import FULL_WEIGHT, LOSS_WEIGHTS
+from trivium.data.rejects import Reject
+from trivium.data.store.megatron import StoreWriter
 from trivium.data.store.partial import REJECTS
+from trivium.data.store.tally import Tally
 from trivium.data.tokenizer import token_dtype
 from trivium.errors import BadData, ConfigError
 from trivium.files import atomic_write, fsync_directory
 
+IGNORED = -100
+IDS_SUFFIX = ".input_ids.mmap"
 UNSUPERVISED = "no supervised token"
 
 
 def import_padded_mmap(folder: Path, out: Path) -> dict[str, Any]:
     """Write the samples of Qwen3-Coder's padded .mmap folder to the store `out`, and return its report.
 
-    Rows without a supervised token (a first one is never predicted) are refused; `out/rejects.jsonl` lists them by
-    their number. A run file takes the result as `store: OUT/tokens`.
+    Samples without a supervised token (the first one is never predicted) are rejected; `out/rejects.jsonl` lists them
+    by number. A run file names the result as `store: OUT/tokens`.
 
-    Raises: ConfigError when there is something at `out`, BadData when the folder is not such a set or teaches nothing.
+    Raises: ConfigError when `out` exists, BadData when the folder is not such a set or has no supervised token.
     """
     if out.exists():
-        raise ConfigError(f"{out}: there is something there already. Name a new folder; nothing is overwritten.")
+        raise ConfigError(f"{out}: exists already. Name a new folder; nothing is overwritten.")
     largest = max((int(ids.max()) for ids, _ in read_padded_mmap(folder)), default=0)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tokens = StoreWriter(partial / "tokens", token_dtype(largest + 1))
-    mask = StoreWriter(mask_prefix(partial / "tokens"), np.dtype(np.uint8))
-    refused: list[RejectedRow] = []
-    num_rows = num_supervised = 0
-    with tokens, mask:
-        for num_rows, (ids, supervised) in enumerate(read_padded_mmap(folder), start=1):
+    tally, rejects = Tally(), list[Reject]()
+    with StoreWriter(partial / "tokens", token_dtype(largest + 1), [LOSS_WEIGHTS]) as writer:
+        for number, (ids, supervised) in enumerate(read_padded_mmap(folder), start=1):
             if not supervised[1:].any():
-                refused.append(RejectedRow(str(folder), num_rows, UNSUPERVISED, ""))
+                rejects.append(Reject(str(folder), number, UNSUPERVISED, ""))
                 continue
-            lengths = np.array([len(ids)])
-            tokens.add(ids.astype(tokens.dtype), lengths)
-            mask.add(supervised.astype(np.uint8) * np.uint8(FULL_WEIGHT), lengths)
-            num_supervised += int(supervised[1:].sum())
-    if not tokens.num_documents:
+            weights = supervised.astype(np.uint8) * np.uint8(FULL_WEIGHT)
+            writer.add(ids.astype(writer.dtype), np.array([len(ids)]), {LOSS_WEIGHTS.name: weights})
+            tally.supervised_tokens += int(supervised[1:].sum())
+    tally.rejected_by_reason.update(reject.reason for reject in rejects)
+    tally.num_samples = tally.conversations = writer.num_documents
+    if not tally.num_samples:
         shutil.rmtree(partial)
-        raise BadData(f"{folder}: none of its {num_rows:,} rows has a supervised token. Expected labels beside -100.")
+        raise BadData(
+            f"{folder}: none of its {tally.records:,} samples has a supervised token. Expected labels other than -100."
+        )
     report = {
-        "rows": num_rows,
-        "kept": tokens.num_documents,
-        "split": 0,
-        "rejected": len(refused),
-        "rejected_by_reason": dict(Counter(row.reason for row in refused)),
-        "conversations": tokens.num_documents,
-        "documents": tokens.num_documents,
-        "tokens": tokens.num_tokens,
-        "supervised_tokens": num_supervised,
+        **tally.counts(),
+        "rejected_by_reason": dict(tally.rejected_by_reason),
+        "supervised_tokens": tally.supervised_tokens,
+        "documents": writer.num_documents,
+        "tokens": writer.num_tokens,
     }
-    (partial / REJECTS).write_text("".join(json.dumps(row._asdict()) + "\n" for row in refused))
+    (partial / REJECTS).write_text("".join(json.dumps(reject._asdict()) + "\n" for reject in rejects))
     atomic_write(partial / "report.json", json.dumps(report, indent=2) + "\n")
     os.rename(partial, out)
     fsync_directory(out.parent)
     return report
+
+
+def read_padded_mmap(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (ids [tokens] int32, supervised [tokens] bool) of every sample, set after set by name, without padding.
+
+    Raises: BadData when the files are not such a set.
+    """
+    names = sorted(path.name.removesuffix(IDS_SUFFIX) for path in folder.glob("*" + IDS_SUFFIX))
+    if not names:
+        raise BadData(
+            f"{folder}: holds no file *{IDS_SUFFIX}. Expected a folder that Qwen3-Coder's binarize_data.py wrote with "
+            "--save_format .mmap."
+        )
+    for name in names:
+        yield from _read_set(folder / name)
+
+
+def _read_set(prefix: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ids, labels, lengths = (_open(Path(f"{prefix}.{part}.mmap")) for part in ("input_ids", "labels", "lengths"))
+    if ids.shape != labels.shape or lengths.shape != (len(ids), 1):
+        raise BadData(
+            f"{prefix}: its ids are {ids.shape}, its labels {labels.shape} and its lengths {lengths.shape}. Expected "
+            "ids and labels of one shape, and one length a sample; binarize the data again."
+        )
+    for number, (padded_ids, padded_labels, (length,)) in enumerate(zip(ids, labels, lengths, strict=True)):
+        sample, label = np.array(padded_ids[: max(length, 0)]), np.array(padded_labels[: max(length, 0)])
+        supervised = label != IGNORED
+        if (
+            not 0 < length <= ids.shape[1]
+            or sample.min() < 0
+            or not np.array_equal(sample[supervised], label[supervised])
+        ):
+            raise BadData(
+                f"{prefix}: sample {number} of {len(ids)} has length {length}, and labels that are neither its tokens "
+                f"nor {IGNORED}, or tokens below 0. Expected what the binarizer writes; binarize the data again."
+            )
+        yield sample, supervised
+
+
+def _open(path: Path) -> np.ndarray:
+    """One of the arrays, [samples, longest] int32, mapped and not read."""
+    shape_path = Path(f"{path}.shape.json")
+    try:
+        shape = json.loads(shape_path.read_text())
+        num_samples, longest = int(shape["n_samples"]), int(shape["max_len"])
+        num_bytes = path.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadData(
+            f"{path}: cannot be read with its {shape_path.name} ({type(error).__name__}: {error}). Expected both, as "
+            "the binarizer writes them; copy the whole folder."
+        ) from None
+    if num_samples < 1 or longest < 1 or num_bytes != num_samples * longest * np.dtype(np.int32).itemsize:
+        raise BadData(
+            f"{path}: has {num_bytes:,} bytes, and {shape_path.name} describes {num_samples:,} samples of {longest:,} "
+            "int32. Expected as many bytes as that takes; the file is cut off or not the one described."
+        )
+    return np.memmap(path, dtype=np.int32, mode="r", shape=(num_samples, longest))

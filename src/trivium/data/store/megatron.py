@@ -9,92 +9,124 @@
     int32    [S] tokens of each sequence
     int64    [S] byte at which each begins
     int64    [D] sequence at which each document begins, S last
-Numbers are little-endian. Trivium writes one sequence a document and reads any number.
+Numbers are little-endian. The sequences of one document do not see each other in training.
 
-Where not every token carries the same loss, a second pair `PREFIX_mask` of the same lengths holds the loss weight of
-each token as a label, uint8 in hundredths: 0 carries none, 100 is the plain one.
+`PREFIX.columns.json` declares the columns next to the tokens, and `PREFIX.NAME.col` holds the values of one, end to end
+in the order of the tokens or of the documents. A store without it has no columns, like any that Megatron wrote.
 
-Does not know what a token means. Everybody above `data` may import this file.
 Source: megatron/core/datasets/indexed_dataset.py of https://github.com/NVIDIA/Megatron-LM
 """
 
 import hashlib
+import json
 import os
+import re
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
 
+from trivium.data.columns import Column
 from trivium.errors import BadData
+from trivium.files import atomic_write
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+COLUMN_NAME = re.compile(r"[a-z][a-z0-9_]*")
+COLUMN_DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64")
 CHUNK_ITEMS = 1 << 20
 FINGERPRINT_PROBES = 1024
 FINGERPRINT_PROBE_BYTES = 4096
 
 
 class StoreWriter:
-    """Writes `PREFIX.bin` and `PREFIX.idx`, document by document; memory does not grow with the store.
+    """Writes a store document by document; memory does not grow with the store.
 
-    Lengths wait in `PREFIX.lengths` until `close` turns them into the index, since that begins with their number.
+    The lengths of sequences and documents wait in files until `close` turns them into the index, which begins with
+    their numbers.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype) -> None:
+    def __init__(self, prefix: Path, dtype: np.dtype, columns: Sequence[Column] = ()) -> None:
         self.prefix = prefix
         self.dtype = np.dtype(dtype)
+        self.columns = tuple(columns)
         self.num_documents = 0
+        self.num_sequences = 0
         self.num_tokens = 0
-        self._digest = hashlib.sha256()
-        self._bin: BinaryIO = _file(prefix, ".bin").open("wb")
-        self._lengths: BinaryIO = _file(prefix, ".lengths").open("w+b")
+        self._open = ExitStack()
+        self._bin = self._file(_file(prefix, ".bin"))
+        self._lengths = self._file(_file(prefix, ".lengths"))
+        self._counts = self._file(_file(prefix, ".counts"))
+        self._columns = {column.name: self._file(_column_file(prefix, column.name)) for column in columns}
+        self._data = {Path(file.name).name: file for file in (self._bin, *self._columns.values())}
+        self._digests = {name: hashlib.sha256() for name in self._data}
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: `tokens` [sum(lengths)] end to end, of the store's dtype, and `lengths` [documents]."""
-        assert tokens.dtype == self.dtype and int(lengths.sum()) == len(tokens)
-        data = np.ascontiguousarray(tokens).data.cast("B") if len(tokens) else b""
-        self._digest.update(data)
-        self._bin.write(data)
+    def _file(self, path: Path) -> BinaryIO:
+        return self._open.enter_context(path.open("w+b"))
+
+    def add(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        columns: Mapping[str, np.ndarray] | None = None,
+        counts: np.ndarray | None = None,
+    ) -> None:
+        """Append documents.
+
+        Args:
+            tokens: [sum(lengths)] of the store's dtype, end to end.
+            lengths: [sequences] tokens of each sequence.
+            columns: the values of each declared column, [tokens] or [documents].
+            counts: [documents] sequences of each document; None for one each.
+        """
+        counts = np.ones(len(lengths), np.int32) if counts is None else counts
+        assert tokens.dtype == self.dtype and int(lengths.sum()) == len(tokens) and int(counts.sum()) == len(lengths)
+        self._write(self._bin, tokens)
+        for column in self.columns:
+            values = (columns or {})[column.name]
+            assert values.dtype == column.dtype and len(values) == len(tokens if column.per == "token" else counts)
+            self._write(self._columns[column.name], values)
         self._lengths.write(lengths.astype("<i4").tobytes())
-        self.num_documents += len(lengths)
+        self._counts.write(counts.astype("<i4").tobytes())
+        self.num_documents += len(counts)
+        self.num_sequences += len(lengths)
         self.num_tokens += len(tokens)
 
-    @property
-    def sha256(self) -> str:
-        """Hex SHA-256 of the .bin so far, taken of the bytes on their way out."""
-        return self._digest.hexdigest()
+    def _write(self, file: BinaryIO, values: np.ndarray) -> None:
+        data = np.ascontiguousarray(values).data.cast("B") if len(values) else b""
+        self._digests[Path(file.name).name].update(data)
+        file.write(data)
+
+    def hashes(self) -> dict[str, str]:
+        """Hex SHA-256 of the .bin and the columns so far by file name, computed as they are written."""
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
     def close(self) -> None:
-        """Write the index and make both files durable."""
-        self._lengths.flush()
+        """Write the index and make all files durable."""
         with _file(self.prefix, ".idx").open("wb") as index:
             (code,) = (code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
-            index.write(HEADER.pack(MAGIC, VERSION, code, self.num_documents, self.num_documents + 1))
+            index.write(HEADER.pack(MAGIC, VERSION, code, self.num_sequences, self.num_documents + 1))
             self._lengths.seek(0)
             shutil.copyfileobj(self._lengths, index)
-            self._write_pointers(index)
-            for first in range(0, self.num_documents + 1, CHUNK_ITEMS):
-                last = min(first + CHUNK_ITEMS, self.num_documents + 1)
-                index.write(np.arange(first, last, dtype="<i8").tobytes())
+            _write_starts(self._lengths, index, self.dtype.itemsize)
+            total = _write_starts(self._counts, index, 1)
+            index.write(total.to_bytes(8, "little"))
             _sync(index)
-        _sync(self._bin)
-        self._bin.close()
-        self._lengths.close()
-        _file(self.prefix, ".lengths").unlink()
-
-    def _write_pointers(self, index: BinaryIO) -> None:
-        self._lengths.seek(0)
-        start = 0
-        while chunk := self._lengths.read(4 * CHUNK_ITEMS):
-            ends = start + np.cumsum(np.frombuffer(chunk, "<i4"), dtype=np.int64)
-            index.write((np.concatenate([[start], ends[:-1]]) * self.dtype.itemsize).astype("<i8").tobytes())
-            start = int(ends[-1])
+        if self.columns:
+            declared = [column._asdict() for column in self.columns]
+            atomic_write(_file(self.prefix, ".columns.json"), json.dumps(declared) + "\n")
+        for file in self._data.values():
+            _sync(file)
+        self._open.close()
+        for waiting in (".lengths", ".counts"):
+            _file(self.prefix, waiting).unlink()
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -104,8 +136,18 @@ class StoreWriter:
     ) -> None:
         if kind is None and not self._bin.closed:
             self.close()
-        self._bin.close()
-        self._lengths.close()
+        self._open.close()
+
+
+def _write_starts(sizes: BinaryIO, index: BinaryIO, scale: int) -> int:
+    """Write where each item begins, int64, from a file with the size of each, int32; give where the last one ends."""
+    sizes.seek(0)
+    start = 0
+    while chunk := sizes.read(4 * CHUNK_ITEMS):
+        ends = start + np.cumsum(np.frombuffer(chunk, "<i4"), dtype=np.int64)
+        index.write((np.concatenate([[start], ends[:-1]]) * scale).astype("<i8").tobytes())
+        start = int(ends[-1])
+    return start
 
 
 class Store:
@@ -117,8 +159,8 @@ class Store:
         Raises: BadData when a file is missing, cut short, or says what cannot be.
         """
         self.prefix = _prefix_of(path)
-        self._index_path, self._bin_path = _file(self.prefix, ".idx"), _file(self.prefix, ".bin")
-        for file in (self._index_path, self._bin_path):
+        self._index_path, self.bin_path = _file(self.prefix, ".idx"), _file(self.prefix, ".bin")
+        for file in (self._index_path, self.bin_path):
             if not file.is_file():
                 raise BadData(
                     f"{file}: no such file. Expected a store's folder, or the common prefix of a .bin and an .idx."
@@ -127,23 +169,25 @@ class Store:
         self._map_index(num_sequences, num_borders)
         self.num_tokens = self._check_index()
         """Tokens of all documents."""
-        self._tokens = np.memmap(self._bin_path, self.dtype, "r") if self.num_tokens else np.empty(0, self.dtype)
+        self._tokens = np.memmap(self.bin_path, self.dtype, "r") if self.num_tokens else np.empty(0, self.dtype)
         self.lengths = self._document_lengths()
         """Tokens of each document, int [documents]."""
-        self.mask = self._open_mask()
-        """The loss weights as a store of their own; None where every token counts alike."""
+        self.columns = read_columns(self.prefix)
+        """What is stored next to the tokens."""
+        self._columns = {column.name: self._map_column(column) for column in self.columns}
 
-    def _open_mask(self) -> "Store | None":
-        if not has_mask(self.prefix):
-            return None
-        prefix = mask_prefix(self.prefix)
-        mask = Store(prefix)
-        if mask.dtype != np.uint8 or not np.array_equal(mask.lengths, self.lengths):
+    def _map_column(self, column: Column) -> np.ndarray:
+        path, num_values = (
+            _column_file(self.prefix, column.name),
+            self.num_tokens if column.per == "token" else len(self),
+        )
+        found = path.stat().st_size if path.is_file() else None
+        if found != num_values * np.dtype(column.dtype).itemsize:
             raise BadData(
-                f"{prefix}.idx: does not hold one byte for each token of {self._index_path}. The two do not belong "
-                "together; copy or build the store again."
+                f"{path}: is missing or has {found or 0:,} bytes; expected {num_values:,} values of {column.dtype}, "
+                f"one per {column.per} of {self._index_path}. Copy or build the store again."
             )
-        return mask
+        return np.memmap(path, column.dtype, "r") if num_values else np.empty(0, column.dtype)
 
     def _read_header(self) -> tuple[int, int]:
         with self._index_path.open("rb") as file:
@@ -189,10 +233,10 @@ class Store:
         )
         if borders[0] != 0 or borders[-1] != num_sequences or not rising:
             raise self._broken(f"has document borders that do not rise from 0 to its {num_sequences:,} sequences")
-        expected, found = end * self.dtype.itemsize, self._bin_path.stat().st_size
+        expected, found = end * self.dtype.itemsize, self.bin_path.stat().st_size
         if found != expected:
             raise BadData(
-                f"{self._bin_path}: has {found:,} bytes and its .idx promises {expected:,}. The two do not belong "
+                f"{self.bin_path}: has {found:,} bytes and its .idx promises {expected:,}. The two do not belong "
                 "together, or a copy was cut short; copy or build the store again."
             )
         return end
@@ -200,7 +244,7 @@ class Store:
     def _document_lengths(self) -> np.ndarray:
         num_documents = len(self._borders) - 1
         if len(self._sequence_lengths) == num_documents and (np.diff(self._borders) == 1).all():
-            return self._sequence_lengths  # one sequence a document, as Trivium writes: nothing to add up
+            return self._sequence_lengths  # one sequence per document: nothing to add up
         ends = np.concatenate([[0], np.cumsum(self._sequence_lengths, dtype=np.int64)])
         return np.diff(ends[self._borders])
 
@@ -216,6 +260,11 @@ class Store:
 
         Raises: IndexError when the document or the range does not exist.
         """
+        first, last = self._range(document, start, stop)
+        return self._tokens[first:last]
+
+    def _range(self, document: int, start: int, stop: int | None) -> tuple[int, int]:
+        """Where tokens [start, stop) of a document are in the whole store."""
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
         length = int(self.lengths[document])
@@ -224,11 +273,28 @@ class Store:
             raise IndexError(f"tokens {start} to {stop} of document {document}, which has {length}")
         sequence = int(self._borders[document])
         first = int(self._pointers[sequence]) // self.dtype.itemsize if length else 0
-        return self._tokens[first + start : first + stop]
+        return first + start, first + stop
 
-    def weights(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
-        """Loss weights, uint8 in hundredths, of tokens [start, stop) as labels; None where every token counts alike."""
-        return None if self.mask is None else self.mask.tokens(document, start, stop)
+    def column(self, name: str, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Values of the tokens [start, stop) of a document, without a copy; of a column per document, its value, [1].
+
+        Raises: KeyError when the store has no such column, IndexError when the document or the range does not exist.
+        """
+        values, (column,) = self._columns[name], (column for column in self.columns if column.name == name)
+        first, last = self._range(document, start, stop)
+        return values[first:last] if column.per == "token" else values[document : document + 1]
+
+    def values(self, name: str) -> np.ndarray:
+        """All values of a column, [num_tokens] or [documents], mapped and not read."""
+        return self._columns[name]
+
+    def sequence_starts(self, document: int, start: int, stop: int) -> list[int]:
+        """The tokens of a document, inside (start, stop), at which its second or a later sequence begins."""
+        first, last = int(self._borders[document]), int(self._borders[document + 1])
+        if last - first <= 1:
+            return []
+        ends = np.cumsum(self._sequence_lengths[first:last], dtype=np.int64)[:-1]
+        return np.unique(ends[(ends > start) & (ends < stop)]).tolist()
 
     def found_among(self, ids: Sequence[int]) -> list[int]:
         """Which of the ids occur in the store; reads all of it, once, in constant memory."""
@@ -250,18 +316,24 @@ class Store:
         Tells stores apart in an instant, whatever their size; it does not prove every token. The manifest's hashes do.
         """
         digest = hashlib.sha256(self._index.data)
-        if self.mask is not None:
-            digest.update(self.mask.fingerprint.encode())
-        num_bytes = self.num_tokens * self.dtype.itemsize
-        with self._bin_path.open("rb") as file:
-            for probe in range(FINGERPRINT_PROBES):
-                file.seek(max(0, num_bytes - FINGERPRINT_PROBE_BYTES) * probe // (FINGERPRINT_PROBES - 1))
-                digest.update(file.read(FINGERPRINT_PROBE_BYTES))
+        _probe(self.bin_path, digest)
+        for column in self.columns:
+            digest.update(repr(tuple(column)).encode())
+            _probe(_column_file(self.prefix, column.name), digest)
         return digest.hexdigest()
 
 
+def _probe(path: Path, digest: "hashlib._Hash") -> None:
+    """Hash evenly spaced pages of a file."""
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        for probe in range(FINGERPRINT_PROBES):
+            file.seek(max(0, num_bytes - FINGERPRINT_PROBE_BYTES) * probe // (FINGERPRINT_PROBES - 1))
+            digest.update(file.read(FINGERPRINT_PROBE_BYTES))
+
+
 class Selection:
-    """Some documents of a store, numbered anew: what a share of its own is asked for."""
+    """Some documents of a store, renumbered, so that they can be given a share in the mixture."""
 
     def __init__(self, store: Store, documents: np.ndarray) -> None:
         """`documents`: int, which ones, in order."""
@@ -274,19 +346,43 @@ class Selection:
         """See `Store.tokens`."""
         return self.store.tokens(int(self.documents[document]), start, stop)
 
-    def weights(self, document: int, start: int, stop: int) -> np.ndarray | None:
-        """See `Store.weights`."""
-        return self.store.weights(int(self.documents[document]), start, stop)
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """See `Store.columns`."""
+        return self.store.columns
+
+    def column(self, name: str, document: int, start: int, stop: int) -> np.ndarray:
+        """See `Store.column`."""
+        return self.store.column(name, int(self.documents[document]), start, stop)
+
+    def sequence_starts(self, document: int, start: int, stop: int) -> list[int]:
+        """See `Store.sequence_starts`."""
+        return self.store.sequence_starts(int(self.documents[document]), start, stop)
 
 
-def mask_prefix(prefix: Path) -> Path:
-    """Where the loss weights of the store at `prefix` lie."""
-    return prefix.with_name(f"{prefix.name}_mask")
+def read_columns(path: Path) -> tuple[Column, ...]:
+    """The columns of the store at `path`, see `Store`; does not open it.
+
+    Raises: BadData when their declaration cannot be understood.
+    """
+    declaration = _file(_prefix_of(path), ".columns.json")
+    if not declaration.is_file():
+        return ()
+    try:
+        columns = tuple(Column(**one) for one in json.loads(declaration.read_bytes()))
+    except (ValueError, TypeError):
+        columns = ()
+    names = {column.name for column in columns if column.dtype in COLUMN_DTYPES and column.per in ("token", "document")}
+    if not columns or len(names) != len(columns) or not all(COLUMN_NAME.fullmatch(name) for name in names):
+        raise BadData(
+            f"{declaration}: is not a list of columns, each with a name, a dtype of {', '.join(COLUMN_DTYPES)} and "
+            "per: token or document. Copy or build the store again."
+        )
+    return columns
 
 
-def has_mask(path: Path) -> bool:
-    """Whether the store at `path`, see `Store`, has loss weights; does not open it."""
-    return _file(mask_prefix(_prefix_of(path)), ".idx").is_file()
+def _column_file(prefix: Path, name: str) -> Path:
+    return _file(prefix, f".{name}.col")
 
 
 def _prefix_of(path: Path) -> Path:

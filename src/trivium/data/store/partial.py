@@ -1,14 +1,16 @@
 """A store under construction: files that only grow, and a journal that says how far they can be trusted.
 
-All samples go, in order, to `documents.bin` (tokens), `weights.bin` (a byte a token), `lengths.bin` (int32 each),
-`hashes.bin` (128 bits each) and `reasoning.bin` (a byte each), refused rows to `rejects.jsonl`. A kill at any instant
-loses what came after the last journal entry: the next build cuts the files back to it and goes on. What becomes of them
-at the end is `publish.py`'s business, the only other file beside `build.py` that imports this one.
+All samples go, in order, to `documents.bin` (tokens), `lengths.bin` (int32 each), `hashes.bin` (128 bits each) and a
+file for each column, rejects to `rejects.jsonl`. A kill at any instant loses what came after the last journal entry:
+the next build cuts the files back to it and continues. `publish.py` makes a store of them.
+
+Held-out documents are not separated here, although their hashes are known: which hashes are held out depends on the
+smallest and the largest of all, so that neither side is left empty.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,49 +18,45 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from trivium.data.columns import Column
 from trivium.data.source.blocks import Position
-from trivium.data.store.encode import HASH_BYTES, EncodedBlock, Tally
+from trivium.data.store.encode import HASH_BYTES, EncodedBlock
+from trivium.data.store.tally import Tally
 from trivium.files import atomic_write
 
-DOCUMENTS, WEIGHTS, LENGTHS, HASHES = "documents.bin", "weights.bin", "lengths.bin", "hashes.bin"
-REASONING, REJECTS = "reasoning.bin", "rejects.jsonl"
+DOCUMENTS, LENGTHS, HASHES, REJECTS = "documents.bin", "lengths.bin", "hashes.bin", "rejects.jsonl"
 JOURNAL = "journal.json"
 JOURNAL_EVERY_BLOCKS = 32
 GROUP_DOCUMENTS = 1 << 16
 GROUP_TOKENS = 1 << 22
 
 
-class Group(NamedTuple):
+class SampleGroup(NamedTuple):
     """Some of a partial store's samples, read back."""
 
     tokens: np.ndarray
     """[sum(lengths)]."""
-    weights: np.ndarray | None
-    """[sum(lengths)] uint8, hundredths; None where every token counts alike."""
     lengths: np.ndarray
     """[samples] int32."""
     hashes: np.ndarray
     """[samples, 2] big-endian uint64, the high one first."""
-    reasoning: np.ndarray
-    """[samples] uint8."""
+    columns: dict[str, np.ndarray]
+    """The values of each column, [sum(lengths)] or [samples]."""
 
 
 class Partial:
-    """The growing files of one unfinished store; one process at a time, which the build's lock sees to."""
+    """The growing files of one unfinished store; one process at a time, which the build's lock ensures."""
 
-    def __init__(self, folder: Path, dtype: np.dtype, has_weights: bool) -> None:
-        """Open or begin the folder, and cut its files back to what the journal vouches for.
-
-        Without `has_weights` every token counts alike, and no weights are kept.
-        """
+    def __init__(self, folder: Path, dtype: np.dtype, columns: Sequence[Column]) -> None:
+        """Open or begin the folder, and cut its files back to what the journal records."""
         self.folder = folder
         self.dtype = dtype
-        self.has_weights = has_weights
+        self.columns = tuple(columns)
         self.position = Position()
         self.tally = Tally()
         self._blocks_since_journal = 0
         folder.mkdir(parents=True, exist_ok=True)
-        sizes = dict.fromkeys((DOCUMENTS, WEIGHTS, LENGTHS, HASHES, REASONING, REJECTS), 0)
+        sizes = dict.fromkeys((DOCUMENTS, LENGTHS, HASHES, REJECTS, *map(_column_file, self.columns)), 0)
         if (folder / JOURNAL).exists():
             journal = json.loads((folder / JOURNAL).read_text())
             self.position = Position(*journal["position"])
@@ -74,13 +72,12 @@ class Partial:
     def append(self, block: EncodedBlock) -> None:
         """Add a block; every so often, make all so far durable."""
         self._files[DOCUMENTS].write(np.ascontiguousarray(block.tokens).data)
-        if self.has_weights:
-            self._files[WEIGHTS].write(block.weights.data)
         self._files[LENGTHS].write(block.lengths.astype("<i4").data)
         self._files[HASHES].write(block.hashes)
-        self._files[REASONING].write(block.reasoning.data)
-        for row in block.rejected:
-            self._files[REJECTS].write(json.dumps(row._asdict()).encode() + b"\n")
+        for column in self.columns:
+            self._files[_column_file(column)].write(block.columns[column.name].data)
+        for reject in block.rejects:
+            self._files[REJECTS].write(json.dumps(reject._asdict()).encode() + b"\n")
         self.tally.add(block.tally)
         self.position = block.after
         self._blocks_since_journal += 1
@@ -97,25 +94,24 @@ class Partial:
         atomic_write(self.folder / JOURNAL, json.dumps(journal))
         self._blocks_since_journal = 0
 
-    def groups(self) -> Iterator[Group]:
+    def groups(self) -> Iterator[SampleGroup]:
         """Read back all samples; at most about 4M tokens, or one longer document, at a time."""
         with ExitStack() as stack:
-            tokens, weights, lengths_file, hashes_file, reasoning_file = (
-                stack.enter_context((self.folder / name).open("rb"))
-                for name in (DOCUMENTS, WEIGHTS, LENGTHS, HASHES, REASONING)
-            )
-            while chunk := lengths_file.read(4 * GROUP_DOCUMENTS):
-                lengths = np.frombuffer(chunk, "<i4")
-                hashes = np.frombuffer(hashes_file.read(HASH_BYTES * len(lengths)), ">u8").reshape(-1, 2)
-                reasoning = np.frombuffer(reasoning_file.read(len(lengths)), np.uint8)
+            files = {name: stack.enter_context((self.folder / name).open("rb")) for name in self._files}
+
+            def read(name: str, dtype: np.dtype | str, count: int) -> np.ndarray:
+                return np.frombuffer(files[name].read(count * np.dtype(dtype).itemsize), dtype)
+
+            while len(lengths := read(LENGTHS, "<i4", GROUP_DOCUMENTS)):
                 for start, stop in _groups(lengths):
                     num_tokens = int(lengths[start:stop].sum(dtype=np.int64))
-                    yield Group(
-                        np.frombuffer(tokens.read(num_tokens * self.dtype.itemsize), self.dtype),
-                        np.frombuffer(weights.read(num_tokens), np.uint8) if self.has_weights else None,
+                    num_samples = stop - start
+                    sizes = {"token": num_tokens, "document": num_samples}
+                    yield SampleGroup(
+                        read(DOCUMENTS, self.dtype, num_tokens),
                         lengths[start:stop],
-                        hashes[start:stop],
-                        reasoning[start:stop],
+                        read(HASHES, ">u8", num_samples * HASH_BYTES // 8).reshape(-1, 2),
+                        {one.name: read(_column_file(one), one.dtype, sizes[one.per]) for one in self.columns},
                     )
 
     def __enter__(self) -> "Partial":
@@ -128,8 +124,12 @@ class Partial:
             file.close()
 
 
+def _column_file(column: Column) -> str:
+    return f"{column.name}.col"
+
+
 def _open_at(path: Path, size: int) -> BinaryIO:
-    """Open for appending after the first `size` bytes; what lies beyond them is cut off."""
+    """Open for appending after the first `size` bytes; what follows them is cut off."""
     path.touch()
     assert path.stat().st_size >= size, f"{path} is shorter than its journal says"
     os.truncate(path, size)

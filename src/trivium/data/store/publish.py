@@ -1,14 +1,13 @@
 """From a finished partial store to the published one: held-out split, duplicates, lengths, hashes, one rename.
 
-Reads the partial's files in constant memory and changes none of them, so a kill here costs only this step. Reading
-rows is over by now. Imported by `build.py`.
+Reads the partial's files in constant memory and changes none of them, so a kill here costs only this step.
 """
 
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,126 +15,120 @@ from typing import Any
 import numpy as np
 
 from trivium.data.store.encode import HASH_BYTES
-from trivium.data.store.megatron import StoreWriter, mask_prefix
-from trivium.data.store.partial import HASHES, REJECTS, Group, Partial
+from trivium.data.store.megatron import StoreWriter
+from trivium.data.store.partial import HASHES, REJECTS, Partial, SampleGroup
 from trivium.files import atomic_write, fsync_directory, sha256_file
 
 HASH_VALUES = 1 << (8 * HASH_BYTES)
 HIGH_VALUES = 1 << (4 * HASH_BYTES)
-REASONING_FILE = "reasoning.npy"
 BUCKET_HASHES = 1 << 21
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 EXACT_LENGTH_BITS = 10
 
 
-def publish(partial: Partial, final: Path, held_out: float, inputs: dict[str, Any]) -> None:
-    """Write the store that `partial` amounts to into `final`, which appears whole or not at all.
+def publish(partial: Partial, final: Path, held_out: float, control_ids: Sequence[int], inputs: dict[str, Any]) -> None:
+    """Write the store of `partial` into `final`, which appears whole or not at all.
 
     Args:
         partial: all documents, committed.
         final: the folder to make; must not exist.
         held_out: share of the distinct documents that go to `held_out.bin`.
+        control_ids: tokens of which the manifest records whether they occur in training.
         inputs: what the store was made from, for manifest.json.
     """
     folder = partial.folder / "store"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     num_distinct, smallest, largest = count_distinct(partial.folder / HASHES)
-    limit = held_out_limit(held_out, smallest, largest)
-    counts, lengths, hashes = _write_split(partial, folder, limit)
+    split = _Split(folder, partial, held_out_limit(held_out, smallest, largest), control_ids)
     tally = partial.tally
     report = {
-        "rows": tally.num_rows,
-        "kept": tally.num_kept,
-        "split": tally.num_split_rows,
-        "rejected": tally.num_rejected,
-        "rejected_by_reason": dict(tally.rejected.most_common()),
-        "duplicates": tally.num_documents - num_distinct,
-        "control_token_rows": tally.num_control_rows,
-        "text_bytes": tally.num_text_bytes,
-        "conversations": tally.num_conversations,
-        "reasoning_documents": tally.num_reasoning_documents,
-        "dropped_turns": tally.num_dropped_turns,
-        "cut_turns": tally.num_cut_turns,
-        "lost_reasoning_turns": tally.num_lost_reasoning_turns,
-        "supervised_tokens": tally.num_supervised_tokens,
-        **counts,
-        "bytes_per_token": round(tally.num_text_bytes / tally.num_tokens, 4),
-        "tokens_per_document": describe_lengths(lengths),
+        **tally.counts(),
+        "rejected_by_reason": dict(tally.rejected_by_reason.most_common()),
+        "duplicates": tally.num_samples - num_distinct,
+        "text_bytes": tally.text_bytes,
+        "reasoning_documents": tally.reasoning_documents,
+        "supervised_tokens": tally.supervised_tokens,
+        **split.counts,
+        "bytes_per_token": round(tally.text_bytes / tally.num_tokens, 4),
+        "tokens_per_document": describe_lengths(split.lengths),
     }
     atomic_write(folder / "report.json", json.dumps(report, indent=2) + "\n")
     with (partial.folder / REJECTS).open("rb") as source, (folder / REJECTS).open("wb") as target:
         shutil.copyfileobj(source, target)
         os.fsync(target.fileno())
-    hashes |= {path.name: sha256_file(path) for path in folder.iterdir() if path.name not in hashes}
-    manifest = {**inputs, **counts, "sha256": dict(sorted(hashes.items()))}
+    hashes = split.hashes | {path.name: sha256_file(path) for path in folder.iterdir() if path.name not in split.hashes}
+    manifest = {
+        **inputs,
+        **split.counts,
+        "control_tokens": sorted(split.control_tokens),
+        "sha256": dict(sorted(hashes.items())),
+    }
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     os.rename(folder, final)
     fsync_directory(final.parent)
 
 
 def held_out_limit(held_out: float, smallest: int, largest: int) -> int:
-    """The largest first half of a hash that is held out; documents go by their content's hash, not by chance.
+    """The largest first half of a hash that is held out: the hash of a document's content decides, not chance.
 
-    So all copies of a document, and all samples of a conversation, fall on one side (a copy in training would make the
-    held-out loss a lie), the same document falls on the same side in every corpus, and no random state is needed. When
-    there are two distinct documents, neither side is left empty. `smallest` and `largest` are whole hashes.
+    So all copies of a document, and all samples of a conversation, are on one side (a copy in training would make the
+    held-out loss too low), the same document is on the same side in every corpus, and no random state is needed. With
+    two distinct documents or more, neither side is left empty. `smallest` and `largest` are whole hashes.
     """
     if held_out == 0.0:
         return -1
     return min(max(int(held_out * HIGH_VALUES) - 1, smallest // HIGH_VALUES), largest // HIGH_VALUES - 1)
 
 
-def _write_split(partial: Partial, folder: Path, limit: int) -> tuple[dict[str, int], Counter[int], dict[str, str]]:
-    """Write tokens.* and, if any, held_out.*, with their masks; give their counts, how many samples have which length,
-    and hashes."""
-    histogram: Counter[int] = Counter()
-    reasoning: list[np.ndarray] = []
-    with ExitStack() as stack:
-        train, held_out = (_Pair(folder / name, partial, stack) for name in ("tokens", "held_out"))
-        for group in partial.groups():
-            held = _at_most(group.hashes, limit)
-            train.add(group, ~held)
-            held_out.add(group, held)
-            reasoning.append(group.reasoning[~held])
-            values, counts = np.unique(round_lengths(group.lengths), return_counts=True)
-            histogram.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    hashes = train.hashes()
-    if held_out.tokens.num_documents:
-        hashes |= held_out.hashes()
-    else:
-        for path in folder.glob("held_out*"):
-            path.unlink()
-    if any(part.any() for part in reasoning):
-        np.save(folder / REASONING_FILE, np.concatenate(reasoning).astype(bool), allow_pickle=False)
-    counts = {
-        "documents": train.tokens.num_documents,
-        "tokens": train.tokens.num_tokens,
-        "held_out_documents": held_out.tokens.num_documents,
-        "held_out_tokens": held_out.tokens.num_tokens,
-    }
-    return counts, histogram, hashes
+class _Split:
+    """Writes tokens.* and, if any, held_out.*, and counts on the way.
+
+    Attributes:
+        counts: documents and tokens of both.
+        hashes: SHA-256 of the large files by name.
+        lengths: how many samples have which length.
+        control_tokens: the control tokens that occur in training.
+    """
+
+    def __init__(self, folder: Path, partial: Partial, limit: int, control_ids: Sequence[int]) -> None:
+        self.lengths: Counter[int] = Counter()
+        self.control_tokens: set[int] = set()
+        wanted = np.array(control_ids, dtype=np.int64)
+        with ExitStack() as stack:
+            training, held_out = (
+                stack.enter_context(StoreWriter(folder / name, partial.dtype, partial.columns))
+                for name in ("tokens", "held_out")
+            )
+            for group in partial.groups():
+                held = _at_most(group.hashes, limit)
+                tokens = _add(training, group, ~held)
+                _add(held_out, group, held)
+                self.control_tokens.update(np.unique(tokens[np.isin(tokens, wanted)]).tolist())
+                values, counts = np.unique(round_lengths(group.lengths), return_counts=True)
+                self.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        self.hashes = training.hashes()
+        if held_out.num_documents:
+            self.hashes |= held_out.hashes()
+        else:
+            for path in folder.glob("held_out*"):
+                path.unlink()
+        self.counts = {
+            "documents": training.num_documents,
+            "tokens": training.num_tokens,
+            "held_out_documents": held_out.num_documents,
+            "held_out_tokens": held_out.num_tokens,
+        }
 
 
-class _Pair:
-    """A store being written, with its mask where there is one."""
-
-    def __init__(self, prefix: Path, partial: Partial, stack: ExitStack) -> None:
-        self.tokens = stack.enter_context(StoreWriter(prefix, partial.dtype))
-        self.mask: StoreWriter | None = None
-        if partial.has_weights:
-            self.mask = stack.enter_context(StoreWriter(mask_prefix(prefix), np.dtype(np.uint8)))
-
-    def add(self, group: Group, chosen: np.ndarray) -> None:
-        """Append the chosen samples, bool [samples]."""
-        chosen_tokens = np.repeat(chosen, group.lengths)
-        self.tokens.add(group.tokens[chosen_tokens], group.lengths[chosen])
-        if self.mask is not None and group.weights is not None:
-            self.mask.add(group.weights[chosen_tokens], group.lengths[chosen])
-
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of the large files, taken on their way out."""
-        return {f"{writer.prefix.name}.bin": writer.sha256 for writer in (self.tokens, self.mask) if writer is not None}
+def _add(writer: StoreWriter, group: SampleGroup, chosen: np.ndarray) -> np.ndarray:
+    """Append the chosen samples, bool [samples], and give their tokens."""
+    chosen_tokens = np.repeat(chosen, group.lengths)
+    masks = {"token": chosen_tokens, "document": chosen}
+    columns = {column.name: group.columns[column.name][masks[column.per]] for column in writer.columns}
+    tokens = group.tokens[chosen_tokens]
+    writer.add(tokens, group.lengths[chosen], columns)
+    return tokens
 
 
 def _at_most(hashes: np.ndarray, limit: int) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""Tokenisation side by side: `trivium data build` and Megatron-LM's tools/preprocess_data.py, and what memory it takes.
+"""Tokenizing side by side: `trivium data build` and Megatron-LM's tools/preprocess_data.py, and what memory it takes.
 
 Both read the same generated JSONL with the same Hugging Face tokenizer and as many workers, in turns, each as a whole
 command from its start to its end; the tokens of both must be the same, byte for byte. Then Trivium reads a corpus of
-four times the size, to see whether its memory grows. Writes bench/results/tokenise.json.
+four times the size, to see whether its memory grows. Writes bench/results/tokenize_corpus.json.
 
-    python bench/tokenise.py --megatron DIR --tokenizer DIR
+    python bench/tokenize_corpus.py --megatron DIR --tokenizer DIR
 
 DIR is a checkout of https://github.com/NVIDIA/Megatron-LM; what it imports beyond Trivium's dev extra (omegaconf) must
 be on PYTHONPATH.
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-RESULT = Path(__file__).parent / "results" / "tokenise.json"
+RESULT = Path(__file__).parent / "results" / "tokenize_corpus.json"
 POLL_SECONDS = 0.05
 GROWTH = 4
 SYLLABLES = [

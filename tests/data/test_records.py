@@ -1,4 +1,4 @@
-"""Rows and blocks: every kind of bad row has its reason, and where the bytes were cut changes nothing."""
+"""Records and blocks: every kind of bad record has its reason, and where the bytes were cut changes nothing."""
 
 import gzip
 import json
@@ -12,13 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivium.data.source.blocks import START, Position, Reading, SourceFile, list_files, read_blocks
-from trivium.data.source.records import Piece, Reason, Reject, Row, parse_piece
+from trivium.data.chat.formats import Document
+from trivium.data.rejects import Reason, Reject
+from trivium.data.source.blocks import START, Position, SourceFile, list_files, read_blocks
+from trivium.data.source.records import DataRecord, Piece, Reading, read_records
 from trivium.errors import BadData, ConfigError
 
-MAX_ROW_BYTES = 2000
+MAX_RECORD_BYTES = 2000
+READING = Reading("text", "file", MAX_RECORD_BYTES)
 
-BAD_JSON_ROWS = [
+BAD_JSON_RECORDS = [
     (b"nonsense", Reason.NOT_JSON),
     (b"{'text': 'a'}", Reason.NOT_JSON),
     (b'{"text": "a\tb"}', Reason.NOT_JSON),
@@ -48,10 +51,10 @@ BAD_JSON_ROWS = [
     (b'{"text": "a\x00b"}', Reason.NUL),
     (b'{"text": "\\ud800 alone"}', Reason.SURROGATE),
     (b'{"text": "\\udc00\\ud83d"}', Reason.SURROGATE),
-    (b'{"text": "' + b"a" * MAX_ROW_BYTES + b'"}', Reason.TOO_LONG),
+    (b'{"text": "' + b"a" * MAX_RECORD_BYTES + b'"}', Reason.TOO_LONG),
 ]
 
-GOOD_JSON_ROWS = [
+GOOD_JSON_RECORDS = [
     (b'{"text": "a", "number": ' + b"9" * 1900 + b"}", "a"),
     (b'{"text": "a", "number": 1e999, "other": NaN, "third": -Infinity}', "a"),
     (b'{"text": "first", "text": "last"}', "last"),
@@ -61,32 +64,36 @@ GOOD_JSON_ROWS = [
 ]
 
 
+def text_or_reason(record: DataRecord) -> str:
+    return record.content.text if isinstance(record.content, Document) else record.content.reason
+
+
 def read(path: Path, documents: str = "file", block_bytes: int = 1 << 19, start: Position = START):
-    reading = Reading("text", documents, MAX_ROW_BYTES)
+    reading = Reading("text", documents, MAX_RECORD_BYTES)
     for block in read_blocks(list_files(path), reading, start, block_bytes):
         for piece in block.pieces:
-            for row in parse_piece(piece, "text", MAX_ROW_BYTES):
-                yield (piece.file, row.line, row.text if isinstance(row, Row) else row.reason)
+            for record in read_records([piece], reading):
+                yield (record.file, record.line, text_or_reason(record))
 
 
-@pytest.mark.parametrize(("raw", "reason"), BAD_JSON_ROWS)
-def test_a_bad_row_says_why_and_its_neighbours_live(raw, reason):
+@pytest.mark.parametrize(("raw", "reason"), BAD_JSON_RECORDS)
+def test_a_bad_record_says_why_and_its_neighbours_live(raw, reason):
     data = b'{"text": "before"}\n' + raw + b'\n{"text": "after"}\n'
-    before, bad, after = parse_piece(Piece("f", "json", 1, data), "text", MAX_ROW_BYTES)
-    assert (before.text, after.text, after.line) == ("before", "after", 3)
-    assert isinstance(bad, Reject)
-    assert (bad.line, bad.reason) == (2, reason)
+    before, bad, after = read_records([Piece("f", "json", 1, data)], READING)
+    assert (before.content.text, after.content.text, after.line) == ("before", "after", 3)
+    assert isinstance(bad.content, Reject) and bad.line == bad.content.line
+    assert (bad.line, bad.content.reason) == (2, reason)
 
 
-@pytest.mark.parametrize(("raw", "text"), GOOD_JSON_ROWS)
-def test_odd_but_good_rows_are_kept(raw, text):
-    (row,) = parse_piece(Piece("f", "json", 1, raw), "text", MAX_ROW_BYTES)
-    assert (row.text, row.utf8) == (text, text.encode())
+@pytest.mark.parametrize(("raw", "text"), GOOD_JSON_RECORDS)
+def test_odd_but_good_records_are_kept(raw, text):
+    (record,) = read_records([Piece("f", "json", 1, raw)], READING)
+    assert (record.content, record.num_bytes) == (Document(text), len(text.encode()))
 
 
 def test_a_missing_field_names_the_fields_that_are_there():
-    (row,) = parse_piece(Piece("f", "json", 1, b'{"content": "a", "id": 3}'), "text", MAX_ROW_BYTES)
-    assert row.detail == "no 'text'; it has 'content', 'id'"
+    (record,) = read_records([Piece("f", "json", 1, b'{"content": "a", "id": 3}')], READING)
+    assert record.content.detail == "no 'text'; it has 'content', 'id'"
 
 
 def test_mark_at_the_start_blank_lines_and_missing_last_newline(tmp_path):
@@ -121,15 +128,14 @@ BYTES_OF_TEXT = st.text(alphabet="ab \n\r\t\u00e9", max_size=60).map(str.encode)
     block_bytes=st.integers(1, 40),
     long=st.integers(3, 12),
 )
-def test_where_blocks_are_cut_changes_no_row(tmp_path_factory, data, documents, block_bytes, long):
+def test_where_blocks_are_cut_changes_no_record(tmp_path_factory, data, documents, block_bytes, long):
     path = tmp_path_factory.mktemp("cut") / "a.txt"
     path.write_bytes(data)
     reading = Reading("text", documents, long)
 
     def rows(size: int, start: Position = START):
         for block in read_blocks([SourceFile(path, "a")], reading, start, size):
-            found = [row for piece in block.pieces for row in parse_piece(piece, "text", long)]
-            yield block.after, [(row.line, row.text if isinstance(row, Row) else row.reason) for row in found]
+            yield block.after, [(one.line, text_or_reason(one)) for one in read_records(block.pieces, reading)]
 
     whole = [row for _, found in rows(1 << 19) for row in found]
     blocks = list(rows(block_bytes))
@@ -140,7 +146,7 @@ def test_where_blocks_are_cut_changes_no_row(tmp_path_factory, data, documents, 
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.zst", ".parquet"])
-def test_any_container_gives_the_same_rows_from_any_place(tmp_path, suffix):
+def test_any_container_gives_the_same_records_from_any_place(tmp_path, suffix):
     texts = [f"document {number} " + "word " * random.Random(number).randrange(60) for number in range(300)]
     path = tmp_path / f"a{suffix}"
     lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
@@ -153,12 +159,10 @@ def test_any_container_gives_the_same_rows_from_any_place(tmp_path, suffix):
         path.write_bytes(gzip.compress(lines) if suffix.endswith(".gz") else lines)
     expected = [(path.name, number + 1, text) for number, text in enumerate(texts)]
     assert list(read(path, block_bytes=1500)) == expected
-    reading = Reading("text", "file", MAX_ROW_BYTES)
+    reading = Reading("text", "file", MAX_RECORD_BYTES)
     blocks = list(read_blocks(list_files(path), reading, block_bytes=1500))
     middle = len(blocks) // 2
-    num_before = sum(
-        len(list(parse_piece(piece, "text", MAX_ROW_BYTES))) for block in blocks[:middle] for piece in block.pieces
-    )
+    num_before = sum(len(list(read_records(block.pieces, reading))) for block in blocks[:middle])
     assert list(read(path, block_bytes=700, start=blocks[middle - 1].after)) == expected[num_before:]
 
 
@@ -167,9 +171,11 @@ def test_parquet_columns_of_bytes_nulls_and_numbers(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     found = [row[1:] for row in read(tmp_path)]
     assert found == [(1, "good"), (2, Reason.NOT_UTF8), (3, Reason.NULL), (4, "\u00e9")]
-    numbers = read_blocks(list_files(tmp_path), Reading("n", "file", MAX_ROW_BYTES))
-    rows = [row for block in numbers for piece in block.pieces for row in parse_piece(piece, "n", MAX_ROW_BYTES)]
-    assert {row.reason for row in rows} == {Reason.WRONG_TYPE}
+    reading = Reading("n", "file", MAX_RECORD_BYTES)
+    blocks = read_blocks(list_files(tmp_path), reading)
+    assert {one.content.reason for block in blocks for one in read_records(block.pieces, reading)} == {
+        Reason.WRONG_TYPE
+    }
 
 
 def test_folders_are_read_sorted_once_and_without_end(tmp_path):
@@ -204,7 +210,7 @@ def test_sources_that_cannot_be_read_say_so(tmp_path):
         ("bent.txt.gz", gzip.compress(b"a" * 500)[:-8] + b"12345678", "cannot be read to its end"),
         ("plain.txt.zst", b"not zstd at all", "cannot be read to its end"),
         ("cut.txt.zst", zstd(os.urandom(1500))[:-200], "cannot be read to its end"),
-        ("cut-list.json", b'[{"text": "a"}, {"text": "b', "breaks off or is no JSON after entry 1"),
+        ("cut-list.json", b'[{"text": "a"}, {"text": "b', "breaks off or is not JSON after entry 1"),
         ("no-list.json", b'[{"text": "a"} {"text": "b"}]', "after entry 1"),
         ("a.parquet", b"PAR1 and no more", "not a readable Parquet"),
     ]:
@@ -224,7 +230,7 @@ def test_a_json_list_is_its_entries_wherever_reading_begins(tmp_path_factory, en
     path = tmp_path_factory.mktemp("list") / "a.json"
     path.write_text(json.dumps(entries, indent=indent), encoding="utf-8")
     start = Position(0, min(begin, len(entries)), min(begin, len(entries)) + 1)
-    blocks = read_blocks([SourceFile(path, "a")], Reading("text", "file", MAX_ROW_BYTES), start, block_bytes)
+    blocks = read_blocks([SourceFile(path, "a")], Reading("text", "file", MAX_RECORD_BYTES), start, block_bytes)
     pieces = [piece for block in blocks for piece in block.pieces]
     found = [json.loads(line) for piece in pieces for line in piece.data.splitlines()]
     assert found == entries[begin:]

@@ -1,14 +1,14 @@
-"""Every kind of row that cannot be learnt from, with the reason it is refused for: (format, the line, reason).
+"""Every kind of record that cannot be used, with the reason it is rejected for: (format, the line, reason).
 
-A line is bytes as they may lie in a file, or a value that is written as JSON. `LONG_ROW_BYTES` and `SHORT_SEQ_LEN` are
-the limits that the rows too long for them are too long for.
+A line is bytes as they are in a file, or a value that is written as JSON. `LONG_RECORD_BYTES` and
+`SHORT_SEQ_LEN` are the limits that the records named too long exceed.
 """
 
 from typing import Any
 
-from trivium.data.source.records import Reason
+from trivium.data.rejects import Reason
 
-LONG_ROW_BYTES = 4000
+LONG_RECORD_BYTES = 4000
 SHORT_SEQ_LEN = 60
 
 ASK: dict[str, Any] = {"role": "user", "content": "Why?"}
@@ -39,7 +39,7 @@ def deep(levels: int) -> Any:
     return value
 
 
-BROKEN_ROWS: list[tuple[str, Any, Reason]] = [
+BROKEN_RECORDS: list[tuple[str, Any, Reason]] = [
     # The line.
     ("messages", b"nonsense", Reason.NOT_JSON),
     ("messages", b'{"messages": [{"role": "user"', Reason.CUT_OFF),
@@ -47,7 +47,7 @@ BROKEN_ROWS: list[tuple[str, Any, Reason]] = [
     ("messages", b"[" * 1500, Reason.TOO_DEEP),
     ("messages", b'{"messages": "\xff"}', Reason.NOT_UTF8),
     ("messages", b'{"messages": [{"role": "user", "content": "a\x00"}]}', Reason.NUL),
-    ("messages", talk(ASK, {**REPLY, "content": "x" * LONG_ROW_BYTES}), Reason.TOO_LONG),
+    ("messages", talk(ASK, {**REPLY, "content": "x" * LONG_RECORD_BYTES}), Reason.TOO_LONG),
     ("messages", [ASK, REPLY], Reason.NOT_OBJECT),
     ("messages", 7, Reason.NOT_OBJECT),
     # The record.

@@ -1,7 +1,6 @@
-"""Layouts: how a file's records say what they hold, found out from the first of them or told by the user.
+"""Layouts: which field of a file's records holds what, detected from the first records or given by the user.
 
-A LLaMA-Factory `dataset_info.json` is one way to be told. What the values become is `formats.py`'s business. Runs in
-worker processes and imports nothing heavy. Imported inside `data`.
+A LLaMA-Factory `dataset_info.json` is one way to give it. Runs in worker processes, so it imports nothing heavy.
 """
 
 import json
@@ -70,7 +69,7 @@ INFO_ROLES = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class RecordLayout:
     """How a file's records are read; small, so that it travels to worker processes and into manifests."""
 
     format: Format
@@ -78,7 +77,7 @@ class Layout:
     """Our names (messages, role, content, prompt, input, answer, system, tools, history) -> the file's own; None for
     what the file does not have. A name that is not here is looked for under its usual names."""
     roles: Mapping[str, str] = field(default_factory=dict)
-    """The file's own names of roles -> ours."""
+    """The file's names of roles -> ours."""
     text_field: str = "text"
 
     def names(self, name: str) -> tuple[str, ...]:
@@ -93,11 +92,11 @@ class Layout:
         return next((found for found in self.names(name) if found in record), None)
 
 
-def detect(records: Sequence[object], layout: Layout, where: str) -> Layout:
+def detect(records: Sequence[object], layout: RecordLayout, where: str) -> RecordLayout:
     """Give the layout the format that most of a file's first records have.
 
     Args:
-        records: decoded rows; those that are no objects do not count.
+        records: decoded records; those that are not objects do not count.
         layout: what the user said of fields and roles.
         where: name of the file for messages.
 
@@ -108,21 +107,21 @@ def detect(records: Sequence[object], layout: Layout, where: str) -> Layout:
     if not counts:
         names = list(dict.fromkeys(name for record in objects for name in record))
         raise BadData(
-            f"{where}: the rows have the fields {', '.join(map(repr, names[:12])) or '(none)'}, which fit no known "
+            f"{where}: the records have the fields {', '.join(map(repr, names[:12])) or '(none)'}, which fit no known "
             "format. Expected messages; conversations (ShareGPT); instruction and output (Alpaca); prompt and "
             f"completion, response or answer; or {layout.text_field!r} for plain text. Say which is which with fields, "
-            "such as {prompt: question, answer: reply}, or name the field of the text with field."
+            "for example {prompt: question, answer: reply}, or name the field of the text with field."
         )
     ((best, _),) = counts.most_common(1)
     if best == "both":
         raise BadData(
-            f"{where}: the rows hold a text ({layout.text_field!r}) and a question with its answer too. Expected one "
+            f"{where}: the records hold a text ({layout.text_field!r}) and a question with its answer. Expected one "
             "or the other; say which is meant with format: text, alpaca or prompt."
         )
     return replace(layout, format=cast(Format, best))
 
 
-def _fitting(record: dict[str, Any], layout: Layout) -> str | None:
+def _fitting(record: dict[str, Any], layout: RecordLayout) -> str | None:
     def has(form: Format, *names: str) -> bool:
         return all(replace(layout, format=form).find(name, record) is not None for name in names)
 
@@ -135,11 +134,11 @@ def _fitting(record: dict[str, Any], layout: Layout) -> str | None:
     return "both" if pair else "text"
 
 
-def from_dataset_info(source: "Source") -> "tuple[Source, Layout | None]":
-    """What one entry of a LLaMA-Factory `dataset_info.json` says: where the rows are, and how they are laid out.
+def from_dataset_info(source: "Source") -> "tuple[Source, RecordLayout | None]":
+    """What one entry of a LLaMA-Factory `dataset_info.json` says: where the records are, and how they are laid out.
 
     `source.path` is that file or its folder, `source.dataset` the entry. The layout is None for plain text.
-    Raises: ConfigError when there is no such entry, or it says what is not understood: nothing is passed over.
+    Raises: ConfigError when there is no such entry, or it says what is not understood: nothing is ignored.
     """
     assert source.path is not None and source.dataset is not None
     path = Path(source.path).expanduser()
@@ -147,17 +146,17 @@ def from_dataset_info(source: "Source") -> "tuple[Source, Layout | None]":
     where = f"{path}, data set {source.dataset!r}"
     entry = _info_entry(path, source.dataset)
     _refuse_unknown(entry, INFO_KEYS, where, "is not understood")
-    rows: dict[str, Any] = {"dataset": None, "subset": entry.get("subset"), "split": entry.get("split", "train")}
+    place: dict[str, Any] = {"dataset": None, "subset": entry.get("subset"), "split": entry.get("split", "train")}
     if "hf_hub_url" in entry:
-        rows |= {"path": None, "hub": entry["hf_hub_url"]}
+        place |= {"path": None, "hub": entry["hf_hub_url"]}
     elif "file_name" in entry:
-        rows["path"] = str(path.parent / entry["file_name"])
+        place["path"] = str(path.parent / entry["file_name"])
     else:
-        raise ConfigError(f"{where}: names neither file_name nor hf_hub_url. Expected rows in a file or on the Hub.")
+        raise ConfigError(f"{where}: names neither file_name nor hf_hub_url. Expected records in a file or on the Hub.")
     layout = _info_layout(entry, where)
     if layout.format == "text":
-        return source.model_copy(update=rows | {"format": "text", "field": layout.text_field}), None
-    return source.model_copy(update=rows), layout
+        return source.model_copy(update=place | {"format": "text", "field": layout.text_field}), None
+    return source.model_copy(update=place), layout
 
 
 def _info_entry(path: Path, name: str) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def _info_entry(path: Path, name: str) -> dict[str, Any]:
     return entry
 
 
-def _info_layout(entry: dict[str, Any], where: str) -> Layout:
+def _info_layout(entry: dict[str, Any], where: str) -> RecordLayout:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise ConfigError(f"{where}: formatting is {formatting!r}. Expected alpaca, sharegpt or openai.")
@@ -187,22 +186,22 @@ def _info_layout(entry: dict[str, Any], where: str) -> Layout:
     }
     if formatting == "alpaca":
         if fields["answer"] is None and fields["prompt"] is not None:
-            return Layout("text", text_field=fields["prompt"])
-        return Layout("alpaca", fields)
+            return RecordLayout("text", text_field=fields["prompt"])
+        return RecordLayout("alpaca", fields)
     tags = entry.get("tags") or ({"role_tag": "role", "content_tag": "content"} if formatting == "openai" else {})
     _refuse_unknown(tags, set(INFO_TAGS), where, "as a tag is not understood")
     named = INFO_TAGS | tags
     fields |= {"role": named["role_tag"], "content": named["content_tag"]}
     roles = {named[tag]: role for tag, role in INFO_ROLES.items()}
-    return Layout("messages" if formatting == "openai" else "sharegpt", fields, roles)
+    return RecordLayout("messages" if formatting == "openai" else "sharegpt", fields, roles)
 
 
 def _refuse_unknown(found: Mapping[str, Any], known: set[str], where: str, what: str) -> None:
-    """Preferences, images and filters are among what is refused: to pass them over would train on something else."""
+    """Preferences, images and filters are refused too: ignoring them would train on something else."""
     for key, value in found.items():
         if key not in known and value not in (None, False):
             raise ConfigError(
                 f"{where}: {key} {what}. Expected only {', '.join(sorted(known))}: questions with answers, "
-                "conversations or plain text, all rows of them. Make an entry without it, or describe the file with "
+                "conversations or plain text, all records of them. Make an entry without it, or describe the file with "
                 "format and fields."
             )

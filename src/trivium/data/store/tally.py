@@ -1,0 +1,94 @@
+"""Tally: what happened to the records that were read, counted, as report.json has it, and in words."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+COUNTS = (
+    "records",
+    "kept",
+    "split",
+    "rejected",
+    "conversations",
+    "dropped_turns",
+    "cut_turns",
+    "lost_reasoning_turns",
+    "control_token_records",
+)
+"""The counts that are shown, under their names in report.json."""
+
+NOTES = {
+    "dropped_turns": "answers dropped: too long, or nothing before them that they answer",
+    "cut_turns": "answers cut to fit",
+    "lost_reasoning_turns": "answers whose reasoning the template does not show",
+    "control_token_records": "records with control tokens written out in the text",
+}
+
+
+@dataclass
+class Tally:
+    """What happened to the records. A record is kept (one sample), split (several samples) or rejected (none)."""
+
+    num_samples: int = 0
+    """Documents, and the samples made from conversations."""
+    num_tokens: int = 0
+    supervised_tokens: int = 0
+    text_bytes: int = 0
+    control_token_records: int = 0
+    """Records with a control token written out: plain text in a document, the token itself in a conversation."""
+    conversations: int = 0
+    reasoning_documents: int = 0
+    """Samples in which an answer reasons."""
+    split: int = 0
+    num_split_samples: int = 0
+    """Samples made from split records."""
+    dropped_turns: int = 0
+    cut_turns: int = 0
+    lost_reasoning_turns: int = 0
+    rejected_by_reason: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.rejected_by_reason = Counter(self.rejected_by_reason)  # a plain dict when read back from JSON
+
+    def add(self, other: "Tally") -> None:
+        """Add another tally's counts."""
+        for name in (one.name for one in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @property
+    def rejected(self) -> int:
+        """Records that cannot be used."""
+        return self.rejected_by_reason.total()
+
+    @property
+    def kept(self) -> int:
+        """Records that became one sample."""
+        return self.num_samples - self.num_split_samples
+
+    @property
+    def records(self) -> int:
+        """All records: kept, split and rejected ones."""
+        return self.kept + self.split + self.rejected
+
+    @property
+    def reject_share(self) -> float:
+        """Share of the records that were rejected; 0 when there are none."""
+        return self.rejected / self.records if self.records else 0.0
+
+    def counts(self) -> dict[str, int]:
+        """The counts that are shown."""
+        return {name: getattr(self, name) for name in COUNTS}
+
+
+def describe_counts(counts: Mapping[str, int]) -> list[str]:
+    """In words: first what happened to the records, then what happened to their answers, where anything did."""
+    whole = (
+        f"{counts['records']:,} records = {counts['kept']:,} kept + {counts['split']:,} split into several samples + "
+        f"{counts['rejected']:,} rejected"
+    )
+    return [whole, *describe_notes(counts)]
+
+
+def describe_notes(counts: Mapping[str, int]) -> list[str]:
+    """In words what was dropped, cut or looks wrong; nothing for counts of 0."""
+    return [f"{counts[name]:,} {what}" for name, what in NOTES.items() if counts.get(name)]

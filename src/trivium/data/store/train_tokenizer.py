@@ -1,0 +1,100 @@
+"""A tokenizer trained on the text of sources, made only once like a token store."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from trivium.config.run import Source
+from trivium.data.chat.formats import Conversation, Document
+from trivium.data.source.corpus import Corpus, open_corpus
+from trivium.data.source.records import read_records
+from trivium.data.store.build import FORMAT, SILENT, Listener, content_key, made_once, partial_of
+from trivium.data.tokenizer import TokenizerKind, train_tokenizer
+from trivium.errors import BadData, ConfigError
+from trivium.files import fsync_directory
+
+SAMPLE_BYTES = 64 << 20
+
+
+def train_tokenizer_from_sources(
+    sources: Sequence[Source],
+    *,
+    kind: TokenizerKind,
+    vocab_size: int,
+    cache_dir: Path,
+    max_document_mib: float,
+    max_sample_bytes: int = SAMPLE_BYTES,
+    listener: Listener = SILENT,
+) -> Path:
+    """Train a tokenizer on the sources' documents, unless the same one is in `cache_dir` already; give its folder.
+
+    Of more than `max_sample_bytes` of raw records it reads that many, in blocks spread evenly over all sources: always
+    the same ones. Documents that will be held out are read too, since a vocabulary does not reveal single documents.
+
+    Raises: ConfigError when a source has no text or `vocab_size` is too small, BadData when no record can be used.
+    """
+    for source in sources:
+        if source.store is not None:
+            raise ConfigError(
+                f"{source.store}: a store holds tokens, not text, to train a tokenizer on. Name one by its path."
+            )
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    corpora = [open_corpus(source, max_document_mib, cache_dir) for source in sources]
+    inputs = {
+        "format": FORMAT,
+        "sources": [corpus.identity() for corpus in corpora],
+        "kind": kind,
+        "vocab_size": vocab_size,
+        "max_sample_bytes": max_sample_bytes,
+        "tokenizers": tokenizers.__version__,
+    }
+
+    def make(folder: Path) -> None:
+        partial = partial_of(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        train_tokenizer(sample_texts(corpora, max_sample_bytes), kind, vocab_size, partial)
+        for corpus in corpora:
+            corpus.require_unchanged()
+        os.rename(partial, folder)
+        fsync_directory(cache_dir)
+
+    return made_once(cache_dir / f"tokenizer-{content_key(inputs)}", make, listener.note)
+
+
+def sample_texts(corpora: Sequence[Corpus], max_bytes: int) -> Iterator[str]:
+    """Texts from blocks spread evenly over the corpora, about `max_bytes` of raw records; a pure function of both.
+
+    A corpus of unknown size gives its first blocks, as many as its equal part allows.
+    Raises: BadData when there is no text.
+    """
+    num_texts = 0
+    allowances = [corpus.num_bytes or max_bytes // len(corpora) for corpus in corpora]
+    share = min(1.0, max_bytes / max(1, sum(allowances)))
+    for corpus, allowance in zip(corpora, allowances, strict=True):
+        num_read = num_taken = 0
+        for block in corpus.blocks():
+            num_raw_bytes = sum(len(piece.data) for piece in block.pieces)
+            if num_taken <= share * num_read:
+                num_taken += num_raw_bytes
+                for record in read_records(block.pieces, corpus.reading):
+                    texts = _texts(record.content)
+                    num_texts += len(texts)
+                    yield from texts
+            num_read += num_raw_bytes
+            if corpus.num_bytes is None and num_taken >= allowance * share:
+                break
+    if not num_texts:
+        names = ", ".join(corpus.name for corpus in corpora)
+        raise BadData(
+            f"{names}: no record holds text, so no tokenizer can be trained. See why with: trivium data inspect"
+        )
+
+
+def _texts(content: object) -> list[str]:
+    """The text of a document, or of every turn of a conversation; nothing for a reject."""
+    if isinstance(content, Document):
+        return [content.text]
+    return [turn.content for turn in content.turns] if isinstance(content, Conversation) else []
