@@ -32,7 +32,6 @@ lint: .venv/dev.stamp
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python bench/readme.py --check
 	$(BIN)/python bench/planner_page.py --check
-	$(BIN)/python recipes/make.py --check
 
 format: .venv/dev.stamp
 	$(BIN)/ruff format .
@@ -44,7 +43,6 @@ bench: .venv/dev.stamp
 	$(BIN)/python bench/pretrain.py
 	$(BIN)/python bench/readme.py
 	$(BIN)/python bench/planner_page.py
-	$(BIN)/python recipes/make.py
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .import_linter_cache dist

@@ -16,12 +16,13 @@ from typing import Any
 
 os.environ["TRIVIUM_HOME"] = os.devnull  # no edits of prices, no calibration
 
+from trivium.config.run import Adapter
+from trivium.model import catalog
 from trivium.plan import devices, speed
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.memory import FRAMEWORK_BYTES, GIB, GPU_SLACK_SHARE
-from trivium.plan.tables import tables
-from trivium.plan.tables.claim import GUIDES
-from trivium.plan.tables.show import as_markdown, summary
+from trivium.plan.work import projection_flops
+from trivium.plan.workload import Workload, num_adapter_params
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -33,8 +34,7 @@ INTRODUCTION = f"""\
 # The planner
 
 `trivium plan` says which way to train, whether it fits, how long it takes and what it costs, before anything is
-rented. It needs no GPU and imports no torch. `trivium plan --trace` checks its memory against a step of the engine
-itself on tensors without values, `--calibrate` measures the machine at hand once, and every run keeps what was
+rented. It needs no GPU and imports no torch. `--calibrate` measures the machine at hand once, and every run keeps what was
 predicted beside what was measured in its `plan.json` (`trivium plan --check runs/*`).
 
 ## How it computes
@@ -75,9 +75,8 @@ the three cheapest changes with which it would are named (`plan/fit.py`)."""
 
 def page() -> str:
     """All of it."""
-    found = tables()
-    parts = [wrapped(INTRODUCTION), "## How right it is", *measured(), "## Devices", device_table()]
-    parts += ["## Two guides, computed again", guides_note(), summary(found), as_markdown(found)]
+    parts = [wrapped(INTRODUCTION), "## How accurate it is", *measured()]
+    parts += ["## Common rules of thumb, and where they are wrong", rules_of_thumb(), "## Devices", device_table()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -90,14 +89,57 @@ def wrapped(text: str) -> str:
     )
 
 
-def guides_note() -> str:
-    """Which guides, and how to read what follows."""
-    titles = "; ".join(f"{letter}: *{title}*" for letter, title in GUIDES.items())
-    return wrapped(
-        "Every figure that two guides give for the memory, sizes, time and cost of training Qwen, with ours beside it "
-        f"({titles}). GB are 10^9 bytes here, since neither says which it means. A figure is right where our range "
-        "overlaps with theirs. `trivium plan --table` prints the same."
-    )
+def step_of_7b(**changes: Any) -> Workload:
+    """A step of four sequences of 1,024 tokens on Qwen2.5-7B, all weights trained on a GPU, or what `changes` say."""
+    values: dict[str, Any] = {"weights": "pretrained", "adapter": None, "state_dtype": "fp32", "seq_len": 1024}
+    values |= {"micro_tokens": 4096, "step_tokens": 4096, "recompute": False, "compute_dtype": "bf16"}
+    return Workload(catalog.get("Qwen2.5-7B"), **values | {"place": "gpu"} | changes)
+
+
+def rules_of_thumb() -> str:
+    """A few rules, each against the planner's own arithmetic."""
+    full, lora = step_of_7b(), step_of_7b(adapter=Adapter(rank=16))
+    shape, packed = full.shape, step_of_7b(adapter=Adapter(rank=16), weights="nf4")
+    adapters = {size: catalog.get(f"Qwen2.5-{size}") for size in ("0.5B", "7B")}
+    shares = (num_adapter_params(other, Adapter(rank=16)) / other.num_params for other in adapters.values())
+    small, large = shares
+    saved = projection_flops(full) / projection_flops(lora)
+    flops = 6 * shape.num_matmul_params * 1e12
+    days = flops / (8 * devices.get("a100-80").flops["bf16"]) / 86400
+    weights = {name: round(work.frozen_bytes / 1e9, 1) for name, work in (("nf4", packed), ("bf16", lora))}
+    table = 128 * catalog.get("Qwen3-0.6B").vocab_size
+    rows = [
+        (
+            "full fine-tuning takes 12 bytes a parameter",
+            f"16: fp32 weights, gradients and two moments, 4 each. {shape.num_params / 1e9:.2f}B parameters take "
+            f"{16 * shape.num_params / 1e9:.0f} GB before any activation",
+        ),
+        (
+            "LoRA computes a tenth of full fine-tuning",
+            f"full fine-tuning is {saved:.2f} times as much: 6 FLOP a parameter and token against 4, since only the "
+            "gradients of the frozen weights are left out",
+        ),
+        (
+            "QLoRA takes half a byte a parameter",
+            f"0.516 for the projections, and the embedding and head stay in 16 bits: {weights['nf4']} GB for 7B "
+            f"instead of {weights['bf16']}",
+        ),
+        ("an adapter of rank 16 is under 1 % of the model", f"{large:.2%} of 7B, but {small:.2%} of 0.5B"),
+        (
+            "8 GPUs pre-train 7B on 1T tokens in a month",
+            f"6 x {shape.num_matmul_params / 1e9:.2f}e9 x 1e12 = {flops:.2e} FLOP: {days:.0f} days at the full peak of "
+            "8 A100s, and no run reaches the peak",
+        ),
+        (
+            "a token id takes 2 bytes on disk",
+            f"4: {catalog.get('Qwen3-0.6B').vocab_size:,} ids do not fit 16 bits. 1T tokens take 4 TB",
+        ),
+        (
+            "a 10M model can use Qwen's tokenizer",
+            f"its embeddings alone are {table / 1e6:.1f}M parameters at a width of 128: train a smaller tokenizer",
+        ),
+    ]
+    return markdown(("rule", "what the planner computes"), rows)
 
 
 def measured() -> Iterator[str]:

@@ -107,7 +107,6 @@ def test_a_gpus_kernels_keep_less_and_the_engine_is_left_as_it_was() -> None:
     work = workload(**LORA | {"adapter": Adapter(dropout=0.1)})
     on_cpu, on_gpu = trace_peak(work), trace_peak(replace(work, place="gpu"))
     assert on_gpu.phases["backward"] < on_cpu.phases["backward"]
-    assert on_gpu.reserved_bytes >= on_gpu.peak_bytes
     assert (qwen.attend, F.rms_norm, F.dropout, loss.CPU_SLICE_ELEMENTS) == before
 
 

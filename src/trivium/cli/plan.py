@@ -1,7 +1,7 @@
 """`trivium plan`: which way, will it fit, how long, what will it cost, before anything is rented or trained.
 
 Flags to a request, and the answer to stdout; the planning is `trivium.plan`, the page `trivium.report.plan_page`.
-Torch is imported for --trace and --calibrate alone, and for a model that only the Hub knows.
+Torch is imported for --calibrate only, and for a model that only the Hub knows.
 """
 
 import json
@@ -56,8 +56,8 @@ GROUPS = {
     "Data": ("data", "rows", "tokens", "kind"),
     "Hardware": ("device", "devices", "memory"),
     "Wishes": ("method", "prefer", "purse", "hours", "adapter_only", "general"),
-    "Output": ("run_file", "as_json", "trace"),
-    "Instead of a plan": ("calibrate", "is_check", "is_table"),
+    "Output": ("run_file", "as_json"),
+    "Instead of a plan": ("calibrate", "is_check"),
 }
 """The options by what they are about, as `--help` shows them."""
 
@@ -91,18 +91,14 @@ class GroupedCommand(click.Command):
 @click.option("--general", type=click.Choice(["yes", "no"]), help="Whether a general model already does the task.")
 @click.option("--write", "run_file", type=FILE, help="Write the plan as a run file.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
-@click.option("--trace", is_flag=True, help="Check the memory against a step of the engine itself; needs no device.")
 @click.option("--calibrate", is_flag=True, help="Measure this machine once, in minutes; used from then on.")
 @click.option("--check", "is_check", is_flag=True, help="The words are run folders: what was predicted, what came.")
-@click.option("--table", "is_table", is_flag=True, help="What two guides' tables say of Qwen, with our figures beside.")
 def plan(
     words: tuple[str, ...],
     run_file: Path | None,
     as_json: bool,
-    trace: bool,
     calibrate: bool,
     is_check: bool,
-    is_table: bool,
     **flags: Any,
 ) -> None:
     """Find out which way to train fits the data, the hardware and the purse.
@@ -122,10 +118,8 @@ def plan(
         _calibrate()
     elif is_check:
         _check([Path(word) for word in words], as_json)
-    elif is_table:
-        _table(as_json)
     else:
-        _plan(_request(words, run_file, **flags), run_file, as_json, trace)
+        _plan(_request(words, run_file, **flags), run_file, as_json)
 
 
 def _request(
@@ -175,7 +169,7 @@ def _given_facts(rows: float | None, tokens: float | None, kind: Any, data: tupl
     return given_facts(kind, *(None if count is None else round(count) for count in (rows, tokens)))
 
 
-def _plan(request: "Request", run_file: Path | None, as_json: bool, trace: bool) -> None:
+def _plan(request: "Request", run_file: Path | None, as_json: bool) -> None:
     from trivium.plan.answer import answer, as_record
     from trivium.plan.request import of_answers, understand
     from trivium.plan.write import write_run
@@ -185,18 +179,15 @@ def _plan(request: "Request", run_file: Path | None, as_json: bool, trace: bool)
     else:
         understood = of_answers(_ask(), request, _survey, _read_hub)
     given = answer(understood.situation, understood.way, understood.goal)
-    record = as_record(given)
-    if trace and given.plan:
-        record["trace"] = _trace(given.plan)
     if run_file and given.plan:
         write_run(given.plan, run_file, _notes(given.plan))
         click.echo(f"written: {run_file}", err=True)
     if as_json:
-        click.echo(json.dumps(record, indent=2))
+        click.echo(json.dumps(as_record(given), indent=2))
         return
     from trivium.report.plan_page import print_page
 
-    print_page(given, _next_commands(given.plan, request.target, run_file), record.get("trace"))
+    print_page(given, _next_commands(given.plan, request.target, run_file))
 
 
 def _ask() -> Any:
@@ -251,18 +242,6 @@ def _read_hub(name: str) -> "QwenShape":
     return hf.read_shape(hf.find_folder(name, with_weights=False))
 
 
-def _trace(plan: "Plan") -> dict[str, Any]:
-    """The memory of the plan's step in the engine itself, beside what was predicted."""
-    from dataclasses import asdict
-
-    from trivium.measure.trace import trace_peak
-
-    if plan.workload.num_devices > 1:
-        raise ConfigError("A trace is of one device; plan with --devices 1 to trace it.")
-    found = trace_peak(plan.workload)
-    return asdict(found) | {"predicted_bytes": plan.memory.allocated}
-
-
 def _calibrate() -> None:
     """Measure this machine, and keep the figures."""
     from trivium.measure.calibrate import calibrate
@@ -282,11 +261,3 @@ def _check(folders: list[Path], as_json: bool) -> None:
         raise ConfigError("--check needs run folders, such as runs/lora.")
     outcomes = check.check(folders)
     click.echo(json.dumps(check.as_json(outcomes), indent=2) if as_json else check.as_table(outcomes))
-
-
-def _table(as_json: bool) -> None:
-    """Print what two guides say in numbers, computed again."""
-    from trivium.plan.tables import show, tables
-
-    found = tables()
-    click.echo(json.dumps(show.as_json(found), indent=2) if as_json else show.as_text(found))

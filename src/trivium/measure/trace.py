@@ -21,7 +21,6 @@ from trivium.config.run import Optimizer
 from trivium.data.batch.pack import Batch
 from trivium.engine import optim
 from trivium.engine.engine import Engine
-from trivium.measure.allocator import GRANULE_BYTES, reserved_bytes
 from trivium.measure.fake_kernels import PretendNF4Linear, pretending, scratch_of_a_cpu, scratch_of_a_gpu
 from trivium.measure.synthetic import DTYPES, rehearsal_step
 from trivium.model import adapter
@@ -29,6 +28,7 @@ from trivium.model.qwen import Linear, Qwen
 from trivium.plan.workload import Place, Workload
 
 LEARNING_RATE = 1e-4  # any
+GRANULE_BYTES = 512  # sizes of blocks on a GPU are multiples of this. Source: `CUDACachingAllocator.cpp` in PyTorch
 REST = "activations and temporaries"
 
 
@@ -38,14 +38,12 @@ class Trace:
 
     Attributes:
         peak_bytes: the most at one time.
-        reserved_bytes: what a GPU's allocator has of the device for it; on a CPU there is none, and it is the peak.
         phases: the most in each phase: forward (with the loss), backward, optimizer.
         items: bytes by what they are for, at the peak; they add up to it.
         seconds: how long the trace took.
     """
 
     peak_bytes: int
-    reserved_bytes: int
     phases: dict[str, int]
     items: dict[str, int]
     seconds: float
@@ -78,7 +76,6 @@ def trace_peak(workload: Workload) -> Trace:
         engine.optimizer_step(LEARNING_RATE, batches)
     return Trace(
         peak_bytes=ledger.peak_bytes,
-        reserved_bytes=reserved_bytes(ledger.changes) if workload.place == "gpu" else ledger.peak_bytes,
         phases=ledger.phases,
         items=ledger.items(),
         seconds=time.perf_counter() - start,

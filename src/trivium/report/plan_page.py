@@ -28,14 +28,14 @@ BAR_COLUMNS = 40
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def print_page(answer: Answer, next_commands: Iterable[str], trace: dict[str, Any] | None = None) -> None:
-    """Print all of it to stdout, with what a traced step took where there was one."""
+def print_page(answer: Answer, next_commands: Iterable[str]) -> None:
+    """Print all of it to stdout."""
     columns = min(shutil.get_terminal_size().columns, MAX_COLUMNS) if sys.stdout.isatty() else MAX_COLUMNS
     console = Console(width=columns, highlight=False)
     plan = answer.plan
     parts = [*_path(answer.path)] if answer.path else []
     if plan:
-        parts += [_title(plan), *_memory(plan), *_trace(trace), *_speed(plan), *_choices(plan)]
+        parts += [_title(plan), *_memory(plan), *_speed(plan), *_choices(plan)]
     parts += _section("Settle before training", [(point.question, point.answer) for point in answer.checklist])
     parts += _section("Beware", [("!", text) for text in answer.warnings])
     parts += _section("Next", [("$", command) for command in next_commands])
@@ -97,15 +97,6 @@ def _memory(plan: Plan) -> list[Any]:
     grid.add_row(Text("total", style="bold"), _gib(memory.total), Text(bar(memory.total / device), style=color))
     grid.add_row(Text("device"), _gib(device), Text("█" * BAR_COLUMNS, style="dim"))
     return [title, Padding(grid, (0, 0, 1, 2))]
-
-
-def _trace(trace: dict[str, Any] | None) -> list[Any]:
-    """How far the formula is from a step of the engine on tensors without values."""
-    if trace is None:
-        return []
-    traced, predicted = trace["peak_bytes"], trace["predicted_bytes"]
-    text = f"{_gib(traced)} in a step of the engine itself; the formula is {predicted / traced - 1:+.1%} off"
-    return [Padding(Text(f"traced  {text}"), (0, 0, 1, 2))]
 
 
 def _gib(size: float) -> str:
