@@ -19,9 +19,10 @@ os.environ["TRIVIUM_HOME"] = os.devnull  # no edits of prices, no calibration
 from trivium.config.run import Adapter
 from trivium.model import catalog
 from trivium.plan import devices, speed
+from trivium.plan.devices import GIB
 from trivium.plan.fit import FIT_SHARE
-from trivium.plan.memory import FRAMEWORK_BYTES, GIB, GPU_SLACK_SHARE
-from trivium.plan.work import projection_flops
+from trivium.plan.memory import FRAMEWORK_BYTES, GPU_SLACK_SHARE
+from trivium.plan.speed import projection_flops
 from trivium.plan.workload import Workload, num_adapter_params
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,8 +93,8 @@ def wrapped(text: str) -> str:
 def step_of_7b(**changes: Any) -> Workload:
     """A step of four sequences of 1,024 tokens on Qwen2.5-7B, all weights trained on a GPU, or what `changes` say."""
     values: dict[str, Any] = {"weights": "pretrained", "adapter": None, "state_dtype": "fp32", "seq_len": 1024}
-    values |= {"micro_tokens": 4096, "step_tokens": 4096, "recompute": False, "compute_dtype": "bf16"}
-    return Workload(catalog.get("Qwen2.5-7B"), **values | {"place": "gpu"} | changes)
+    values |= {"micro_tokens": 4096, "step_tokens": 4096, "activation_checkpointing": False, "compute_dtype": "bf16"}
+    return Workload(catalog.get("Qwen2.5-7B"), **values | {"device_type": "gpu"} | changes)
 
 
 def rules_of_thumb() -> str:

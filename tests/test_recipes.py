@@ -16,12 +16,13 @@ from trivium.engine.device import Machine
 from trivium.engine.loop import Progress, take_step
 from trivium.engine.runfolder import RunFolder
 from trivium.engine.setup import build_engine, prepare
+from trivium.model.resolve import planned_shape
 from trivium.model.shape import QwenShape
 from trivium.plan import devices
+from trivium.plan.devices import GIB
 from trivium.plan.fit import fits
-from trivium.plan.memory import GIB, peak_memory
-from trivium.plan.network import shape_of_run
-from trivium.plan.workload import of_run, with_batch
+from trivium.plan.memory import peak_memory
+from trivium.plan.workload import of_run, with_batching
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -29,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def shape(run: Run) -> QwenShape:
-    found = shape_of_run(run)
+    found = planned_shape(run)
     assert found is not None
     return found
 
@@ -54,7 +55,7 @@ def test_recipe_header_matches_peak_memory(name):
     assert fits(memory, device.memory_bytes)
     assert f"# peak memory: {memory.total / GIB:.2f} GiB" in header
     for saved in re.findall(r"true needs ([\d.]+) GiB less", header):
-        less = memory.total - peak_memory(with_batch(work, work.micro_tokens, True)).total
+        less = memory.total - peak_memory(with_batching(work, work.micro_tokens, True)).total
         assert f"{less / GIB:.1f}" == saved
 
 

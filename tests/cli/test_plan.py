@@ -42,16 +42,20 @@ def test_a_page_to_read():
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 100 and "\x1b" not in done.stdout
     assert not any(line != line.rstrip() for line in lines)
-    for heading in ("The way: LoRA", "Memory", "Time and money", "Choices", "Settle before training", "Next"):
+    for heading in ("Method: LoRA", "Memory", "Time and money", "Choices", "Settle before training", "Next"):
         assert any(line.startswith(heading) for line in lines), heading
-    bars = {line.split()[0]: line.count("█") for line in lines if "█" in line}
-    assert bars["device"] > bars["total"] >= max(bars[item] for item in bars if item not in ("device", "total"))
+    obstacles = {line.split()[0]: line.count("█") for line in lines if "█" in line}
+    assert (
+        obstacles["device"]
+        > obstacles["total"]
+        >= max(obstacles[item] for item in obstacles if item not in ("device", "total"))
+    )
 
 
 def test_json_adds_up():
     found = plan_json("Qwen/Qwen3-0.6B", *CHATS, *ON_L4)
     plan = found["plan"]
-    assert found["path"]["method"] == "lora" and len(found["checklist"]) == 7
+    assert found["decision"]["method"] == "lora" and len(found["checklist"]) == 7
     assert plan["num_params"] == catalog.get("Qwen3-0.6B").num_params
     memory, cost = plan["memory"], plan["cost"]
     assert sum(memory["items"].values()) == memory["bytes"] <= memory["allowed_bytes"] < plan["device"]["memory_bytes"]
@@ -74,14 +78,14 @@ def test_files_are_measured():
     turns = [{"role": "user", "content": "How many legs has a spider?"}, {"role": "assistant", "content": "Eight."}]
     Path("chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 250)
     found = plan_json("Qwen3-0.6B", *ON_L4, "--data", "chats.jsonl", "--write", "run.yaml")
-    assert found["path"]["reasons"][1].startswith("250 conversations")
+    assert found["decision"]["reasons"][1].startswith("250 conversations")
     assert load_run(Path("run.yaml")).run.data.sources[0].path == "chats.jsonl"
     assert plan_json("run.yaml", *ON_L4)["plan"]["num_tokens"] == found["plan"]["num_tokens"] > 250
 
 
 def test_little_data_is_no_plan():
     found = plan_json("--rows", "20", "--kind", "conversations", *ON_L4)
-    assert found["plan"] is None and found["path"]["method"] is None
+    assert found["plan"] is None and found["decision"]["method"] is None
     assert plan_json("Qwen3-0.6B", "--rows", "20", "--kind", "conversations", "--method", "lora", *ON_L4)["plan"]
     assert "no training" in invoke("--general", "yes", *ON_L4).stdout
 
@@ -106,7 +110,7 @@ def test_what_does_not_fit_ends_with_three_ways_out():
     done = invoke("Qwen3-8B", *ON_L4, "--method", "full", "--devices", "1")
     assert done.exit_code == 3
     assert "may be used" in done.stderr and [f"{number}. " in done.stderr for number in (1, 2, 3)] == [True] * 3
-    assert invoke("Qwen3-8B", *CHATS, *ON_L4, "--method", "lora", "--purse", "0.001").exit_code == 3
+    assert invoke("Qwen3-8B", *CHATS, *ON_L4, "--method", "lora", "--max-cost", "0.001").exit_code == 3
 
 
 @pytest.mark.parametrize(
@@ -123,8 +127,8 @@ def test_what_does_not_fit_ends_with_three_ways_out():
         (("Qwen3-0.6B", "--devices", "3", *ON_L4), "share evenly"),
         (("Qwen3-0.6B", "--memory", "-1"), "--memory"),
         (("Qwen3-0.6B", "--memory", "0"), "--memory"),
-        (("Qwen3-0.6B", "--purse", "nan"), "--purse"),
-        (("Qwen3-0.6B", "--hours", "inf"), "--hours"),
+        (("Qwen3-0.6B", "--max-cost", "nan"), "--max-cost"),
+        (("Qwen3-0.6B", "--max-hours", "inf"), "--max-hours"),
         (("Qwen3-0.6B", "--rows", "0", "--kind", "documents"), "--rows"),
         (("Qwen3-0.6B", "--tokens", "many", "--kind", "documents"), "--tokens"),
         (("Qwen3-0.6B", "--tokens", "5M"), "--kind"),
@@ -178,4 +182,4 @@ def test_questions_are_asked_on_a_terminal():
     assert process.returncode == 0, out
     found = json.loads(out)
     assert found["plan"]["device"]["name"] == "l4" and found["plan"]["cost"]["money"] <= 5
-    assert any("2K conversations" in reason for reason in found["path"]["reasons"])
+    assert any("2K conversations" in reason for reason in found["decision"]["reasons"])

@@ -13,12 +13,19 @@ from trivium.config.run import Adapter
 from trivium.errors import TriviumError
 from trivium.measure import calibrate as calibrating
 from trivium.measure.calibrate import SAMPLES, Sample, calibrate, fit, non_negative_fit
-from trivium.measure.synthetic import rehearsal_engine, rehearsal_step
+from trivium.measure.synthetic import synthetic_batches, synthetic_engine
 from trivium.model.shape import QwenShape
 from trivium.plan import calibration
 from trivium.plan.devices import processor
-from trivium.plan.speed import predict_speed
-from trivium.plan.work import KINDS, adapter_flops, attention_flops, head_flops, projection_flops, step_work
+from trivium.plan.speed import (
+    KINDS,
+    adapter_flops,
+    attention_flops,
+    head_flops,
+    predict_speed,
+    projection_flops,
+    step_work,
+)
 from trivium.plan.workload import Workload
 
 CPU = torch.device("cpu")
@@ -30,9 +37,9 @@ SMALL = Workload(
     seq_len=128,
     micro_tokens=256,
     step_tokens=256,
-    recompute=False,
+    activation_checkpointing=False,
     compute_dtype="bf16",  # in fp32 the head adds its products in place, which torch does not count
-    place="cpu",
+    device_type="cpu",
     document_tokens=64.0,
 )
 ADAPTER = Adapter(rank=8, targets=["q_proj", "v_proj", "down_proj"])
@@ -40,7 +47,7 @@ ADAPTER = Adapter(rank=8, targets=["q_proj", "v_proj", "down_proj"])
 
 def counted_flops(workload):
     """What torch counts in one step; its table lacks the CPU's attention, whose formula it has."""
-    engine, batches = rehearsal_engine(workload), rehearsal_step(workload)
+    engine, batches = synthetic_engine(workload), synthetic_batches(workload)
 
     def forward(query, key, value, *args, out_shape=None, **kwargs):
         return sdpa_flop_count(query, key, value)
@@ -62,13 +69,13 @@ def counted_flops(workload):
     "changes",
     [
         {},
-        {"recompute": True},
+        {"activation_checkpointing": True},
         {"supervised_share": 0.5},
         {"document_tokens": 128.0},
         {"adapter": ADAPTER, "weights": "pretrained"},
-        {"adapter": ADAPTER, "weights": "pretrained", "recompute": True, "supervised_share": 0.25},
-        {"adapter": Adapter(rank=4), "weights": "nf4", "recompute": True},
-        {"adapter": Adapter(rank=4, targets=["q_proj"]), "weights": "pretrained", "recompute": True},
+        {"adapter": ADAPTER, "weights": "pretrained", "activation_checkpointing": True, "supervised_share": 0.25},
+        {"adapter": Adapter(rank=4), "weights": "nf4", "activation_checkpointing": True},
+        {"adapter": Adapter(rank=4, targets=["q_proj"]), "weights": "pretrained", "activation_checkpointing": True},
         {"shape": replace(SMALL.shape, family="qwen2", tie_word_embeddings=False)},
     ],
     ids=lambda changes: "-".join(changes) or "everything",

@@ -14,8 +14,7 @@ from trivium.model import catalog
 from trivium.model.shape import QwenShape
 from trivium.plan import calibration, devices
 from trivium.plan.calibration import Calibration
-from trivium.plan.speed import communication_seconds, cost, predict_speed
-from trivium.plan.work import KINDS, projection_flops, step_work
+from trivium.plan.speed import KINDS, communication_seconds, cost, predict_speed, projection_flops, step_work
 from trivium.plan.workload import Workload
 
 QWEN_7B = QwenShape("qwen2", 151936, 4096, 11008, 32, 32, 32, 128, tie_word_embeddings=False)  # the first Qwen
@@ -36,8 +35,8 @@ def home(tmp_path, monkeypatch):
 def step(shape=TINY, **values):
     """A step of full fine-tuning on a GPU, or what `values` say."""
     numbers = {"weights": "pretrained", "adapter": None, "state_dtype": "fp32", "seq_len": 256, "micro_tokens": 256}
-    numbers |= {"step_tokens": values.get("micro_tokens", 256), "recompute": False}
-    return Workload(shape, **(numbers | {"compute_dtype": "bf16", "place": "gpu"} | values))
+    numbers |= {"step_tokens": values.get("micro_tokens", 256), "activation_checkpointing": False}
+    return Workload(shape, **(numbers | {"compute_dtype": "bf16", "device_type": "gpu"} | values))
 
 
 def full_row(name, seq_len, micro_tokens, micro_batches=4, **values):
@@ -56,7 +55,7 @@ def test_published_lora_rows_lie_near(seq_len, seconds):
     work = step(
         QWEN_7B,
         adapter=Adapter(rank=64),
-        recompute=True,
+        activation_checkpointing=True,
         seq_len=seq_len,
         micro_tokens=seq_len,
         step_tokens=8 * seq_len,
@@ -97,7 +96,7 @@ def test_an_adapter_saves_a_third_not_nine_tenths():
     """4 instead of 6 FLOPs a parameter and token, since only the weights' own gradients are spared."""
     full, adapted = (step(QWEN_7B, micro_tokens=4096, adapter=kind) for kind in (None, Adapter()))
     assert projection_flops(adapted) / projection_flops(full) == pytest.approx(2 / 3, rel=0.01)
-    recomputed = projection_flops(replace(adapted, recompute=True))
+    recomputed = projection_flops(replace(adapted, activation_checkpointing=True))
     assert recomputed / projection_flops(adapted) == pytest.approx(3 / 2, rel=0.01)
 
 
@@ -109,10 +108,10 @@ works = st.builds(
     seq_len=st.just(512),
     micro_tokens=st.sampled_from([512, 2048]),
     step_tokens=st.sampled_from([2048, 65536]),
-    recompute=st.booleans(),
+    activation_checkpointing=st.booleans(),
     supervised_share=st.sampled_from([0.1, 1.0]),
     document_tokens=st.sampled_from([None, 100.0]),
-    place=st.sampled_from(["cpu", "gpu"]),
+    device_type=st.sampled_from(["cpu", "gpu"]),
     num_devices=st.sampled_from([1, 4, 16]),
     strategy=st.sampled_from(["ddp", "fsdp2", "zero2", "zero3"]),
     offload=st.sampled_from(["none", "optimizer", "all"]),
@@ -135,7 +134,7 @@ def test_more_work_never_takes_less_time(work, device):
     def seconds(**changes):
         return predict_speed(replace(work, **changes), device).seconds_per_step * (1 + 1e-9)
 
-    assert seconds(recompute=True) >= seconds(recompute=False) / (1 + 1e-9)
+    assert seconds(activation_checkpointing=True) >= seconds(activation_checkpointing=False) / (1 + 1e-9)
     assert seconds(supervised_share=1.0) >= seconds(supervised_share=0.1) / (1 + 1e-9)
 
 
@@ -203,7 +202,7 @@ def calibrated(**values):
 
 def test_a_calibration_counts_for_its_device_and_dtype_alone():
     laptop, measured = DEVICES["cpu-laptop"], calibrated()
-    work = step(compute_dtype="fp32", place="cpu")
+    work = step(compute_dtype="fp32", device_type="cpu")
     by_rates = sum(term.amount for term in step_work(work)) * 1e-9
     assert predict_speed(work, laptop, measured).seconds_per_step == pytest.approx(by_rates)
     for other, device in ((work, DEVICES["cpu-server"]), (replace(work, compute_dtype="bf16"), laptop)):

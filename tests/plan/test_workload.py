@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trivium.config.run import Adapter, Projection, Run, with_method_defaults
 from trivium.engine.optim import state_tensors
-from trivium.measure.synthetic import rehearsal_engine
+from trivium.measure.synthetic import synthetic_engine
 from trivium.model import catalog
 from trivium.model.quantize import NF4Linear
 from trivium.model.qwen import Qwen
@@ -32,9 +32,9 @@ def work(shape: QwenShape, **changes: Any) -> Workload:
         "seq_len": 64,
         "micro_tokens": 128,
         "step_tokens": 128,
-        "recompute": False,
+        "activation_checkpointing": False,
         "compute_dtype": "bf16",
-        "place": "cpu",
+        "device_type": "cpu",
     }
     return Workload(shape, **values | changes)
 
@@ -64,7 +64,7 @@ def test_moments_take_as_many_bytes_as_the_optimizer_keeps(
     shape = QwenShape(**{**vars(SMALL), "family": family})
     rows = 3 if adapter else 0
     workload = work(shape, adapter=adapter, state_dtype=state_dtype, num_token_rows=rows)
-    engine = rehearsal_engine(workload)
+    engine = synthetic_engine(workload)
     found = state_tensors(engine.optimizer, engine.parameters)
     kept = {name: tensor for name, tensor in found.items() if not name.startswith("step.")}
     assert moment_bytes(workload) == sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
@@ -80,7 +80,7 @@ def test_a_packed_matrix_takes_as_many_bytes_as_it_does(rows: int, columns: int)
 def test_frozen_bytes_are_those_of_the_model() -> None:
     for weights in ("pretrained", "nf4"):
         workload = work(SMALL, weights=weights, adapter=Adapter(rank=2))
-        model = rehearsal_engine(workload).model
+        model = synthetic_engine(workload).model
         packed = [module.num_bytes for module in model.modules() if isinstance(module, NF4Linear)]
         plain = [p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad]
         assert workload.frozen_bytes == sum(packed) + sum(plain)
@@ -99,6 +99,6 @@ def test_a_run_files_step() -> None:
     }
     run = Run.model_validate(with_method_defaults(values))
     made = of_run(run, catalog.get("Qwen3-0.6B"), None, "bf16", "gpu")
-    assert (made.weights, made.state_dtype, made.recompute) == ("nf4", "8bit", True)
+    assert (made.weights, made.state_dtype, made.activation_checkpointing) == ("nf4", "8bit", True)
     assert (made.seq_len, made.micro_tokens, made.num_micro_batches) == (512, 2048, 4)
     assert made.num_trained_params == num_adapter_params(made.shape, Adapter(rank=4))

@@ -9,6 +9,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,11 @@ from trivium.errors import ConfigError
 if TYPE_CHECKING:
     from trivium.config.run import Source
     from trivium.model.shape import QwenShape
-    from trivium.plan.facts import DataFacts
-    from trivium.plan.goal import Plan
-    from trivium.plan.request import Request
+    from trivium.plan.request import PlanRequest, ResolvedRequest
+    from trivium.plan.search import Plan
+    from trivium.plan.workload import DataFacts
 
 FILE = click.Path(path_type=Path)
-GIB = 1 << 30
-
-
 MOST = 1e18  # of anything: the tokens of all that was ever written are fewer
 
 
@@ -55,7 +53,7 @@ AMOUNT = Amount()
 GROUPS = {
     "Data": ("data", "rows", "tokens", "kind"),
     "Hardware": ("device", "devices", "memory"),
-    "Wishes": ("method", "prefer", "purse", "hours", "adapter_only", "general"),
+    "Wishes": ("method", "prefer", "max_cost", "max_hours", "adapter_only", "general"),
     "Output": ("run_file", "as_json"),
     "Instead of a plan": ("calibrate", "is_check"),
 }
@@ -85,8 +83,8 @@ class GroupedCommand(click.Command):
 @click.option("--memory", type=AMOUNT, help="GiB of a device that count, instead of all.")
 @click.option("--method", type=click.Choice(list(METHOD_DEFAULTS)), help="The way to train. Default: as the data asks.")
 @click.option("--prefer", type=click.Choice(["cheapest", "fastest"]), default="cheapest", show_default=True)
-@click.option("--purse", type=AMOUNT, help="US dollars that the run may cost.")
-@click.option("--hours", type=AMOUNT, help="Hours that the run may take.")
+@click.option("--max-cost", type=AMOUNT, help="US dollars that the run may cost.")
+@click.option("--max-hours", type=AMOUNT, help="Hours that the run may take.")
 @click.option("--adapter-only", is_flag=True, help="Only an adapter may be shared, apart from the model's licence.")
 @click.option("--general", type=click.Choice(["yes", "no"]), help="Whether a general model already does the task.")
 @click.option("--write", "run_file", type=FILE, help="Write the plan as a run file.")
@@ -101,7 +99,7 @@ def plan(
     is_check: bool,
     **flags: Any,
 ) -> None:
-    """Find out which way to train fits the data, the hardware and the purse.
+    """Find out which way to train fits the data, the hardware and the max_cost.
 
     Plans a RUN_FILE, a MODEL (a name, a folder, or a size such as 25M), or without either what fits the data: memory,
     time, money, and why. What is set stays; the rest is searched. On a terminal with nothing given, asks. Exit codes:
@@ -133,18 +131,18 @@ def _request(
     devices: int | None,
     memory: float | None,
     **flags: Any,
-) -> "Request":
+) -> "PlanRequest":
     """The flags as one value; the first word is the target unless it is an override."""
-    from trivium.plan.request import Request
+    from trivium.plan.request import PlanRequest
 
     has_target = bool(words) and "=" not in words[0]
-    return Request(
+    return PlanRequest(
         target=words[0] if has_target else None,
         overrides=words[1:] if has_target else words,
         sources=tuple(map(str, data)),
         facts=_given_facts(rows, tokens, kind, data),
         num_devices=devices,
-        memory_bytes=None if memory is None else int(memory * GIB),
+        memory_bytes=None if memory is None else int(memory * (1 << 30)),
         is_general=None if general is None else general == "yes",
         name=run_file.stem if run_file else "plan",
         **flags,
@@ -153,7 +151,7 @@ def _request(
 
 def _given_facts(rows: float | None, tokens: float | None, kind: Any, data: tuple[Path, ...]) -> "DataFacts | None":
     """The data in numbers, where that is how it is given."""
-    from trivium.plan.facts import given_facts
+    from trivium.plan.workload import given_facts
 
     if rows is None and tokens is None:
         if kind is not None:
@@ -169,37 +167,45 @@ def _given_facts(rows: float | None, tokens: float | None, kind: Any, data: tupl
     return given_facts(kind, *(None if count is None else round(count) for count in (rows, tokens)))
 
 
-def _plan(request: "Request", run_file: Path | None, as_json: bool) -> None:
-    from trivium.plan.answer import answer, as_record
-    from trivium.plan.request import of_answers, understand
-    from trivium.plan.write import write_run
+def _plan(request: "PlanRequest", run_file: Path | None, as_json: bool) -> None:
+    from trivium.plan.advice import advise, as_record, write_run
+    from trivium.plan.request import resolve_request
 
     if request.target or request.sources or request.facts or request.is_general:
-        understood = understand(request, _survey, _read_hub)
+        resolved = resolve_request(request, _survey, _read_hub)
     else:
-        understood = of_answers(_ask(), request, _survey, _read_hub)
-    given = answer(understood.situation, understood.way, understood.goal)
-    if run_file and given.plan:
-        write_run(given.plan, run_file, _notes(given.plan))
+        resolved = _ask(request)
+    advice = advise(resolved.situation, resolved.decision, resolved.goal)
+    if run_file and advice.plan:
+        write_run(advice.plan, run_file, _notes(advice.plan))
         click.echo(f"written: {run_file}", err=True)
     if as_json:
-        click.echo(json.dumps(as_record(given), indent=2))
+        click.echo(json.dumps(as_record(advice), indent=2))
         return
     from trivium.report.plan_page import print_page
 
-    print_page(given, _next_commands(given.plan, request.target, run_file))
+    print_page(advice, _next_commands(advice.plan, request.target, run_file))
 
 
-def _ask() -> Any:
-    """The answers to the questions. Raises: ConfigError where there is nobody to ask."""
-    from trivium.plan.questions import ask
+def _ask(request: "PlanRequest") -> "ResolvedRequest":
+    """What the answers to the questions ask for. Raises: ConfigError where there is no terminal to ask on."""
+    from trivium.cli.plan_questions import ask
+    from trivium.config.run import Source
+    from trivium.plan.request import resolve_situation
 
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise ConfigError(
             "There is nothing to plan. Expected a run file, a model such as Qwen/Qwen3-0.6B, or data: --data FILE, or "
-            "--rows 5K --kind conversations, or --tokens 1B --kind documents. On a terminal `trivium plan` asks."
+            "--rows 5K --kind conversations, or --tokens 1B --kind documents. On a terminal, `trivium plan` asks."
         )
-    return ask(lambda text, default: click.prompt(text, default=default, err=True))
+    answers = ask(lambda text, default: click.prompt(text, default=default, err=True))
+    facts, sources = answers.data, ()
+    if isinstance(facts, str):
+        sources = (str(Path(facts).expanduser()),)
+        facts = _survey([Source(path=path) for path in sources])
+    limits = {"max_cost": answers.max_cost, "max_hours": answers.max_hours}
+    request = replace(request, sources=sources, num_devices=answers.num_devices, **limits)
+    return resolve_situation(answers.situation(facts), request, _read_hub)
 
 
 def _notes(plan: "Plan") -> list[str]:
@@ -228,7 +234,7 @@ def _survey(sources: "Sequence[Source]") -> "DataFacts":
     from dataclasses import fields
 
     from trivium.data.look.survey import survey
-    from trivium.plan.facts import DataFacts
+    from trivium.plan.workload import DataFacts
 
     found = survey(sources)
     click.echo(f"data: {found.how}", err=True)

@@ -10,15 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-# A trained head's gradient is passed over once a chunk, which makes small chunks slow; a frozen one has none.
-LOGITS_CHUNK_BYTES, FROZEN_HEAD_CHUNK_BYTES = 1 << 28, 1 << 26
-CPU_SLICE_ELEMENTS = 1 << 20
-
-
-def default_chunk_rows(vocab_size: int, dtype: torch.dtype, is_trained: bool) -> int:
-    """Rows whose logits in `dtype` fill a chunk of a head that is trained or frozen, at least 64."""
-    chunk_bytes = LOGITS_CHUNK_BYTES if is_trained else FROZEN_HEAD_CHUNK_BYTES
-    return max(64, chunk_bytes // (vocab_size * dtype.itemsize))
+from trivium.plan.workload import CPU_SLICE_VALUES, loss_chunk_rows
 
 
 def cross_entropy_sum(
@@ -37,12 +29,12 @@ def cross_entropy_sum(
         labels_M: int64 [rows]; a negative one marks padding, which adds nothing to the loss or to any gradient.
         weights_M: fp32 [rows], how much each row counts; None counts all the same, as 1.
         head_rows: token ids, int64 [k], and rows, fp32 [k, hidden], that the head has in place of its own.
-        chunk_rows: rows whose logits exist at a time; None takes `default_chunk_rows`.
+        chunk_rows: rows whose logits exist at a time; None takes `loss_chunk_rows`.
 
     Returns: fp32 scalar in nats. Softmax and sums are fp32; the gradient of the head is accumulated in fp32.
     """
     ids_K, rows_KD = head_rows or (labels_M.new_empty(0), weight_VD.new_empty(0, weight_VD.shape[1]))
-    chunk_rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_MD.dtype, weight_VD.requires_grad)
+    chunk_rows = chunk_rows or loss_chunk_rows(weight_VD.shape[0], hidden_MD.dtype.itemsize, weight_VD.requires_grad)
     return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, rows_KD, ids_K, labels_M, weights_M, chunk_rows)
 
 
@@ -110,7 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _exponentiate(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace logits by exp(logits - row maximum) in place; return the maxima and the sums, fp32 [C, 1]."""
     num_rows, vocab_size = logits_CV.shape
-    slice_rows = max(1, CPU_SLICE_ELEMENTS // vocab_size) if logits_CV.device.type == "cpu" else num_rows
+    slice_rows = max(1, CPU_SLICE_VALUES // vocab_size) if logits_CV.device.type == "cpu" else num_rows
     maxima = torch.empty(num_rows, 1, dtype=torch.float32, device=logits_CV.device)
     sums = torch.empty_like(maxima)
     for rows in (slice(i, i + slice_rows) for i in range(0, num_rows, slice_rows)):

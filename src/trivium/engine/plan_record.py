@@ -9,14 +9,15 @@ from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
-from trivium.engine.device import GIB, LOOSE_FACTOR, Machine, asked_bytes, peak_memory_bytes
+from trivium.engine.device import LOOSE_FACTOR, Machine, asked_bytes, peak_memory_bytes
 from trivium.engine.runfolder import RunFolder, now
 from trivium.engine.setup import Job, trained_tokens
 from trivium.errors import DoesNotFit
 from trivium.plan import calibration
 from trivium.plan.check import PLAN_FILE
+from trivium.plan.devices import GIB, MIB
 from trivium.plan.fit import FIT_SHARE, cheapest_fixes
-from trivium.plan.memory import MIB, Memory, peak_memory
+from trivium.plan.memory import Memory, peak_memory
 from trivium.plan.speed import predict_speed
 from trivium.plan.workload import Workload, of_run
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,18 @@ from trivium.data.source.corpus import FileHashes
 from trivium.data.store.build import BuiltStore, ConversationSettings, build_sources, train_tokenizer_from_sources
 from trivium.data.store.megatron import Selection, Store
 from trivium.data.tokenizer import load_tokenizer
-from trivium.engine.device import GIB, Machine
+from trivium.engine.device import Machine
 from trivium.engine.engine import Engine
 from trivium.engine.sample import end_ids
 from trivium.errors import ConfigError
 from trivium.files import sha256_file
 from trivium.model import adapter, catalog, hf, quantize
 from trivium.model.qwen import Qwen, init_weights
+from trivium.model.resolve import settle_shape, shape_of_sizes
 from trivium.model.shape import QwenShape
-from trivium.plan.facts import DataFacts
+from trivium.plan.devices import GIB
 from trivium.plan.fit import settle_batch
-
-VOCAB_MULTIPLE = 64
+from trivium.plan.workload import DataFacts
 
 
 @dataclass(frozen=True)
@@ -252,19 +252,8 @@ def find_shape(run: Run) -> tuple[QwenShape | None, Path | None]:
     Returns: (None, None) for a parameter budget, whose shape waits for the vocabulary.
     """
     model = run.model
-    if model.shape is not None:
-        given = model.shape
-        heads = given.num_attention_heads
-        values = given.model_dump(exclude={"num_key_value_heads", "head_dim"})
-        return QwenShape(
-            **values,
-            num_key_value_heads=given.num_key_value_heads or heads,
-            head_dim=given.head_dim or given.hidden_size // heads,
-            vocab_size=model.vocab_size or VOCAB_MULTIPLE,
-            max_position_embeddings=run.data.seq_len,
-        ), None
     if model.name is None:
-        return None, None
+        return shape_of_sizes(run), None
     if run.weights == "random" and model.name.lower() in {name.lower() for name in catalog.names()}:
         return catalog.get(model.name), None
     folder = hf.find_folder(model.name, with_weights=run.weights != "random")
@@ -286,34 +275,6 @@ def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], No
         cache_dir=cache_folder(run),
         max_document_mib=run.data.max_document_mib,
     )
-
-
-def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_folder: Path) -> QwenShape:
-    """The shape with its vocabulary fixed: as pretrained, as asked for, or as the tokenizer needs.
-
-    Raises: ConfigError when the embedding table would have fewer rows than the tokenizer has tokens.
-    """
-    vocab_size = run.model.vocab_size or VOCAB_MULTIPLE * math.ceil(num_tokens / VOCAB_MULTIPLE)
-    if shape is not None and run.weights != "random":
-        if run.model.vocab_size not in (None, shape.vocab_size):
-            raise ConfigError(
-                f"model.vocab_size is {run.model.vocab_size:,} and the pretrained table has {shape.vocab_size:,} rows; "
-                "leave model.vocab_size out when weights are not random."
-            )
-        vocab_size = shape.vocab_size
-    elif shape is not None and run.model.name is not None and run.tokenizer is not None and run.tokenizer.path:
-        vocab_size = run.model.vocab_size or max(shape.vocab_size, vocab_size)
-    if vocab_size < num_tokens:
-        raise ConfigError(
-            f"The tokenizer in {tokenizer_folder} has {num_tokens:,} tokens and the model's table {vocab_size:,} rows; "
-            "a token without a row cannot be read. Set model.vocab_size to at least the former, or take the model's "
-            "own tokenizer."
-        )
-    if shape is None:
-        assert run.model.params is not None
-        shape = catalog.size_for_budget(run.model.params, vocab_size)
-        return replace(shape, max_position_embeddings=run.data.seq_len)
-    return replace(shape, vocab_size=vocab_size)
 
 
 def build_data(run: Run, tokenizer: Any) -> list[BuiltStore]:

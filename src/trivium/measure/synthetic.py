@@ -37,7 +37,7 @@ class RandomStore:
         return np.where(np.arange(start, stop) >= first, 100, 0).astype(np.uint8)
 
 
-def rehearsal_engine(workload: Workload, device: torch.device | str = "cpu") -> Engine:
+def synthetic_engine(workload: Workload, device: torch.device | str = "cpu") -> Engine:
     """The model of a workload with its optimizer, made as a run makes it but for the values of the weights."""
     config = Optimizer(lr=1e-5, weight_decay=0.1, state_dtype=workload.state_dtype)
     dtype = DTYPES[workload.compute_dtype]
@@ -49,7 +49,7 @@ def rehearsal_engine(workload: Workload, device: torch.device | str = "cpu") -> 
         model = frozen_model(workload, dtype, device)
         adapter.inject(model, workload.adapter, seed=0, token_ids=range(workload.num_token_rows))
     model.compute_dtype = dtype
-    model.recompute = workload.recompute
+    model.recompute = workload.activation_checkpointing
     return Engine(model, config, (workload.adapter or Adapter()).loraplus_lr_ratio)
 
 
@@ -71,7 +71,7 @@ def frozen_model(workload: Workload, dtype: torch.dtype, device: torch.device | 
     return model.requires_grad_(False)
 
 
-def rehearsal_step(workload: Workload, step: int = 0) -> list[Batch]:
+def synthetic_batches(workload: Workload, step: int = 0) -> list[Batch]:
     """The micro-batches of one device in one optimizer step, full to the last token."""
     length = round(workload.document_tokens or workload.seq_len)
     rows = []

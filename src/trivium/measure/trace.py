@@ -21,11 +21,11 @@ from trivium.config.run import Optimizer
 from trivium.data.batch.pack import Batch
 from trivium.engine import optim
 from trivium.engine.engine import Engine
-from trivium.measure.fake_kernels import PretendNF4Linear, pretending, scratch_of_a_cpu, scratch_of_a_gpu
-from trivium.measure.synthetic import DTYPES, rehearsal_step
+from trivium.measure.fake_kernels import FakeNF4Linear, fake_kernels, scratch_of_a_cpu, scratch_of_a_gpu
+from trivium.measure.synthetic import DTYPES, synthetic_batches
 from trivium.model import adapter
 from trivium.model.qwen import Linear, Qwen
-from trivium.plan.workload import Place, Workload
+from trivium.plan.workload import DeviceType, Workload
 
 LEARNING_RATE = 1e-4  # any
 GRANULE_BYTES = 512  # sizes of blocks on a GPU are multiples of this. Source: `CUDACachingAllocator.cpp` in PyTorch
@@ -60,9 +60,9 @@ def trace_peak(workload: Workload) -> Trace:
         raise ValueError(f"a trace is of one device, and the workload has {workload.num_devices}")
     start = time.perf_counter()
     model = _model_without_storage(workload)
-    batches = rehearsal_step(replace(workload, step_tokens=min(workload.step_tokens, 2 * workload.micro_tokens)))
-    ledger = _Ledger(workload.place)
-    with FakeTensorMode() as fake, ledger, pretending(workload.place):
+    batches = synthetic_batches(replace(workload, step_tokens=min(workload.step_tokens, 2 * workload.micro_tokens)))
+    ledger = _Ledger(workload.device_type)
+    with FakeTensorMode() as fake, ledger, fake_kernels(workload.device_type):
         _give_storage(model)
         config = Optimizer(lr=LEARNING_RATE, weight_decay=0.0, state_dtype=workload.state_dtype)
         engine = Engine(model, config)
@@ -85,10 +85,10 @@ def trace_peak(workload: Workload) -> Trace:
 class _Ledger(TorchDispatchMode):
     """Every storage that appears and goes, in order."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, device_type: DeviceType) -> None:
         super().__init__()
-        self.granule_bytes = GRANULE_BYTES if place == "gpu" else 1
-        self.scratch_bytes = scratch_of_a_gpu if place == "gpu" else scratch_of_a_cpu
+        self.granule_bytes = GRANULE_BYTES if device_type == "gpu" else 1
+        self.scratch_bytes = scratch_of_a_gpu if device_type == "gpu" else scratch_of_a_cpu
         self.phase = "forward"
         self.phases: dict[str, int] = {}
         self.changes: list[tuple[int, int]] = []  # a storage's number, and bytes more or less
@@ -161,14 +161,14 @@ def _model_without_storage(workload: Workload) -> Qwen:
     dtype = DTYPES[workload.compute_dtype]
     with torch.device("meta"):
         model = Qwen(workload.shape)
-    model.compute_dtype, model.recompute = dtype, workload.recompute
+    model.compute_dtype, model.recompute = dtype, workload.activation_checkpointing
     if workload.adapter is None:
         return model
     model.to(dtype)
     if workload.weights == "nf4":
         for path, module in list(model.named_modules()):
             if isinstance(module, Linear) and path != "lm_head":
-                model.set_submodule(path, PretendNF4Linear(module, dtype))
+                model.set_submodule(path, FakeNF4Linear(module, dtype))
     plain = workload.adapter.model_copy(update={"init": "default"})
     adapter.inject(model, plain, seed=0, token_ids=range(workload.num_token_rows))
     if workload.adapter.init != "default":

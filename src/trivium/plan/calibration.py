@@ -44,7 +44,7 @@ class Calibration:
     versions: dict[str, str]
 
 
-class _Content(Part):
+class _CalibrationFile(Part):
     """The file, checked."""
 
     device: str
@@ -70,7 +70,7 @@ def load() -> Calibration | None:
     if not file.exists():
         return None
     try:
-        content = _Content.model_validate(json.loads(file.read_text()))
+        content = _CalibrationFile.model_validate(json.loads(file.read_text()))
     except (OSError, ValueError, ValidationError) as error:
         reason = printable(str(error).splitlines()[0])
         raise ConfigError(

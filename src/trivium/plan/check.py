@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, Literal
 
 from trivium.errors import ConfigError
-from trivium.plan.memory import GIB
+from trivium.plan.devices import GIB
 
 PLAN_FILE = "plan.json"
 

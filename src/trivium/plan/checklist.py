@@ -8,24 +8,24 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from trivium.config.run import METHOD_DEFAULTS, parse_count
+from trivium.model.resolve import published_shape
 from trivium.model.shape import QwenShape
-from trivium.plan.ladder import TOKENS_PER_PARAM, short
-from trivium.plan.path import Path
-from trivium.plan.situation import Situation, is_chat_model, num_epochs, shape_of, shape_to_build
-from trivium.plan.write import hours
+from trivium.plan.decide import TOKENS_PER_PARAM, Decision, short
+from trivium.plan.devices import GIB
+from trivium.plan.situation import Situation, is_chat_model, num_epochs, shape_to_build
+from trivium.plan.speed import hours
 
-GIB = 1 << 30
 FEW_CONVERSATIONS, FEW_TOKENS, LARGE_RANK, FEW_REASON = 10_000, 10**9, 64, 0.5
 
 
-class Point(NamedTuple):
+class ChecklistItem(NamedTuple):
     """One point of the checklist."""
 
     question: str
     answer: str
 
 
-class Plan(NamedTuple):
+class WarningContext(NamedTuple):
     """What a warning looks at: the situation, and what the method chooses."""
 
     situation: Situation
@@ -46,13 +46,13 @@ def warnings(situation: Situation, method: str | None, model: str | None) -> tup
     """What commonly goes wrong on that way and may here, a paragraph each."""
     if method is None:
         return ()
-    plan = Plan(situation, method, model, _shape(situation, model))
-    return tuple(text for warn in WARNINGS if (text := warn(plan)) is not None)
+    given = WarningContext(situation, method, model, _shape(situation, model))
+    return tuple(text for warn in WARNINGS if (text := warn(given)) is not None)
 
 
-def _overfits(plan: Plan) -> str | None:
-    facts = plan.situation.facts
-    if not facts or facts.kind != "conversations" or not plan.tunes_everything or facts.num_rows >= FEW_CONVERSATIONS:
+def _overfits(given: WarningContext) -> str | None:
+    facts = given.situation.facts
+    if not facts or facts.kind != "conversations" or not given.tunes_everything or facts.num_rows >= FEW_CONVERSATIONS:
         return None
     return (
         f"{short(facts.num_rows)} conversations: below {short(FEW_CONVERSATIONS)} LoRA does about as well as full "
@@ -60,8 +60,8 @@ def _overfits(plan: Plan) -> str | None:
     )
 
 
-def _forgets(plan: Plan) -> str | None:
-    if not plan.tunes_everything:
+def _forgets(given: WarningContext) -> str | None:
+    if not given.tunes_everything:
         return None
     return (
         "All weights change, so something is forgotten: mix general text in, and measure it with "
@@ -69,9 +69,9 @@ def _forgets(plan: Plan) -> str | None:
     )
 
 
-def _little_text(plan: Plan) -> str | None:
-    facts = plan.situation.facts
-    if not facts or facts.kind != "documents" or plan.chosen["weights"] == "random" or facts.num_tokens >= FEW_TOKENS:
+def _little_text(given: WarningContext) -> str | None:
+    facts = given.situation.facts
+    if not facts or facts.kind != "documents" or given.chosen["weights"] == "random" or facts.num_tokens >= FEW_TOKENS:
         return None
     return (
         f"{short(facts.num_tokens)} tokens of raw text: below {short(FEW_TOKENS)} it is commonly said to change next "
@@ -80,22 +80,22 @@ def _little_text(plan: Plan) -> str | None:
     )
 
 
-def _text_on_chat(plan: Plan) -> str | None:
-    facts, model = plan.situation.facts, plan.model
-    if not facts or facts.kind != "documents" or plan.chosen["weights"] == "random" or not model:
+def _text_on_chat(given: WarningContext) -> str | None:
+    facts, model = given.situation.facts, given.model
+    if not facts or facts.kind != "documents" or given.chosen["weights"] == "random" or not model:
         return None
     if not is_chat_model(model):
         return None
     base = model.removesuffix("-Instruct") if model.endswith("-Instruct") else f"{model}-Base"
     return (
         f"{model} was tuned for conversations, and raw text breaks its format: it may no longer answer or stop. Take "
-        f"{base if shape_of(base) else 'a base model'}, or mix conversations in."
+        f"{base if published_shape(base) else 'a base model'}, or mix conversations in."
     )
 
 
-def _chat_on_base(plan: Plan) -> str | None:
-    facts, model = plan.situation.facts, plan.model
-    if not facts or facts.kind != "conversations" or plan.chosen["weights"] == "random" or not model:
+def _chat_on_base(given: WarningContext) -> str | None:
+    facts, model = given.situation.facts, given.model
+    if not facts or facts.kind != "conversations" or given.chosen["weights"] == "random" or not model:
         return None
     if is_chat_model(model) is not False:
         return None
@@ -105,9 +105,9 @@ def _chat_on_base(plan: Plan) -> str | None:
     )
 
 
-def _large_rank(plan: Plan) -> str | None:
-    rank = plan.situation.rank
-    if plan.chosen["trainable"] != "adapter" or rank < LARGE_RANK:
+def _large_rank(given: WarningContext) -> str | None:
+    rank = given.situation.rank
+    if given.chosen["trainable"] != "adapter" or rank < LARGE_RANK:
         return None
     return (
         f"Rank {rank}: more of everything the adapter costs, and more room to learn a small set by heart. 8 to 16 is "
@@ -115,8 +115,8 @@ def _large_rank(plan: Plan) -> str | None:
     )
 
 
-def _little_reasoning(plan: Plan) -> str | None:
-    facts = plan.situation.facts
+def _little_reasoning(given: WarningContext) -> str | None:
+    facts = given.situation.facts
     if not facts or facts.kind != "conversations" or not 0 < facts.reasoning_share < FEW_REASON:
         return None
     return (
@@ -125,19 +125,19 @@ def _little_reasoning(plan: Plan) -> str | None:
     )
 
 
-def _arithmetic(plan: Plan) -> str | None:
+def _arithmetic(given: WarningContext) -> str | None:
     """What a model from nothing costs, which is where most people stop."""
-    facts, shape = plan.situation.facts, plan.shape
-    if not facts or plan.chosen["weights"] != "random" or shape is None:
+    facts, shape = given.situation.facts, given.shape
+    if not facts or given.chosen["weights"] != "random" or shape is None:
         return None
     size = shape.num_params
     per_param = facts.num_tokens / size
     text = (
         f"6 x {short(size)} parameters x {short(facts.num_tokens)} tokens are {6.0 * size * facts.num_tokens:.2g} FLOP"
     )
-    cost = plan.situation.cost(shape, plan.method, facts.num_tokens)
-    if cost is not None and plan.situation.device is not None:
-        text += f": {hours(cost.hours)} of {plan.situation.devices} x {plan.situation.device.title}"
+    cost = given.situation.cost(shape, given.method, facts.num_tokens)
+    if cost is not None and given.situation.device is not None:
+        text += f": {hours(cost.hours)} of {given.situation.devices} x {given.situation.device.title}"
     if per_param < TOKENS_PER_PARAM:
         text += (
             f". The tokens are {per_param:.2g} for each parameter and about {TOKENS_PER_PARAM} are wanted "
@@ -146,7 +146,7 @@ def _arithmetic(plan: Plan) -> str | None:
     return text + "."
 
 
-WARNINGS: tuple[Callable[[Plan], str | None], ...] = (
+WARNINGS: tuple[Callable[[WarningContext], str | None], ...] = (
     _overfits,
     _forgets,
     _little_text,
@@ -158,16 +158,20 @@ WARNINGS: tuple[Callable[[Plan], str | None], ...] = (
 )
 
 
-def checklist(situation: Situation, path: Path, memory: str | None = None, time: str | None = None) -> list[Point]:
+def checklist(
+    situation: Situation, decision: Decision, memory: str | None = None, time: str | None = None
+) -> list[ChecklistItem]:
     """The seven points, `memory` and `time` in the caller's words where it has computed them."""
     return [
-        Point("Path", path.title if path.method is None else f"{path.title} (method: {path.method})"),
-        Point("Base model", path.model or "a general one; try several with your prompts"),
-        Point("Data", _data(situation)),
-        Point("Memory", memory or _memory(situation, path)),
-        Point("Training time", time or _time(situation, path)),
-        Point("Evaluation", _evaluation(situation, path)),
-        Point("Comparison", _comparison(path)),
+        ChecklistItem(
+            "Path", decision.title if decision.method is None else f"{decision.title} (method: {decision.method})"
+        ),
+        ChecklistItem("Base model", decision.model or "a general one; try several with your prompts"),
+        ChecklistItem("Data", _data(situation)),
+        ChecklistItem("Memory", memory or _memory(situation, decision)),
+        ChecklistItem("Training time", time or _time(situation, decision)),
+        ChecklistItem("Evaluation", _evaluation(situation, decision)),
+        ChecklistItem("Comparison", _comparison(decision)),
     ]
 
 
@@ -187,36 +191,38 @@ def _shape(situation: Situation, model: str | None) -> QwenShape | None:
     size = parse_count(model)
     if isinstance(size, int):
         return shape_to_build(size)
-    return situation.shape or (shape_of(model) if model else None)
+    return situation.shape or (published_shape(model) if model else None)
 
 
-def _memory(situation: Situation, path: Path) -> str:
+def _memory(situation: Situation, decision: Decision) -> str:
     """The ways side by side, in the smallest portions."""
-    shape = _shape(situation, path.model)
-    if path.method is None:
+    shape = _shape(situation, decision.model)
+    if decision.method is None:
         return "that of answering only: about 2 bytes a parameter"
     if shape is None:
         return "`trivium plan` of a run file says it"
-    methods = dict.fromkeys((path.method, "full", "lora", "qlora") if path.name != "scratch" else (path.method,))
+    methods = dict.fromkeys(
+        (decision.method, "full", "lora", "qlora") if decision.name != "scratch" else (decision.method,)
+    )
     needed = (f"{method} {situation.least_memory(shape, method).total / GIB:.1f} GiB" for method in methods)
     return f"at the least, on each device: {', '.join(needed)}"
 
 
-def _time(situation: Situation, path: Path) -> str:
-    facts, shape = situation.facts, _shape(situation, path.model)
-    if path.method is None or facts is None:
+def _time(situation: Situation, decision: Decision) -> str:
+    facts, shape = situation.facts, _shape(situation, decision.model)
+    if decision.method is None or facts is None:
         return "none"
-    tokens = path.budget_tokens or round(facts.num_tokens * num_epochs(path.method))
-    cost = situation.cost(shape, path.method, tokens) if shape else None
+    tokens = decision.budget_tokens or round(facts.num_tokens * num_epochs(decision.method))
+    cost = situation.cost(shape, decision.method, tokens) if shape else None
     if cost is None:
         return f"{short(tokens)} tokens to be read; name a device to know how long that takes"
     span = f"{cost.hours / 24:,.3g} days" if cost.hours >= 48 else f"{cost.hours:,.3g} hours"
     return f"about {span} for {short(tokens)} tokens"
 
 
-def _evaluation(situation: Situation, path: Path) -> str:
+def _evaluation(situation: Situation, decision: Decision) -> str:
     asked = "`trivium eval {} --prompts questions.jsonl`"
-    if path.method is None:
+    if decision.method is None:
         return f"{asked.format('MODEL')}: a few dozen questions with answers, before anything is trained"
     if situation.facts and situation.facts.kind == "documents":
         return "`trivium eval RUN`, the loss on what was held out; `trivium compare RUN --general TEXTS`, what was lost"
@@ -225,10 +231,10 @@ def _evaluation(situation: Situation, path: Path) -> str:
     )
 
 
-def _comparison(path: Path) -> str:
-    if path.other_method is None:
+def _comparison(decision: Decision) -> str:
+    if decision.other_method is None:
         return "optional; none that this hardware and licence allow is as sound for this data"
     return (
-        f"optional: `trivium train RUN_FILE method={path.other_method} name=other`, "
+        f"optional: `trivium train RUN_FILE method={decision.other_method} name=other`, "
         "then `trivium compare RUN runs/other --prompts questions.jsonl`"
     )

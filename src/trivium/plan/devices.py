@@ -21,7 +21,7 @@ from trivium.config.run import Part
 from trivium.config.yaml_tree import Problem, parse_tree, printable, read_file
 from trivium.errors import ConfigError
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 GIGA, TERA = 1e9, 1e12
 CATALOG_FILE = Path(__file__).with_name("devices.yaml")
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,99}")
@@ -67,7 +67,7 @@ class Device:
     price_date: str = ""
 
 
-class Rates(Part):
+class DeviceRates(Part):
     """Peak dense TFLOP/s by dtype."""
 
     fp32: Positive
@@ -75,14 +75,14 @@ class Rates(Part):
     bf16: Positive | None = None
 
 
-class Entry(Part):
+class DeviceEntry(Part):
     """A device as a file describes it."""
 
     title: str
     kind: Literal["gpu", "apple", "cpu"] = "gpu"
     memory_gib: Positive
     bandwidth_gb_per_second: Positive
-    tflops: Rates
+    tflops: DeviceRates
     link_gb_per_second: Positive
     source: str
     price_per_hour: Annotated[float, Field(ge=0.0)] | None = None
@@ -145,11 +145,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 def _device(name: str, values: dict[str, Any], path: Path) -> Device:
     """Check the values of one device. Raises: ConfigError with the first thing that is wrong."""
     try:
-        entry = Entry.model_validate(values)
+        entry = DeviceEntry.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key, reason = ".".join(str(part) for part in first["loc"]), first["msg"]
-        known = ", ".join(Entry.model_fields)
+        known = ", ".join(DeviceEntry.model_fields)
         raise ConfigError(printable(f"{path}: {name}.{key}: {reason}") + f". A device's keys are {known}.") from None
     return Device(
         name=name,

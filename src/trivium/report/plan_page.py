@@ -1,4 +1,4 @@
-"""The planner's answer as a page in the terminal: which way, the memory in bars, time and money, every choice's reason.
+"""The planner's answer as a page in the terminal: which way, the memory in obstacles, time and money, every choice's reason.
 
 Plain text where stdout is no terminal, and without colour where NO_COLOR is set. Formats only, what `plan/answer.py`
 says; the verb `plan` imports this file when it prints.
@@ -16,28 +16,27 @@ from rich.table import Table
 from rich.text import Text
 
 from trivium.config.load import flatten, to_yaml
-from trivium.plan.answer import Answer
+from trivium.plan.advice import Advice, time_and_money
+from trivium.plan.decide import Decision
+from trivium.plan.devices import GIB
 from trivium.plan.fit import FIT_SHARE
-from trivium.plan.goal import Plan
-from trivium.plan.memory import GIB
-from trivium.plan.path import Path
-from trivium.plan.write import time_and_money
+from trivium.plan.search import Plan
 
 MAX_COLUMNS = 100
 BAR_COLUMNS = 40
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def print_page(answer: Answer, next_commands: Iterable[str]) -> None:
+def print_page(advice: Advice, next_commands: Iterable[str]) -> None:
     """Print all of it to stdout."""
     columns = min(shutil.get_terminal_size().columns, MAX_COLUMNS) if sys.stdout.isatty() else MAX_COLUMNS
     console = Console(width=columns, highlight=False)
-    plan = answer.plan
-    parts = [*_path(answer.path)] if answer.path else []
+    plan = advice.plan
+    parts = [*_decision(advice.decision)] if advice.decision else []
     if plan:
         parts += [_title(plan), *_memory(plan), *_speed(plan), *_choices(plan)]
-    parts += _section("Settle before training", [(point.question, point.answer) for point in answer.checklist])
-    parts += _section("Beware", [("!", text) for text in answer.warnings])
+    parts += _section("Settle before training", [(point.question, point.answer) for point in advice.checklist])
+    parts += _section("Beware", [("!", text) for text in advice.warnings])
     parts += _section("Next", [("$", command) for command in next_commands])
     with console.capture() as capture:
         console.print(Group(*parts))
@@ -63,13 +62,13 @@ def _section(title: str, rows: Iterable[tuple[str, ...]]) -> list[Any]:
     return [Text(title, style="bold"), Padding(grid, (0, 0, 1, 2))]
 
 
-def _path(path: Path) -> list[Any]:
-    rows = [("why", reason) for reason in path.reasons]
-    rows += [("unless", text) for text in path.would_change]
-    rows += [("rule of thumb", text) for text in path.rules_of_thumb]
+def _decision(decision: Decision) -> list[Any]:
+    rows = [("why", reason) for reason in decision.reasons]
+    rows += [("unless", text) for text in decision.would_change]
+    rows += [("rule of thumb", text) for text in decision.rules_of_thumb]
     seen: set[str] = set()
     labelled = [("" if label in seen or seen.add(label) else label, text) for label, text in rows]
-    return _section(f"The way: {path.title}", labelled)
+    return _section(f"Method: {decision.title}", labelled)
 
 
 def _title(plan: Plan) -> Text:

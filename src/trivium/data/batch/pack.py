@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from trivium.data.batch.order import Order
+from trivium.data.batch.sizes import SUPERVISED_MULTIPLE
 
 NO_LABEL = -100
-SUPERVISED_MULTIPLE = 64
 
 
 class TokenStore(Protocol):

@@ -14,8 +14,8 @@ from trivium.config.run import parse_count
 from trivium.errors import ConfigError
 from trivium.plan import devices
 from trivium.plan.devices import Device
-from trivium.plan.facts import DataFacts, given_facts
 from trivium.plan.situation import Situation
+from trivium.plan.workload import DataFacts, given_facts
 
 MAX_TRIES = 3
 AMOUNT = re.compile(r"(\d[\d,]*(?:\.\d+)?\s*(?:[KMBT]\b)?)\s*([a-z]*)", re.IGNORECASE)
@@ -24,11 +24,11 @@ TOKEN_WORDS = ("token", "tokens")
 NUMBERED = re.compile(r"(\d{1,6})\s*x\s*(\S.*)", re.IGNORECASE)
 LIMIT = re.compile(r"(\$?)\s*(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 DOLLAR_WORDS = ("usd", "dollar", "dollars")
-DAYS = {"hour": 1 / 24, "hours": 1 / 24, "h": 1 / 24, "day": 1.0, "days": 1.0, "d": 1.0, "week": 7.0, "weeks": 7.0}
+HOURS = {"hour": 1, "hours": 1, "h": 1, "day": 24, "days": 24, "d": 24, "week": 168, "weeks": 168}
 
 
 @dataclass(frozen=True)
-class Answers:
+class PlanAnswers:
     """What was answered.
 
     Attributes:
@@ -37,8 +37,8 @@ class Answers:
         device, num_devices: what to train on, and how many of them.
         is_laptop: whether that is the laptop at hand.
         adapter_only: whether only the adapter may be shared.
-        purse: US dollars; None for no limit.
-        days: how long it may take; None for no limit.
+        max_cost: US dollars; None for no limit.
+        max_hours: how long it may take; None for no limit.
     """
 
     is_general: bool | None
@@ -47,8 +47,8 @@ class Answers:
     num_devices: int
     is_laptop: bool
     adapter_only: bool
-    purse: float | None
-    days: float | None
+    max_cost: float | None
+    max_hours: float | None
 
     def situation(self, facts: DataFacts | None) -> Situation:
         """What to decide on, once the data has been measured where it was a path."""
@@ -59,21 +59,21 @@ class Answers:
             num_devices=self.num_devices,
             is_laptop=self.is_laptop,
             adapter_only=self.adapter_only,
-            purse=self.purse,
-            days=self.days,
+            max_cost=self.max_cost,
+            max_hours=self.max_hours,
         )
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question: its text, the answer that an empty line gives, and the fields of `Answers` that a text becomes."""
+class PlanQuestion:
+    """One question: its text, the answer that an empty line gives, and the fields of `PlanAnswers` that a text becomes."""
 
     text: str
     default: str
     read: Callable[[str], dict[str, Any]]
 
 
-def ask(prompt: Callable[[str, str], str]) -> Answers:
+def ask(prompt: Callable[[str, str], str]) -> PlanAnswers:
     """Ask every question by `prompt(text, default)`, again where an answer cannot be read.
 
     Raises: ConfigError when a question was answered three times with what cannot be read.
@@ -89,19 +89,21 @@ def ask(prompt: Callable[[str, str], str]) -> Answers:
                 if number == MAX_TRIES:
                     raise
                 text = f"{error}\n{question.text}"
-    return Answers(**answers)
+    return PlanAnswers(**answers)
 
 
-def questions() -> tuple[Question, ...]:
+def questions() -> tuple[PlanQuestion, ...]:
     """In the order of the tree: is training needed, what is there to learn, and what forbids a way."""
     return (
-        Question(
+        PlanQuestion(
             "Does a general model, well prompted, already do it well enough (yes, no, unknown)?", "unknown", _general
         ),
-        Question("What is there to learn from: a path, or such as 5K conversations, or 2B tokens?", "none", _data),
-        Question("What will it train on: laptop (this one), or such as rtx-4090, or 8x h100-80?", "laptop", _hardware),
-        Question("Must the adapter be shared apart from the model and its licence (yes, no)?", "no", _adapter_only),
-        Question("What may it cost, and how long may it take, such as 50 USD, 2 days?", "no limit", _limits),
+        PlanQuestion("What is there to learn from: a path, or such as 5K conversations, or 2B tokens?", "none", _data),
+        PlanQuestion(
+            "What will it train on: laptop (this one), or such as rtx-4090, or 8x h100-80?", "laptop", _hardware
+        ),
+        PlanQuestion("Must the adapter be shared apart from the model and its licence (yes, no)?", "no", _adapter_only),
+        PlanQuestion("What may it cost, and how long may it take, such as 50 USD, 2 days?", "no limit", _limits),
     )
 
 
@@ -148,16 +150,16 @@ def _hardware(text: str) -> dict[str, Any]:
 
 
 def _limits(text: str) -> dict[str, Any]:
-    limits: dict[str, Any] = {"purse": None, "days": None}
+    limits: dict[str, Any] = {"max_cost": None, "max_hours": None}
     if text.lower() in ("no limit", "none"):
         return limits
     for part in re.split(r"\s*[,;]\s*|\s+and\s+", text):
         match = LIMIT.fullmatch(part)
         unit = match[3].lower() if match else ""
         if match and (match[1] or unit in DOLLAR_WORDS):
-            limits["purse"] = float(match[2])
-        elif match and unit in DAYS:
-            limits["days"] = float(match[2]) * DAYS[unit]
+            limits["max_cost"] = float(match[2])
+        elif match and unit in HOURS:
+            limits["max_hours"] = float(match[2]) * HOURS[unit]
         else:
             raise ConfigError(f"{part!r} is no limit of cost or time. Expected such as 50 USD, 36 hours, 2 days.")
     return limits
