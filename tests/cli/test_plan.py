@@ -36,13 +36,13 @@ def plan_json(*words: str) -> dict:
     return json.loads(done.stdout)
 
 
-def test_a_page_to_read():
+def test_plan_page():
     done = invoke("Qwen/Qwen3-0.6B", *CHATS, *ON_L4)
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 100 and "\x1b" not in done.stdout
     assert not any(line != line.rstrip() for line in lines)
-    for heading in ("Method: LoRA", "Memory", "Time and money", "Choices", "Settle before training", "Next"):
+    for heading in ("Method: LoRA", "Memory", "Time and cost", "Choices", "Settle before training", "Next"):
         assert any(line.startswith(heading) for line in lines), heading
     obstacles = {line.split()[0]: line.count("█") for line in lines if "█" in line}
     assert (
@@ -52,7 +52,7 @@ def test_a_page_to_read():
     )
 
 
-def test_json_adds_up():
+def test_plan_json_adds_up():
     found = plan_json("Qwen/Qwen3-0.6B", *CHATS, *ON_L4)
     plan = found["plan"]
     assert found["decision"]["method"] == "lora" and len(found["checklist"]) == 7
@@ -64,7 +64,7 @@ def test_json_adds_up():
     assert cost["hours_low"] < cost["hours"] < cost["hours_high"]
 
 
-def test_a_written_plan_is_planned_again_as_it_is():
+def test_plan_write_round_trip():
     first = plan_json("Qwen3-0.6B", *CHATS, *ON_L4, "--write", "chats.yaml")["plan"]
     run = load_run(Path("chats.yaml")).run
     assert run.name == "chats" and run.model.name == "Qwen/Qwen3-0.6B"
@@ -74,7 +74,7 @@ def test_a_written_plan_is_planned_again_as_it_is():
     assert second["reasons"]["batch.micro_tokens"] == "as you set it"
 
 
-def test_files_are_measured():
+def test_plan_surveys_data_files():
     turns = [{"role": "user", "content": "How many legs has a spider?"}, {"role": "assistant", "content": "Eight."}]
     Path("chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 250)
     found = plan_json("Qwen3-0.6B", *ON_L4, "--data", "chats.jsonl", "--write", "run.yaml")
@@ -83,14 +83,14 @@ def test_files_are_measured():
     assert plan_json("run.yaml", *ON_L4)["plan"]["num_tokens"] == found["plan"]["num_tokens"] > 250
 
 
-def test_little_data_is_no_plan():
+def test_plan_advises_no_training_for_little_data():
     found = plan_json("--rows", "20", "--kind", "conversations", *ON_L4)
     assert found["plan"] is None and found["decision"]["method"] is None
     assert plan_json("Qwen3-0.6B", "--rows", "20", "--kind", "conversations", "--method", "lora", *ON_L4)["plan"]
     assert "no training" in invoke("--general", "yes", *ON_L4).stdout
 
 
-def test_a_size_is_built_and_a_folder_is_read():
+def test_plan_of_size_and_folder():
     built = plan_json("25M", *ON_L4)["plan"]
     assert built["run"]["method"] == "scratch" and abs(built["num_params"] / 25e6 - 1) < 0.05
     shape = catalog.get("Qwen3-1.7B")
@@ -99,14 +99,14 @@ def test_a_size_is_built_and_a_folder_is_read():
     assert plan_json("./mine", *ON_L4)["plan"]["num_params"] == shape.num_params
 
 
-def test_any_device_is_one_that_is_rented():
+def test_plan_device_any():
     found = plan_json("Qwen3-8B", "--method", "full", *CHATS, "--device", "any")["plan"]
     assert found["device"]["price_per_hour"] and found["cost"]["money"] > 0
     fast = plan_json("Qwen3-8B", "--method", "full", *CHATS, "--device", "any", "--prefer", "fastest")["plan"]
     assert fast["cost"]["hours"] <= 1.02 * found["cost"]["hours"]
 
 
-def test_what_does_not_fit_ends_with_three_ways_out():
+def test_plan_does_not_fit_shows_fixes():
     done = invoke("Qwen3-8B", *ON_L4, "--method", "full", "--devices", "1")
     assert done.exit_code == 3
     assert "may be used" in done.stderr and [f"{number}. " in done.stderr for number in (1, 2, 3)] == [True] * 3
@@ -132,7 +132,7 @@ def test_what_does_not_fit_ends_with_three_ways_out():
         (("Qwen3-0.6B", "--rows", "0", "--kind", "documents"), "--rows"),
         (("Qwen3-0.6B", "--tokens", "many", "--kind", "documents"), "--tokens"),
         (("Qwen3-0.6B", "--tokens", "5M"), "--kind"),
-        (("Qwen3-0.6B", "--kind", "documents"), "of how much"),
+        (("Qwen3-0.6B", "--kind", "documents"), "without an amount"),
         (("Qwen3-0.6B", "--kind", "poems"), "--kind"),
         (("Qwen3-0.6B", "--method", "magic"), "--method"),
         (("--method", "lora", *CHATS), "Give a model"),
@@ -143,14 +143,14 @@ def test_what_does_not_fit_ends_with_three_ways_out():
         (("--check", "empty"), "No run folder"),
     ],
 )
-def test_nonsense_is_refused(words: tuple[str, ...], says: str):
+def test_plan_refuses_wrong_usage(words: tuple[str, ...], says: str):
     Path("empty").mkdir()
     done = invoke(*words)
     assert done.exit_code == 2, done.output
     assert says in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
-def test_planning_never_waits_for_torch():
+def test_plan_never_imports_torch():
     wishes = [
         ("Qwen2.5-72B-Instruct", "--device", "any"),
         ("Qwen/Qwen3-0.6B",),
@@ -169,7 +169,7 @@ print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
     assert done.stderr.splitlines()[-1:] == ["[]"], done.stderr
 
 
-def test_questions_are_asked_on_a_terminal():
+def test_plan_asks_on_terminal():
     answers = ["no", "2K conversations", "l4", "no", "5 USD, 2 days"]
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "trivium.cli", "plan", "--json"]

@@ -73,7 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_traced_peak_is_the_allocators(name: str) -> None:
+def test_trace_peak_matches_allocator(name: str) -> None:
     work = workload(**CASES[name])
     assert trace_peak(work).peak_bytes == pytest.approx(measured_peak(work), rel=0.01)
 
@@ -83,7 +83,7 @@ def weight_bytes(trace: Trace) -> int:
 
 
 @pytest.mark.parametrize("changes", [SCRATCH, LORA, {**LORA, "weights": "nf4"}], ids=["scratch", "lora", "qlora"])
-def test_weights_gradients_and_moments_are_the_exact_counts(changes: dict[str, Any]) -> None:
+def test_trace_peak_counts_weights_gradients_moments(changes: dict[str, Any]) -> None:
     work = workload(**changes)
     trace = trace_peak(work)
     trained = work.num_trained_params
@@ -96,7 +96,7 @@ def test_weights_gradients_and_moments_are_the_exact_counts(changes: dict[str, A
     assert states <= trace.phases["optimizer"] < 1.05 * states
 
 
-def test_a_model_larger_than_memory_is_traced_in_little_of_it() -> None:
+def test_trace_peak_needs_little_memory() -> None:
     shape = replace(catalog.get("Qwen3-8B"), num_hidden_layers=2)
     work = workload(**LORA, shape=shape, device_type="gpu")
     trace_peak(workload(**LORA, device_type="gpu"))  # what is imported for it is there
@@ -107,7 +107,7 @@ def test_a_model_larger_than_memory_is_traced_in_little_of_it() -> None:
     assert grown < 2e8
 
 
-def test_a_gpus_kernels_keep_less_and_the_engine_is_left_as_it_was() -> None:
+def test_fake_kernels_of_gpu_and_restored() -> None:
     before = qwen.attend, F.rms_norm, F.dropout, loss.CPU_SLICE_VALUES
     work = workload(**LORA | {"adapter": Adapter(dropout=0.1)})
     on_cpu, on_gpu = trace_peak(work), trace_peak(replace(work, device_type="gpu"))
@@ -115,7 +115,7 @@ def test_a_gpus_kernels_keep_less_and_the_engine_is_left_as_it_was() -> None:
     assert (qwen.attend, F.rms_norm, F.dropout, loss.CPU_SLICE_VALUES) == before
 
 
-def test_a_trace_is_of_one_device() -> None:
+def test_trace_peak_refuses_several_devices() -> None:
     with pytest.raises(ValueError, match="one device"):
         trace_peak(workload(**SCRATCH, num_devices=2))
 
@@ -127,7 +127,7 @@ def test_a_trace_is_of_one_device() -> None:
     [SCRATCH, LORA, {**LORA, "activation_checkpointing": True}],
     ids=["scratch", "lora", "activation_checkpointing"],
 )
-def test_the_traced_peak_is_a_gpus(changes: dict[str, Any]) -> None:
+def test_trace_peak_matches_gpu(changes: dict[str, Any]) -> None:
     shape = replace(catalog.get("Qwen3-0.6B"), num_hidden_layers=4)
     work = workload(**changes, shape=shape, device_type="gpu", seq_len=2048, micro_tokens=8192, step_tokens=16384)
     engine, batches = synthetic_engine(work, "cuda"), synthetic_batches(work)

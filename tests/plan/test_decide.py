@@ -48,7 +48,7 @@ def text(num_tokens: int) -> DataFacts:
         (text(10**11), "scratch", "scratch"),
     ],
 )
-def test_the_table_of_four_paths(facts, name, method):
+def test_decide_by_amount_of_data(facts, name, method):
     decision = decide(Situation(facts, **BIG))
     assert (decision.name, decision.method) == (name, method)
     assert not any("gap" in reason for reason in decision.reasons)
@@ -63,13 +63,13 @@ def test_the_table_of_four_paths(facts, name, method):
         (text(10**11 - 1), "continue"),
     ],
 )
-def test_between_the_tables_rows_it_is_said_that_there_is_a_gap(facts, name):
+def test_decide_reports_gaps_between_approaches(facts, name):
     decision = decide(Situation(facts, **BIG))
     assert decision.name == name and any("gap" in reason for reason in decision.reasons)
 
 
 @pytest.mark.parametrize("num_pairs", [5_000, 20_000, 50_000])
-def test_the_teller_of_fairy_tales(num_pairs):
+def test_decide_fairy_tales_on_a_laptop(num_pairs):
     """Synthetic tales in Korean, trained on a laptop, of which only the adapter is published."""
     decision = decide(Situation(pairs(num_pairs), adapter_only=True, **LAPTOP))
     assert (decision.method, decision.model) == ("lora", "Qwen/Qwen2.5-0.5B-Instruct")
@@ -77,18 +77,18 @@ def test_the_teller_of_fairy_tales(num_pairs):
         assert any("laptop" in reason and "adapter may be shared" in reason for reason in decision.reasons)
 
 
-def test_what_a_general_model_does_needs_no_training():
+def test_decide_no_training_if_general_model_works():
     for facts in (None, pairs(50_000), text(10**12)):
         decision = decide(Situation(facts, **{**BIG, "is_general": True}))
         assert (decision.name, decision.method, decision.model) == ("none", None, None)
 
 
-def test_a_laptop_adapts_whatever_the_data():
+def test_decide_adapter_on_laptop():
     assert decide(Situation(text(10**12), **LAPTOP)).method == "lora"
 
 
 @pytest.mark.parametrize(("device", "method"), [("t4", "qlora"), ("a100-80", "lora")])
-def test_7b_is_adapted_as_the_memory_allows(device, method):
+def test_decide_lora_or_qlora_by_memory(device, method):
     """Taught as: 7B by QLoRA on 16 GB, by LoRA on 25 GB and more."""
     situation = Situation(pairs(5_000), False, DEVICES[device], model="Qwen/Qwen2.5-7B-Instruct")
     decision = decide(situation)
@@ -100,7 +100,7 @@ def test_7b_is_adapted_as_the_memory_allows(device, method):
         assert 2 * shape.num_params > FIT_SHARE * DEVICES[device].memory_bytes
 
 
-def test_full_fine_tuning_of_7b_needs_more_than_one_a100():
+def test_decide_full_7b_needs_several_a100():
     situation = Situation(pairs(50_000), False, DEVICES["a100-80"], model="Qwen2.5-7B-Instruct")
     alone, eight = decide(situation), decide(replace(situation, num_devices=8))
     assert alone.method == "lora" and any("GiB" in reason for reason in alone.reasons)
@@ -108,7 +108,7 @@ def test_full_fine_tuning_of_7b_needs_more_than_one_a100():
     assert eight.method == "full"
 
 
-def test_the_purse_and_the_time_forbid_what_the_arithmetic_forbids():
+def test_decide_limits_cost_and_time():
     """From scratch takes 6 x parameters x tokens; what that costs at the full peak buys nobody a run."""
     device = DEVICES["h100-80"]
     assert device.price_per_hour is not None
@@ -124,7 +124,7 @@ def test_the_purse_and_the_time_forbid_what_the_arithmetic_forbids():
     assert rich.name == "scratch" and rich.budget_tokens is None
 
 
-def test_a_size_below_all_published_ones_is_built_from_nothing():
+def test_decide_small_size_from_scratch():
     decision = decide(Situation(text(2 * 10**8), num_params=10**7, **LAPTOP))
     assert (decision.method, decision.model) == ("scratch", "10M")
     assert decide(Situation(text(2 * 10**8), num_params=10**7, adapter_only=True, **LAPTOP)).method == "lora"
@@ -132,13 +132,13 @@ def test_a_size_below_all_published_ones_is_built_from_nothing():
     assert odd == "12345678"
 
 
-def test_conversations_that_reason_get_a_model_that_can():
+def test_decide_reasoning_model_for_reasoning_data():
     reasoning = decide(Situation(pairs(5_000, reasoning_share=0.8), **LAPTOP))
     assert reasoning.model == "Qwen/Qwen3-0.6B"
     assert decide(Situation(text(10**9), **BIG)).model == "Qwen/Qwen3-8B-Base"
 
 
-def test_what_commonly_goes_wrong_is_said_where_it_may():
+def test_warnings_of_common_pitfalls():
     few, little, instruct = pairs(5_000), text(10**8), "Qwen/Qwen2.5-7B-Instruct"
     assert any("below 10K LoRA" in text for text in warnings(Situation(few), "full", instruct))
     assert any("below 1B" in text and "2004.10964" in text for text in warnings(Situation(little), "continue", None))
@@ -150,7 +150,7 @@ def test_what_commonly_goes_wrong_is_said_where_it_may():
     assert warnings(Situation(pairs(50_000)), "lora", instruct) == ()
     situation = Situation(text(10**9), device=DEVICES["h100-80"])
     (cost,) = warnings(situation, "scratch", "Qwen3-0.6B-Base")
-    assert "FLOP" in cost and "1.7 for each parameter" in cost
+    assert "FLOP" in cost and "1.7 tokens for each parameter" in cost
 
 
 facts = st.none() | st.builds(
@@ -181,7 +181,7 @@ situations = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(situations)
-def test_every_situation_has_an_answer(situation):
+def test_decide_any_situation(situation):
     decision = decide(situation)
     assert decision.method is None or decision.method in METHOD_DEFAULTS
     assert (decision.method is None) == (decision.name == "none") == (decision.model is None)
@@ -199,7 +199,7 @@ def test_every_situation_has_an_answer(situation):
 
 @settings(max_examples=150, deadline=None)
 @given(situations, st.integers(2, 10**6))
-def test_more_data_never_leads_down_the_ladder(situation, times):
+def test_decide_more_data_never_lowers_approach(situation, times):
     if situation.facts is None:
         return
     more = replace(
@@ -213,12 +213,12 @@ def test_more_data_never_leads_down_the_ladder(situation, times):
 @given(
     situations.filter(lambda situation: situation.max_cost is not None and situation.max_cost >= 0), st.floats(1, 1e6)
 )
-def test_more_money_never_leads_down_the_ladder(situation, times):
+def test_decide_more_money_never_lowers_approach(situation, times):
     richer = replace(situation, max_cost=situation.max_cost * times)
     assert HEIGHTS[decide(richer).name] >= HEIGHTS[decide(situation).name]
 
 
-def test_the_checklist_takes_what_was_computed_and_names_commands_that_there_are():
+def test_checklist_uses_plan_and_names_existing_commands():
     situation = Situation(pairs(50_000), False, DEVICES["h100-80"])
     decision = decide(situation)
     points = {
@@ -236,7 +236,7 @@ def answering(answers):
     return lambda _text, default: next(left, "") or default
 
 
-def test_five_questions_are_enough():
+def test_ask_five_questions():
     assert len(questions()) <= 5
     found = ask(answering(["no", "20K conversations", "8x h100-80", "yes", "50 USD, 36 hours"]))
     assert found.data == given_facts("conversations", num_rows=20_000)
@@ -245,7 +245,7 @@ def test_five_questions_are_enough():
     assert (situation.device, situation.num_devices, situation.is_laptop) == (DEVICES["h100-80"], 8, False)
 
 
-def test_empty_lines_take_the_defaults():
+def test_ask_empty_lines_take_defaults():
     found = ask(lambda _text, default: default)
     assert (found.is_general, found.data, found.adapter_only, found.max_cost, found.max_hours) == (
         None,
@@ -257,14 +257,14 @@ def test_empty_lines_take_the_defaults():
     assert found.is_laptop and found.num_devices == 1
 
 
-def test_a_path_is_handed_on(tmp_path):
+def test_ask_returns_path_as_typed(tmp_path):
     path = tmp_path / "5K tokens"
     path.touch()
     assert ask(answering(["", str(path)])).data == str(path)
     assert ask(answering(["", "2,000,000 tokens"])).data == given_facts("documents", num_tokens=2_000_000)
 
 
-def test_what_cannot_be_read_is_asked_again_and_then_refused():
+def test_ask_repeats_and_then_refuses():
     seen = []
 
     def prompt(text, default):
@@ -288,6 +288,6 @@ def test_what_cannot_be_read_is_asked_again_and_then_refused():
 @pytest.mark.parametrize(
     "known", [{}, {"num_rows": 0}, {"num_tokens": -1}, {"num_rows": 5, "mean_tokens": float("nan")}]
 )
-def test_facts_that_cannot_be_are_refused(known):
+def test_given_facts_refuses_impossible(known):
     with pytest.raises(ConfigError):
         given_facts("documents", **known)

@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_predicted_peak_is_the_allocators(name: str) -> None:
+def test_peak_memory_matches_allocator(name: str) -> None:
     work = replace(STEP, **CASES[name])
     assert peak_memory(work).allocated == pytest.approx(allocated_peak(work), rel=0.03)
 
@@ -64,7 +64,7 @@ steps = st.builds(
 
 @given(steps)
 @settings(max_examples=60)
-def test_what_needs_less_takes_less(work: Workload) -> None:
+def test_peak_memory_is_monotonic(work: Workload) -> None:
     whole = peak_memory(work).total
     # With as many micro-batches: accumulating gradients takes more than one pass does.
     assert peak_memory(replace(work, micro_tokens=512, step_tokens=work.step_tokens // 2)).total <= whole
@@ -79,7 +79,7 @@ def test_what_needs_less_takes_less(work: Workload) -> None:
 
 @given(steps)
 @settings(max_examples=30)
-def test_items_are_whole_and_add_up(work: Workload) -> None:
+def test_peak_memory_items_add_up(work: Workload) -> None:
     found = peak_memory(work)
     assert all(type(size) is int and size > 0 for size in found.items.values())
     assert found.total < found.high

@@ -40,7 +40,7 @@ def work(shape: QwenShape, **changes: Any) -> Workload:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_an_adapter_has_as_many_values_as_pefts_for_every_published_size(name: str) -> None:
+def test_num_adapter_params_matches_peft(name: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     shape = catalog.get(name)
@@ -58,9 +58,7 @@ def test_an_adapter_has_as_many_values_as_pefts_for_every_published_size(name: s
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("adapter", [None, Adapter(rank=5, dora=True)], ids=["everything", "adapter"])
 @pytest.mark.parametrize("state_dtype", ["fp32", "8bit"])
-def test_moments_take_as_many_bytes_as_the_optimizer_keeps(
-    family: Any, adapter: Adapter | None, state_dtype: Any
-) -> None:
+def test_moment_bytes_match_optimizer(family: Any, adapter: Adapter | None, state_dtype: Any) -> None:
     shape = QwenShape(**{**vars(SMALL), "family": family})
     rows = 3 if adapter else 0
     workload = work(shape, adapter=adapter, state_dtype=state_dtype, num_token_rows=rows)
@@ -72,12 +70,12 @@ def test_moments_take_as_many_bytes_as_the_optimizer_keeps(
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
-def test_a_packed_matrix_takes_as_many_bytes_as_it_does(rows: int, columns: int) -> None:
+def test_nf4_bytes_match_bitsandbytes(rows: int, columns: int) -> None:
     layer = NF4Linear(torch.ones(rows, columns), None, torch.bfloat16)
     assert nf4_bytes(rows * columns) == layer.num_bytes
 
 
-def test_frozen_bytes_are_those_of_the_model() -> None:
+def test_frozen_bytes_match_model() -> None:
     for weights in ("pretrained", "nf4"):
         workload = work(SMALL, weights=weights, adapter=Adapter(rank=2))
         model = synthetic_engine(workload).model
@@ -86,7 +84,7 @@ def test_frozen_bytes_are_those_of_the_model() -> None:
         assert workload.frozen_bytes == sum(packed) + sum(plain)
 
 
-def test_a_run_files_step() -> None:
+def test_of_run_reads_run_file() -> None:
     values = {
         "method": "qlora",
         "name": "n",

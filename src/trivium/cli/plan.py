@@ -1,6 +1,6 @@
-"""`trivium plan`: which way, will it fit, how long, what will it cost, before anything is rented or trained.
+"""`trivium plan`: which method, does it fit, how long does it take and what does it cost, before renting or training.
 
-Flags to a request, and the answer to stdout; the planning is `trivium.plan`, the page `trivium.report.plan_page`.
+Turns options into a request and prints the answer; `trivium.plan` plans and `trivium.report.plan_page` formats.
 Torch is imported for --calibrate only, and for a model that only the Hub knows.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trivium.plan.workload import DataFacts
 
 FILE = click.Path(path_type=Path)
-MOST = 1e18  # of anything: the tokens of all that was ever written are fewer
+MAX_AMOUNT = 1e18
 
 
 class Amount(click.ParamType):
@@ -41,10 +41,10 @@ class Amount(click.ParamType):
             number = float(text if isinstance(count, str) or not count else str(count))
         except ValueError:
             number = math.nan
-        if not 0 < number <= MOST:
+        if not 0 < number <= MAX_AMOUNT:
             name = param.opts[0] if param else "A number"
             raise ConfigError(
-                f"{name} is {value!r}; give a number above zero, and up to {MOST:.0e}, such as 0.5, 24, 10K or 1.5B."
+                f"{name} is {value!r}; expected a number above zero and up to {MAX_AMOUNT:.0e}, such as 0.5, 24, 10K or 1.5B."
             )
         return number
 
@@ -53,7 +53,7 @@ AMOUNT = Amount()
 GROUPS = {
     "Data": ("data", "rows", "tokens", "kind"),
     "Hardware": ("device", "devices", "memory"),
-    "Wishes": ("method", "prefer", "max_cost", "max_hours", "adapter_only", "general"),
+    "Goal": ("method", "prefer", "max_cost", "max_hours", "adapter_only", "general"),
     "Output": ("run_file", "as_json"),
     "Instead of a plan": ("calibrate", "is_check"),
 }
@@ -72,25 +72,40 @@ class GroupedCommand(click.Command):
 
 @click.command(cls=GroupedCommand)
 @click.argument("words", nargs=-1, metavar="[RUN_FILE_OR_MODEL] [KEY=VALUE]...")
-@click.option("--data", type=FILE, multiple=True, help="A file or folder to learn from; repeatable.")
-@click.option("--rows", type=AMOUNT, help="Instead of files: how many conversations or documents, such as 5K.")
-@click.option("--tokens", type=AMOUNT, help="Instead of files, or beside --rows: how many tokens, such as 1B.")
+@click.option("--data", type=FILE, multiple=True, help="A file or folder of training data; repeatable.")
+@click.option("--rows", type=AMOUNT, help="Number of conversations or documents, instead of files, such as 5K.")
+@click.option("--tokens", type=AMOUNT, help="Number of tokens, instead of files or with --rows, such as 1B.")
 @click.option("--kind", type=click.Choice(["conversations", "documents"]), help="What --rows and --tokens count.")
-@click.option("--device", help="What to train on, such as l40s; `any`: the best to rent. Default: this machine.")
 @click.option(
-    "--devices", type=click.IntRange(1, 4096), metavar="NUMBER", help="How many. Default: one; of rented ones, up to 8."
+    "--device", help="Device to train on, such as l40s, or `any` for the best one to rent. Default: this machine."
 )
-@click.option("--memory", type=AMOUNT, help="GiB of a device that count, instead of all.")
-@click.option("--method", type=click.Choice(list(METHOD_DEFAULTS)), help="The way to train. Default: as the data asks.")
-@click.option("--prefer", type=click.Choice(["cheapest", "fastest"]), default="cheapest", show_default=True)
-@click.option("--max-cost", type=AMOUNT, help="US dollars that the run may cost.")
-@click.option("--max-hours", type=AMOUNT, help="Hours that the run may take.")
-@click.option("--adapter-only", is_flag=True, help="Only an adapter may be shared, apart from the model's licence.")
-@click.option("--general", type=click.Choice(["yes", "no"]), help="Whether a general model already does the task.")
+@click.option(
+    "--devices",
+    type=click.IntRange(1, 4096),
+    metavar="NUMBER",
+    help="Number of devices. Default: 1, or up to 8 of a rented GPU.",
+)
+@click.option("--memory", type=AMOUNT, help="Memory of a device in GiB. Default: all of it.")
+@click.option(
+    "--method", type=click.Choice(list(METHOD_DEFAULTS)), help="Training method. Default: chosen by the data."
+)
+@click.option(
+    "--prefer",
+    type=click.Choice(["cheapest", "fastest"]),
+    default="cheapest",
+    show_default=True,
+    help="What to optimize.",
+)
+@click.option("--max-cost", type=AMOUNT, help="Maximum cost of the run in US dollars.")
+@click.option("--max-hours", type=AMOUNT, help="Maximum length of the run in hours.")
+@click.option("--adapter-only", is_flag=True, help="Only an adapter may be published, because of the model's license.")
+@click.option("--general", type=click.Choice(["yes", "no"]), help="Whether an existing model already does the task.")
 @click.option("--write", "run_file", type=FILE, help="Write the plan as a run file.")
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
-@click.option("--calibrate", is_flag=True, help="Measure this machine once, in minutes; used from then on.")
-@click.option("--check", "is_check", is_flag=True, help="The words are run folders: what was predicted, what came.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--calibrate", is_flag=True, help="Measure this machine once (minutes); later plans use it.")
+@click.option(
+    "--check", "is_check", is_flag=True, help="Compare predictions with measurements for the given run folders."
+)
 def plan(
     words: tuple[str, ...],
     run_file: Path | None,
@@ -99,11 +114,11 @@ def plan(
     is_check: bool,
     **flags: Any,
 ) -> None:
-    """Find out which way to train fits the data, the hardware and the max_cost.
+    """Plan a training run: method, memory, time and cost.
 
-    Plans a RUN_FILE, a MODEL (a name, a folder, or a size such as 25M), or without either what fits the data: memory,
-    time, money, and why. What is set stays; the rest is searched. On a terminal with nothing given, asks. Exit codes:
-    0 a plan, or the advice not to train; 2 usage; 3 nothing fits, with the cheapest changes that would.
+    Plans a RUN_FILE, a MODEL (a name, a folder, or a size such as 25M), or, without either, what suits the data. What
+    is set is kept; the rest is searched. Without any arguments it asks on a terminal. Exit codes: 0 a plan, or the
+    advice not to train; 2 usage; 3 nothing fits, with the cheapest changes that would fit.
 
     \b
     Examples:
@@ -132,7 +147,7 @@ def _request(
     memory: float | None,
     **flags: Any,
 ) -> "PlanRequest":
-    """The flags as one value; the first word is the target unless it is an override."""
+    """The options as one value; the first word is the target unless it is an override."""
     from trivium.plan.request import PlanRequest
 
     has_target = bool(words) and "=" not in words[0]
@@ -150,19 +165,19 @@ def _request(
 
 
 def _given_facts(rows: float | None, tokens: float | None, kind: Any, data: tuple[Path, ...]) -> "DataFacts | None":
-    """The data in numbers, where that is how it is given."""
+    """The data in numbers, where it is given in numbers."""
     from trivium.plan.workload import given_facts
 
     if rows is None and tokens is None:
         if kind is not None:
             raise ConfigError(
-                f"--kind {kind} of how much? Give --rows, --tokens or both; --data finds its kind itself."
+                f"--kind {kind} was given without an amount. Add --rows, --tokens or both; for --data no kind is needed."
             )
         return None
     if data or kind is None:
         given = "--data as well" if data else "no --kind"
         raise ConfigError(
-            f"Found --rows or --tokens and {given}. Numbers stand for files, and need a --kind of their own."
+            f"Found --rows or --tokens and {given}. Expected either --data, or numbers together with --kind."
         )
     return given_facts(kind, *(None if count is None else round(count) for count in (rows, tokens)))
 
@@ -209,11 +224,11 @@ def _ask(request: "PlanRequest") -> "ResolvedRequest":
 
 
 def _notes(plan: "Plan") -> list[str]:
-    """What the reader of a written run file has to know beside its figures."""
+    """What the header of a written run file has to say."""
     from trivium.plan.request import NO_DATA_YET
 
     waits = [source.path for source in plan.run.data.sources] == [NO_DATA_YET]
-    return [f"{NO_DATA_YET} stands for the data: put its path there."] if waits else []
+    return [f"{NO_DATA_YET} is a placeholder: replace it with the path of your data."] if waits else []
 
 
 def _next_commands(plan: "Plan | None", target: str | None, run_file: Path | None) -> list[str]:
@@ -230,7 +245,7 @@ def _next_commands(plan: "Plan | None", target: str | None, run_file: Path | Non
 
 
 def _survey(sources: "Sequence[Source]") -> "DataFacts":
-    """What files hold, their tokens estimated, since counting takes the tokenizer and with it torch."""
+    """The facts of files, with estimated tokens, since counting needs the tokenizer and with it torch."""
     from dataclasses import fields
 
     from trivium.data.look.survey import survey
@@ -249,13 +264,13 @@ def _read_hub(name: str) -> "QwenShape":
 
 
 def _calibrate() -> None:
-    """Measure this machine, and keep the figures."""
+    """Measure this machine and save the figures."""
     from trivium.measure.calibrate import calibrate
     from trivium.plan import calibration
 
     measured = calibrate(lambda text: click.echo(text, err=True))
     for dtype, error in measured.error.items():
-        click.echo(f"{dtype}: every step within {error:.0%} of what the figures say", err=True)
+        click.echo(f"{dtype}: every step within {error:.0%} of its measured time", err=True)
     click.echo(f"written: {calibration.save(measured)}", err=True)
 
 
@@ -264,6 +279,8 @@ def _check(folders: list[Path], as_json: bool) -> None:
     from trivium.plan import check
 
     if not folders:
-        raise ConfigError("--check needs run folders, such as runs/lora.")
+        raise ConfigError(
+            "--check was given without run folders. Expected for example: trivium plan --check runs/lora."
+        )
     outcomes = check.check(folders)
     click.echo(json.dumps(check.as_json(outcomes), indent=2) if as_json else check.as_table(outcomes))

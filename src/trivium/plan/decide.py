@@ -24,16 +24,15 @@ ApproachName = Literal["none", "adapter", "full", "continue", "scratch"]
 
 @dataclass(frozen=True)
 class Approach:
-    """One way, and the data that pays for it: rows of conversations, tokens of documents.
+    """A way to train and the data it needs: a number of conversations, or of tokens of documents.
 
     Attributes:
-        name: what programs call it.
-        title: what people call it.
-        methods: the methods of a run file that go this way, best first.
+        name, title: for programs and for people.
+        methods: `method` of a run file, preferred one first.
         start: the least data for which it is worth the effort.
-        stop: where the table's range ends, None where it is open; from there to the next approach no table says anything.
-        basis: where the figures come from, and what speaks against them.
-        other: the method that is nearly as sound for the same data.
+        stop: where its range ends, None where it is open; up to the next approach there is no rule.
+        basis: where the figures come from, and what contradicts them.
+        other: the method that is nearly as good for the same data.
     """
 
     name: ApproachName
@@ -45,15 +44,13 @@ class Approach:
     other: str | None = None
 
 
-TABLE = "the table of four paths that courses teach, a rule of thumb"
-CONTEXT = "what Qwen reads at once, 32,768 tokens; what fits into the prompt needs no training"
+TABLE = "a common rule of thumb"
+CONTEXT = "the context of Qwen, 32,768 tokens; what fits into the prompt needs no training"
 APPROACHES: dict[str, tuple[Approach, ...]] = {
     "conversations": (
         Approach("none", "no training (prompt or retrieve)", (), 0, 100, TABLE),
         Approach("adapter", "LoRA", ("lora", "qlora"), 100, 10_000, TABLE, other="full"),
-        Approach(
-            "full", "full fine-tuning", ("full",), 10_000, 1_000_000, f"{TABLE} that gives LoRA here, too", "lora"
-        ),
+        Approach("full", "full fine-tuning", ("full",), 10_000, 1_000_000, f"{TABLE}; LoRA is common here too", "lora"),
     ),
     "documents": (
         Approach("none", "no training (prompt or retrieve)", (), 0, 32_768, CONTEXT),
@@ -71,11 +68,11 @@ APPROACHES: dict[str, tuple[Approach, ...]] = {
 }
 UNITS = {"conversations": "conversations", "documents": "tokens"}
 TOKENS_PER_PARAM = 20
-"""Of a model from nothing, for the least arithmetic. Source: Hoffmann et al. 2022, arXiv:2203.15556 (Chinchilla)."""
+"""Compute-optimal training from scratch. Source: Hoffmann et al. 2022, arXiv:2203.15556 (Chinchilla)."""
 
 
 def amount(facts: DataFacts) -> int:
-    """What the approaches counts: conversations by the row, documents by the token."""
+    """What is compared with `start`: the number of conversations, or the tokens of documents."""
     return facts.num_rows if facts.kind == "conversations" else facts.num_tokens
 
 
@@ -94,31 +91,31 @@ CHAT_MODELS = tuple(f"Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "7B"
 REASONING_MODELS = tuple(f"Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B"))
 BASE_MODELS = tuple(f"Qwen3-{size}-Base" for size in ("0.6B", "1.7B", "4B", "8B", "14B"))
 LARGEST_UNASKED = 9e9
-"""Parameters of the largest model that is recommended to those who asked for no size: larger ones are slow to try."""
+"""Parameters of the largest model that is recommended when no size is requested: larger ones are slow to try."""
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model and a method that the situation can hold and pay."""
+    """A model and a method that fit the hardware and the limits."""
 
     model: str
     method: str
     why: str
     would_change: tuple[str, ...] = ()
     budget_tokens: int | None = None
-    """Tokens that time and max_cost pay for; None where they pay for all."""
+    """Tokens that the limits allow; None where they allow all."""
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What forbids a way, and what would allow it."""
+    """What rules an approach out, and what would allow it."""
 
     why: str
     unless: str
 
 
 def size_below_all(situation: Situation) -> int | None:
-    """The size asked for, where no published model is nearly as small: then there is nothing to adapt."""
+    """The requested size, where no published model is nearly as small: then there is nothing to adapt."""
     smallest = catalog.get(CHAT_MODELS[0]).num_params
     size = situation.num_params
     if situation.model is not None or situation.adapter_only or size is None or not 0 < size < smallest / 2:
@@ -127,7 +124,7 @@ def size_below_all(situation: Situation) -> int | None:
 
 
 def choose(situation: Situation, facts: DataFacts, approach: Approach) -> ModelChoice | Obstacle:
-    """The model and method for that approach, or all that forbids it outright, or that no model is within the means."""
+    """The model and method for an approach, or what rules it out."""
     reasons = _forbidden(situation, approach)
     if not reasons:
         return _within_means(situation, facts, approach)
@@ -136,35 +133,33 @@ def choose(situation: Situation, facts: DataFacts, approach: Approach) -> ModelC
 
 
 def _forbidden(situation: Situation, approach: Approach) -> dict[str, str]:
-    """What forbids it, whatever the model and the means -> what would have to be otherwise."""
+    """What rules it out for every model -> what would have to change."""
     reasons = {}
     if situation.adapter_only and approach.name != "adapter":
-        reasons["only the adapter may be shared, and this changes the weights themselves"] = (
-            "the whole model may be shared"
-        )
+        reasons["only the adapter may be shared, and this changes the base weights"] = "the whole model may be shared"
     if situation.is_laptop and approach.name != "adapter":
-        reasons["it has to fit on a laptop, or a machine like one"] = "it may run on a rented GPU"
+        reasons["it has to run on a laptop, or a machine without a large GPU"] = "it may run on a rented GPU"
     if situation.model is not None and approach.name == "scratch":
-        reasons[f"{situation.model} was asked for, and this would throw its weights away"] = "its weights do not matter"
+        reasons[f"{situation.model} was requested, and this would not use its weights"] = "its weights are not needed"
     return reasons
 
 
 def _within_means(situation: Situation, facts: DataFacts, approach: Approach) -> ModelChoice | Obstacle:
-    """The first model that memory holds and with which time and max_cost pay for all data, else for the most of it."""
+    """The first model that fits and can train on all data within the limits, else the one that trains on the most."""
     best: ModelChoice | None = None
     best_share, obstacles = 0.0, []
     for name, shape in _candidates(situation, facts, approach):
         method = next((one for one in approach.methods if shape is None or situation.fits(shape, one)), None)
         if shape is None or method is None:
             if shape is None:
-                return ModelChoice(name, approach.methods[0], f"{name} was asked for; its size is not known here.")
+                return ModelChoice(name, approach.methods[0], f"{name} was requested; its size is not known here.")
             obstacles.append(_too_large(situation, approach, name, shape))
             continue
-        payable = situation.affordable_tokens(shape, method) / num_epochs(method)
-        if payable < _least_tokens(facts, approach):
-            obstacles.append(_too_dear(situation, facts, approach, name, shape))
+        affordable = situation.affordable_tokens(shape, method) / num_epochs(method)
+        if affordable < _least_tokens(facts, approach):
+            obstacles.append(_too_expensive(situation, facts, approach, name, shape))
             continue
-        share = min(1.0, payable / facts.num_tokens)
+        share = min(1.0, affordable / facts.num_tokens)
         if share > best_share:
             best, best_share = _model_choice(situation, facts, name, shape, method, share), share
     smallest = 0 if situation.starts_small else -1
@@ -172,10 +167,10 @@ def _within_means(situation: Situation, facts: DataFacts, approach: Approach) ->
 
 
 def _candidates(situation: Situation, facts: DataFacts, approach: Approach) -> Iterator[tuple[str, QwenShape | None]]:
-    """Models in the order in which they are wanted: the named one alone, the size asked for alone, else a few.
+    """Models in the order to try them: only the named one, only the requested size, else a few.
 
-    A laptop starts with the smallest, which answers fast there, and so does whoever names no device; any other with
-    the largest. From nothing, a model has at most a parameter for each twenty tokens.
+    A laptop, or an unknown device, starts with the smallest; anything else with the largest. From scratch a model has
+    at most one parameter for each twenty tokens.
     """
     if situation.model is not None:
         yield situation.model, situation.shape or published_shape(situation.model)
@@ -196,14 +191,14 @@ def _candidates(situation: Situation, facts: DataFacts, approach: Approach) -> I
 
 
 def _least_tokens(facts: DataFacts, approach: Approach) -> float:
-    """Tokens of the least data for which the approach is worth the effort, so that more data never obstacles it."""
+    """Tokens of the least data for which the approach is worth the effort, so that more data never rules it out."""
     return approach.start * (facts.num_tokens / facts.num_rows if facts.kind == "conversations" else 1.0)
 
 
 def _too_little(facts: DataFacts, approach: Approach) -> Obstacle:
     most = short(facts.num_tokens / TOKENS_PER_PARAM)
     return Obstacle(
-        f"Not {approach.title}: {short(facts.num_tokens)} tokens are enough for {most} parameters, and more are wanted.",
+        f"Not {approach.title}: {short(facts.num_tokens)} tokens are enough for {most} parameters only.",
         f"With a model of {most} parameters or less: {approach.title}.",
     )
 
@@ -213,15 +208,13 @@ def _model_choice(
 ) -> ModelChoice:
     why = f"{name}: {_why_model(situation)}"
     if method == "qlora":
-        why += " With its weights in 16 bits it would not fit, so they are packed to 4 (NF4)."
+        why += " With 16-bit weights it would not fit, so they are quantized to 4 bits (NF4)."
     budget_tokens = None
     if share < 1.0:
         all_tokens = facts.num_tokens * num_epochs(method)
         budget_tokens = _rounded_down(share * all_tokens)
-        why += (
-            f" Time and max_cost pay for {short(budget_tokens)} of {short(all_tokens)} tokens: take the best of them."
-        )
-    larger = (f"If its answers are not good enough: better data first, then a model larger than {name}.",)
+        why += f" The limits on time and cost allow {short(budget_tokens)} of {short(all_tokens)} tokens: use the best of them."
+    larger = (f"If its answers are not good enough: improve the data first, then try a larger model than {name}.",)
     return ModelChoice(name, method, why, larger if situation.model is None else (), budget_tokens)
 
 
@@ -233,19 +226,19 @@ def _rounded_down(count: float) -> int:
 
 def _why_model(situation: Situation) -> str:
     if situation.model is not None:
-        return "the model that was asked for."
+        return "the requested model."
     if situation.num_params is not None:
-        return f"the published one nearest to {short(situation.num_params)} parameters."
+        return f"the published model nearest to {short(situation.num_params)} parameters."
     if situation.starts_small:
-        return "the smallest published one, the fastest to try and to answer on a laptop; begin there."
-    return "the largest that the hardware holds and the means pay for, of those up to 8B that have an open licence."
+        return "the smallest published model, the fastest to try on a laptop; start there."
+    return "the largest with an open license, up to 8B, that fits the hardware and the limits."
 
 
 def _too_large(situation: Situation, approach: Approach, name: str, shape: QwenShape) -> Obstacle:
     needed = min(situation.least_memory(shape, method).total for method in approach.methods)
     has = situation.device.memory_bytes if situation.device else 0
     return Obstacle(
-        f"Not {approach.title}: {name} needs {needed / GIB:.1f} GiB on each device even in the smallest portions, and "
+        f"Not {approach.title}: {name} needs {needed / GIB:.1f} GiB on each device even with the smallest micro-batch, and "
         f"{FIT_SHARE:.0%} of {has / GIB:.1f} GiB may be used.",
         f"With {needed / FIT_SHARE / GIB:.1f} GiB or more on each device: {approach.title}, with {name}.",
     )
@@ -257,7 +250,7 @@ def _means(situation: Situation) -> str:
     )
 
 
-def _too_dear(situation: Situation, facts: DataFacts, approach: Approach, name: str, shape: QwenShape) -> Obstacle:
+def _too_expensive(situation: Situation, facts: DataFacts, approach: Approach, name: str, shape: QwenShape) -> Obstacle:
     """Its arithmetic for the least data that the approach is worth it for."""
     method = approach.methods[0]
     tokens = round(_least_tokens(facts, approach) * num_epochs(method))
@@ -265,14 +258,14 @@ def _too_dear(situation: Situation, facts: DataFacts, approach: Approach, name: 
     assert needed is not None  # without a device nothing is too dear
     cost = f"{needed.hours / 24:,.3g} days" + (f" and {needed.money:,.0f} USD" if needed.money else "")
     return Obstacle(
-        f"Not {approach.title}: {short(tokens)} tokens, where it begins to pay, take {cost} with {name}, and there are "
+        f"Not {approach.title}: {short(tokens)} tokens, the least that is worth it, take {cost} with {name}, and the limit is "
         f"{_means(situation)}.",
         f"With {cost}: {approach.title}, with {name}.",
     )
 
 
-UNTRIED = "Nobody has tried yet whether a general model does it: try that first, it costs nothing."
-TRIED = "A general model was tried and does not do it."
+UNTRIED = "It is not known whether a general model already does this: try that first, it is free."
+TRIED = "A general model was tried and is not good enough."
 IF_GENERAL = "If a general model answers a few dozen of your hardest cases well: no training."
 
 
@@ -281,14 +274,14 @@ class Decision:
     """The answer.
 
     Attributes:
-        name, title: the way.
+        name, title: the approach.
         method: what a run file calls it; None where nothing is to be trained.
         model: what a run file names as `model`; None where nothing is to be trained.
-        budget_tokens: tokens to be read, where time and max_cost do not pay for all; `budget.tokens` of a run file.
-        other_method: the method to compare it with, where another is as sound.
-        reasons: why, a line each, in the order in which they were asked.
+        budget_tokens: tokens to be read, where the limits do not allow all; `budget.tokens` of a run file.
+        other_method: the method to compare it with, where another is nearly as good.
+        reasons: why, a line each, in the order of the questions.
         would_change: what would lead elsewhere, with its figure, a line each.
-        rules_of_thumb: which of the figures are no more than that, and where they come from.
+        rules_of_thumb: figures that are only that, and their source.
     """
 
     name: ApproachName
@@ -305,11 +298,11 @@ class Decision:
 def decide(situation: Situation) -> Decision:
     """Walk the tree: is training needed, how much data is there, what forbids the way that the data pays for."""
     if situation.is_general:
-        return _untrained(("A general model already does it: choose one, write the prompt, measure it.",), ())
+        return _untrained(("A general model already does it: choose one, write a prompt, and measure it.",), ())
     tried = UNTRIED if situation.is_general is None else TRIED
     facts = situation.facts
     if facts is None or not situation.has_data:
-        return _untrained((tried, "There is no data to learn from yet."), (_start_of(APPROACHES["conversations"][1]),))
+        return _untrained((tried, "There is no training data yet."), (_start_of(APPROACHES["conversations"][1]),))
     if (size := size_below_all(situation)) is not None:
         return _small_from_scratch(size, facts, tried)
     approaches = APPROACHES[facts.kind]
@@ -338,7 +331,7 @@ def _decision(
     choice: ModelChoice,
     tried: str,
 ) -> Decision:
-    """The path at the first of two approaches, the second being the one that the data alone would have taken."""
+    """The decision for the first of two approaches, the second is the one that the amount of data selects."""
     index, wanted = indices
     approaches = APPROACHES[facts.kind]
     approach = approaches[index]
@@ -374,11 +367,13 @@ def _larger_by(
     shape, other_shape = published_shape(choice.model), published_shape(other_choice.model)
     if shape is None or other_shape is None or other_shape.num_params <= shape.num_params:
         return ()
-    return (f"If a larger model does more than a deeper change: {other.title}, which can take {other_choice.model}.",)
+    return (
+        f"If a larger model helps more than training all weights: {other.title}, which can use {other_choice.model}.",
+    )
 
 
 def _small_from_scratch(num_params: int, facts: DataFacts, tried: str) -> Decision:
-    """A model smaller than any that is published has no weights to begin with, whatever the data."""
+    """A model smaller than any published one is trained from scratch, whatever the data."""
     enough = num_params * TOKENS_PER_PARAM
     has = f"{short(facts.num_tokens)} tokens are {facts.num_tokens / num_params:.2g} for each parameter"
     return Decision(
@@ -390,14 +385,13 @@ def _small_from_scratch(num_params: int, facts: DataFacts, tried: str) -> Decisi
         other_method=None,
         reasons=(
             tried,
-            f"A model of {short(num_params)} parameters was asked for, and no published Qwen is that small: there are "
-            "no weights to adapt.",
-            f"{has}; about {TOKENS_PER_PARAM} make the best use of the arithmetic, which is {short(enough)}.",
+            f"A model of {short(num_params)} parameters was requested, and no published Qwen is that small.",
+            f"{has}; about {TOKENS_PER_PARAM} are compute-optimal, which is {short(enough)}.",
         ),
         would_change=("If a model of 0.5B parameters will do: adapt one, which needs a few hundred examples.",),
         rules_of_thumb=(
             f"{TOKENS_PER_PARAM} tokens for each parameter: Hoffmann et al. 2022, arXiv:2203.15556, who measured it on "
-            "models from 70M to 16B; a small model goes on learning from more.",
+            "models from 70M to 16B; a small model keeps improving with more.",
         ),
     )
 
@@ -408,18 +402,18 @@ def _start_of(approach: Approach) -> str:
 
 
 def _why_amount(facts: DataFacts, wanted: int) -> str:
-    """Where the data stands on the approaches, and whether any table has a row for it."""
+    """Which approach the amount of data selects."""
     approaches, unit, has = APPROACHES[facts.kind], UNITS[facts.kind], amount(facts)
     approach = approaches[wanted]
     counted = f"{short(has)} {unit}"
     if approach.stop is None:
-        return f"{counted}: {approach.title} pays from {short(approach.start)} on."
+        return f"{counted}: enough for {approach.title}, from {short(approach.start)} on."
     if has <= approach.stop:
         return f"{counted}: the range of {approach.title}, {short(approach.start)} to {short(approach.stop)}."
     gap = f"beyond {short(approach.stop)}"
     if wanted + 1 < len(approaches):
         gap = f"between {short(approach.stop)} and {short(approaches[wanted + 1].start)}"
-    return f"{counted}: a gap, since the table says nothing {gap}; {approach.title} is the nearest way below."
+    return f"{counted}: a gap, because there is no rule {gap}; {approach.title} is the next lower method."
 
 
 def _rules(facts: DataFacts, indices: tuple[int, int]) -> tuple[str, ...]:

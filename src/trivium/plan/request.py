@@ -106,7 +106,9 @@ def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> 
         decision = decide(situation)
         return ResolvedRequest(situation, decision, _goal_of_decision(request, decision, facts, read_hub))
     if request.target is None:
-        raise ConfigError(f"Method {request.method} of what? Give a model too, such as Qwen/Qwen3-0.6B, or a run file.")
+        raise ConfigError(
+            f"--method {request.method} was given without a model. Give a model too, such as Qwen/Qwen3-0.6B, or a run file."
+        )
     methods = (request.method,) if request.method else _usual_methods(request.target)
     return ResolvedRequest(situation, None, _goal(request, _runs(request, methods, request.target), facts, read_hub))
 

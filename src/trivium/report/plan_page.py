@@ -1,7 +1,7 @@
-"""The planner's answer as a page in the terminal: which way, the memory in obstacles, time and money, every choice's reason.
+"""The planner's advice as a page in the terminal: method, memory as bars, time and cost, and the reason of each choice.
 
-Plain text where stdout is no terminal, and without colour where NO_COLOR is set. Formats only, what `plan/answer.py`
-says; the verb `plan` imports this file when it prints.
+Plain text where stdout is no terminal, and without colour where NO_COLOR is set. Only formats what `plan/advice.py`
+contains.
 """
 
 import shutil
@@ -36,7 +36,7 @@ def print_page(advice: Advice, next_commands: Iterable[str]) -> None:
     if plan:
         parts += [_title(plan), *_memory(plan), *_speed(plan), *_choices(plan)]
     parts += _section("Settle before training", [(point.question, point.answer) for point in advice.checklist])
-    parts += _section("Beware", [("!", text) for text in advice.warnings])
+    parts += _section("Warnings", [("!", text) for text in advice.warnings])
     parts += _section("Next", [("$", command) for command in next_commands])
     with console.capture() as capture:
         console.print(Group(*parts))
@@ -64,7 +64,7 @@ def _section(title: str, rows: Iterable[tuple[str, ...]]) -> list[Any]:
 
 def _decision(decision: Decision) -> list[Any]:
     rows = [("why", reason) for reason in decision.reasons]
-    rows += [("unless", text) for text in decision.would_change]
+    rows += [("would change", text) for text in decision.would_change]
     rows += [("rule of thumb", text) for text in decision.rules_of_thumb]
     seen: set[str] = set()
     labelled = [("" if label in seen or seen.add(label) else label, text) for label, text in rows]
@@ -107,17 +107,17 @@ def _speed(plan: Plan) -> list[Any]:
     between = f"{speed.step_tokens / speed.high:,.0f} to {speed.step_tokens / speed.low:,.0f}"
     rows = [
         ("speed", f"{speed.tokens_per_second:,.0f} tokens/s ({between})"),
-        ("a step", f"{speed.seconds_per_step:,.3g} s for {speed.step_tokens:,} tokens: {_shares(speed.items)}"),
+        ("step", f"{speed.seconds_per_step:,.3g} s for {speed.step_tokens:,} tokens: {_shares(speed.items)}"),
     ]
     if plan.cost and plan.num_tokens:
-        rows.append(("the run", f"{time_and_money(plan.cost)} for {plan.num_tokens:,} tokens"))
+        rows.append(("run", f"{time_and_money(plan.cost)} for {plan.num_tokens:,} tokens"))
     else:
-        rows.append(("the run", "as long as the data, which is not known: give --data, or --rows and --tokens"))
+        rows.append(("run", "unknown, because it depends on the data: give --data, or --rows and --tokens"))
     device = plan.device
     if device.price_per_hour is not None:
         seen = f", seen {device.price_date}" if device.price_date else ""
         rows.append(("price", f"${device.price_per_hour:.2f} an hour for one{seen}"))
-    return _section("Time and money", rows)
+    return _section("Time and cost", rows)
 
 
 def _shares(items: dict[str, float]) -> str:
