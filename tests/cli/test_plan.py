@@ -140,7 +140,7 @@ def test_plan_does_not_fit_shows_fixes():
         (("Qwen3-0.6B", "no.such.key=1"), "not a known key"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--check",), "run folders"),
-        (("--check", "empty"), "No run folder"),
+        (("--check", "empty"), "Not a run folder"),
     ],
 )
 def test_plan_refuses_wrong_usage(words: tuple[str, ...], says: str):

@@ -103,7 +103,7 @@ def test_identify_slice_of_gpu():
 def test_identify_unknown_gpu():
     # A laptop's card has half the memory and half the rates of the desktop's of the same number.
     laptop = identify("NVIDIA GeForce RTX 4090 Laptop GPU", 16376 << 20)
-    assert laptop.name == "this-gpu" and "catalogue" in laptop.source
+    assert laptop.name == "this-gpu" and "catalog" in laptop.source
     assert laptop.memory_bytes < 16376 << 20
     assert laptop.bandwidth < get("rtx-4090").bandwidth
     assert laptop.price_per_hour is None

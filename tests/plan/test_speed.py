@@ -112,7 +112,7 @@ def test_projection_flops_of_adapter_are_two_thirds():
 
 
 def test_step_work_flops_match_the_engines_mfu():
-    """The FLOPs of a full step without checkpointing are those of the MFU formula; attention computes its scores again in the backward."""
+    """The FLOPs of a full step are those of the MFU formula, but for attention scores computed again in the backward."""
     work = step(supervised_share=0.5, document_tokens=64.0, micro_tokens=512, seq_len=256)
     batches = synthetic_batches(work)
     assert sum(batch.num_supervised for batch in batches) == 256
@@ -252,6 +252,6 @@ def test_calibration_save_and_load(home):
 )
 def test_calibration_load_refuses_other_files(home, content):
     (home / "calibration.json").write_text(content)
-    with pytest.raises(ConfigError, match="is no calibration") as caught:
+    with pytest.raises(ConfigError, match="is not a calibration") as caught:
         calibration.load()
     assert "\n" not in str(caught.value)

@@ -44,7 +44,7 @@ class Amount(click.ParamType):
         if not 0 < number <= MAX_AMOUNT:
             name = param.opts[0] if param else "A number"
             raise ConfigError(
-                f"{name} is {value!r}; expected a number above zero and up to {MAX_AMOUNT:.0e}, such as 0.5, 24, 10K or 1.5B."
+                f"{name} is {value!r}; expected a number above zero and up to {MAX_AMOUNT:.0e}, such as 0.5, 24 or 10K."
             )
         return number
 

@@ -1,8 +1,8 @@
 """Measures what this machine takes for each kind of work, by timing real steps of the engine and fitting their work.
 
-Each step below is heavy in another kind (`plan/work.py`), so that together they tell the kinds apart; what a unit of
+Each step below is heavy in another kind (`plan/speed.py`), so that together they tell the kinds apart; what a unit of
 each takes is the fit of least relative errors in which nothing takes less than no time. Minutes, once a machine. Writes
-nothing: `plan/calibration.py` does. For `trivium plan --calibrate` and the benches.
+nothing: `plan/calibration.py` does.
 """
 
 import datetime
@@ -28,7 +28,7 @@ from trivium.plan.workload import ComputeDtype, DeviceType, Workload
 
 SECONDS_PER_SAMPLE = 2.0
 LEAST_REPEATS, MOST_REPEATS = 3, 30
-# A dtype that is this much slower than fp32 is emulated: nobody trains in it, and measuring it would take hours.
+# A dtype that is this much slower than fp32 is emulated: it is not used for training, and measuring it would take hours.
 EMULATED_SHARE = 0.5
 # How much wider and how many times the tokens the samples are on a GPU, so that it has something to do.
 GPU_WIDTH, GPU_TOKENS = 4, 8
@@ -92,7 +92,7 @@ class Sample:
         )
 
 
-# Each is heavy in what stands beside it.
+# Each is heavy in the kind of work that its comment names.
 SAMPLES = (
     Sample(64, 6, 512, tokens=64, document=64, head_dim=32),  # operations; on a GPU nothing else
     Sample(512, 2, 1024, tokens=1024, document=128),  # products
@@ -107,7 +107,7 @@ SAMPLES = (
     Sample(128, 4, 1024, tokens=1024, document=32, head_dim=32),  # documents
     Sample(768, 2, 16384, tokens=64, document=64, micro_batches=4),  # weights, several times a step
     Sample(512, 1, 65536, tokens=128, document=128),  # the optimizer
-    Sample(256, 3, 1024, tokens=1024, document=256, activation_checkpointing=True),  # recomputation
+    Sample(256, 3, 1024, tokens=1024, document=256, activation_checkpointing=True),  # activation checkpointing
     Sample(384, 2, 32768, tokens=1024, document=512, supervised_share=0.5),  # a usual mixture
     Sample(512, 2, 1024, tokens=1024, document=128, trained="adapter"),  # frozen products
     Sample(
@@ -230,7 +230,7 @@ def non_negative_fit(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
                 x = wished
                 break
             blocked = free & (wished <= 0.0)
-            way = np.min(x[blocked] / np.maximum(x[blocked] - wished[blocked], np.finfo(float).tiny))
-            x += way * (wished - x)
+            fraction = np.min(x[blocked] / np.maximum(x[blocked] - wished[blocked], np.finfo(float).tiny))
+            x += fraction * (wished - x)
             free &= x > 1e-12
     return x / scale

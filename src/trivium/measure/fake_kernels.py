@@ -4,7 +4,7 @@ Three of the engine's parts need kernels that a CPU, or a tensor without values,
 kernel (attention, normalisation, dropout), weights in NF4, and 8-bit moments. Also what other kernels take inside
 themselves, where that is much: operands cast on a CPU, the sums of an embedding's gradient on a GPU. Left out are
 scratch of matrix libraries and sorts, the norm's partial sums, and a CPU's unpacking of 8-bit moments: a few MiB each,
-or long after the peak. Used by `trace` alone.
+or long after the peak.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""A step without a run: an engine with random weights and batches of random tokens, as a `Workload` says.
-
-For measuring what a step needs and takes: the planner's benches, its calibration, its tests. Trains nothing of use.
-"""
+"""An engine with random weights and batches of random tokens, as a `Workload` says, for measuring memory and speed."""
 
 import numpy as np
 import torch
@@ -19,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RandomStore:
-    """Documents of random tokens, of which an even share carries loss: the later ones, as in conversations."""
+    """Documents of random tokens, of which the last share is supervised, as in conversations."""
 
     def __init__(self, lengths: list[int], vocab_size: int, supervised_share: float) -> None:
         self.lengths = np.array(lengths, dtype=np.int64)

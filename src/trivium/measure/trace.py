@@ -1,8 +1,8 @@
 """The most memory of an optimizer step, found by running the engine on tensors that have sizes and no values.
 
 The network, the adapter, the loss and the optimizer are the real ones; each storage is counted from when an operator
-first returns it until nothing refers to it. Needs neither the memory nor the device, and is the referee of
-`plan.memory`. Of what kernels take and give back inside themselves it knows the large parts only (see `pretend`), and
+first returns it until nothing refers to it. Needs neither the memory nor the device, and is a check of
+`plan.memory`. Of what kernels take and give back inside themselves it knows the large parts only (see `fake_kernels`), and
 nothing of what is not the allocator's. One device only. Imports torch, so the planner's search never waits for it.
 """
 
@@ -177,14 +177,14 @@ def _model_without_storage(workload: Workload) -> Qwen:
 
 
 def _remember_start(model: Qwen) -> None:
-    """Beside an adapter that began as a part of the weights lie its first values."""
+    """An adapter that starts from the weights keeps its initial values."""
     for path, module in model.named_modules():
         if isinstance(module, Linear) and path.endswith((f"lora_A.{adapter.NAME}", f"lora_B.{adapter.NAME}")):
             module.register_buffer("start", torch.empty_like(module.weight), persistent=False)
 
 
 def _give_storage(model: Qwen) -> None:
-    """Put each of the model's tensors on the pretended device."""
+    """Put each of the model's tensors on the fake device."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=parameter.dtype)

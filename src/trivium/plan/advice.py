@@ -22,7 +22,7 @@ from trivium.plan.search import Goal, Plan, search
 from trivium.plan.situation import Situation
 from trivium.plan.speed import time_and_money
 
-FIRST_LINE = "Planned by `trivium plan`; the figures are predictions, each choice has its reason beside it."
+FIRST_LINE = "Planned by `trivium plan`; the figures are predictions, each choice has its reason in a comment."
 ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
     "data": ("sources", "seq_len"),
     "optimizer": ("state_dtype",),
@@ -38,10 +38,10 @@ class Advice:
     """What `trivium plan` says.
 
     Attributes:
-        decision: which method and why; None where nothing is known of the data, or the way was given.
+        decision: which method and why; None where the data is unknown or the method was given.
         plan: how, and what it takes; None where nothing is to be trained.
         checklist: the seven points to settle, where there is a path.
-        warnings: what commonly goes wrong that way, a paragraph each.
+        warnings: common pitfalls of the method, a paragraph each.
     """
 
     decision: Decision | None

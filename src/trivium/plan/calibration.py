@@ -74,7 +74,7 @@ def load() -> Calibration | None:
     except (OSError, ValueError, ValidationError) as error:
         reason = printable(str(error).splitlines()[0])
         raise ConfigError(
-            f"{file} is no calibration ({reason}). Remove it, or measure again with `trivium plan --calibrate`."
+            f"{file} is not a calibration file ({reason}). Remove it, or measure again with `trivium plan --calibrate`."
         ) from None
     return Calibration(**content.model_dump())
 

@@ -86,7 +86,7 @@ def short(count: float) -> str:
     return f"{count:.4g}"
 
 
-# What is recommended, smallest first: open licences only (Apache 2.0; Qwen2.5-3B and 72B have Qwen's own).
+# What is recommended, smallest first: open licenses only (Apache 2.0; Qwen2.5-3B and 72B have Qwen's own).
 CHAT_MODELS = tuple(f"Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "7B", "14B", "32B"))
 REASONING_MODELS = tuple(f"Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B"))
 BASE_MODELS = tuple(f"Qwen3-{size}-Base" for size in ("0.6B", "1.7B", "4B", "8B", "14B"))
@@ -255,7 +255,7 @@ def _too_expensive(situation: Situation, facts: DataFacts, approach: Approach, n
     method = approach.methods[0]
     tokens = round(_least_tokens(facts, approach) * num_epochs(method))
     needed = situation.cost(shape, method, tokens)
-    assert needed is not None  # without a device nothing is too dear
+    assert needed is not None  # without a device nothing is too expensive
     cost = f"{needed.hours / 24:,.3g} days" + (f" and {needed.money:,.0f} USD" if needed.money else "")
     return Obstacle(
         f"Not {approach.title}: {short(tokens)} tokens, the least that is worth it, take {cost} with {name}, and the limit is "
@@ -296,7 +296,7 @@ class Decision:
 
 
 def decide(situation: Situation) -> Decision:
-    """Walk the tree: is training needed, how much data is there, what forbids the way that the data pays for."""
+    """Whether training is needed, which approach the data selects, and what rules it out."""
     if situation.is_general:
         return _untrained(("A general model already does it: choose one, write a prompt, and measure it.",), ())
     tried = UNTRIED if situation.is_general is None else TRIED
@@ -361,7 +361,7 @@ def _decision(
 def _larger_by(
     other: Approach | None, other_choice: ModelChoice | Obstacle | None, choice: ModelChoice
 ) -> tuple[str, ...]:
-    """Where the other way can take a larger model on the same hardware."""
+    """Where the other method can use a larger model on the same hardware."""
     if other is None or not isinstance(other_choice, ModelChoice):
         return ()
     shape, other_shape = published_shape(choice.model), published_shape(other_choice.model)

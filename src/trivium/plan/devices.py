@@ -1,8 +1,7 @@
 """Devices to rent or to own: memory, bandwidth, rates, prices, with sources and dates. Prices are the user's to edit.
 
-The catalogue is `devices.yaml` beside this file, and over it the user's own file of the same form. Also says what the
-machine at hand is, as far as that can be told without torch. Measures nothing: `calibration` does. Everything in
-`plan` and above may import this file; it never imports torch.
+The catalog is `devices.yaml` in this folder, with the user's own file of the same form over it. Also says what the
+machine at hand is, as far as that can be told without torch. Measures nothing and never imports torch.
 """
 
 import difflib
@@ -45,7 +44,7 @@ class Device:
         name: what the command line calls it, such as `h100-80`.
         title: what people call it.
         kind: `gpu` (CUDA or ROCm), `apple` (memory shared with the CPU), `cpu`.
-        memory_bytes: all that a program is given of it.
+        memory_bytes: what a program can use of it.
         bandwidth: bytes a second of its memory.
         flops: peak dense FLOP/s by dtype: `fp32`, `fp16`, `bf16`; one that is missing is not there in hardware.
         link_bandwidth: bytes a second to and from the other devices of its node, in each direction.
@@ -117,8 +116,8 @@ def get(name: str) -> Device:
     if name.lower() not in devices:
         near = difflib.get_close_matches(name.lower(), devices, n=1, cutoff=0)[0]
         raise ConfigError(
-            f"There is no device named {name!r}; the nearest is {near!r}. Known are {', '.join(devices)}. A device of "
-            f"your own goes into {home_folder() / 'devices.yaml'}."
+            f"There is no device named {name!r}; the nearest is {near!r}. Known are {', '.join(devices)}. Add your own "
+            f"devices to {home_folder() / 'devices.yaml'}."
         )
     return devices[name.lower()]
 
@@ -169,7 +168,7 @@ def _device(name: str, values: dict[str, Any], path: Path) -> Device:
 def this_machine() -> Device:
     """What a run on this machine would train on: its first NVIDIA GPU, Apple's GPU, else the processor.
 
-    Memory is what this machine has. A GPU that is in no catalogue gets the rates of the slowest with as much memory,
+    Memory is what this machine has. An unknown GPU gets the rates of the slowest with as much memory,
     and its `source` says so. Other vendors' GPUs are not seen: name theirs.
     """
     return _nvidia() or _apple() or processor()
@@ -203,7 +202,7 @@ def _nvidia() -> Device | None:
 
 
 def identify(reported: str, driver_bytes: int) -> Device:
-    """The catalogue's device behind a driver's name, such as `NVIDIA A100-SXM4-80GB`, with this one's memory.
+    """The catalog's device behind a driver's name, such as `NVIDIA A100-SXM4-80GB`, with this one's memory.
 
     All words of the title but those in brackets must be in that name; most words win, then the nearest memory.
     """
@@ -215,7 +214,7 @@ def identify(reported: str, driver_bytes: int) -> Device:
         return _with(best, memory_bytes=min(best.memory_bytes, driver_bytes))
     roomy = [gpu for gpu in gpus if gpu.memory_bytes > 0.95 * usable] or gpus
     near = min(roomy, key=lambda gpu: gpu.bandwidth)
-    source = f"not in the catalogue; rates of {near.title}, the slowest with as much memory"
+    source = f"not in the catalog; rates of {near.title}, the slowest with as much memory"
     return _with(near, name="this-gpu", title=reported, memory_bytes=usable, price_per_hour=None, source=source)
 
 

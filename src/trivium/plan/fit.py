@@ -57,7 +57,7 @@ class Change:
         device: what it runs on.
         memory_bytes: the memory there.
         overrides: see `Fix`.
-        name: what is changed, where it is no key.
+        name: what is changed, where it is not a key.
         price: what an hour costs, over what it costs now; 1 where one of the two is unknown.
     """
 
@@ -91,8 +91,8 @@ def settle_batch(
 ) -> Run:
     """Fill in `batch.micro_tokens` and `activation_checkpointing` where the run file leaves them open.
 
-    The default micro-batch without recomputation if that fits; else the largest portion that does, recomputing only
-    where no other does. Where nothing fits, the smallest portion, recomputed: whether to try that is the caller's.
+    The default micro-batch if that fits, else the largest one that does, with activation checkpointing only where
+    nothing fits without. If nothing fits at all: the smallest, with checkpointing; the caller decides whether to try.
     """
     workload = of_run(run, shape, facts, compute_dtype, device_type)
     given = run.activation_checkpointing
@@ -112,7 +112,7 @@ def cheapest_fixes(workload: Workload, device: Device, memory_bytes: int | None 
     """The cheapest changes that make a step fit, each checked to do so; fewer where there are fewer.
 
     What leaves the learning as it is stands first, then coarser numbers, other hardware, and what learns less; within
-    each the cheapest by time and price. Where no smaller portions suffice, the others come with smaller portions too.
+    each the cheapest by time and price. Where a smaller micro-batch alone does not suffice, the other changes are combined with one.
     """
     here = Change(workload, device, memory_bytes or device.memory_bytes)
     fixes = sorted(_smaller_batches(here, here), key=lambda fix: fix.time_factor)
@@ -143,7 +143,7 @@ def _suffices(change: Change, here: Change) -> Fix | None:
 
 
 def _smaller_batches(change: Change, here: Change) -> list[Fix]:
-    """The change with the largest smaller micro-batch that fits, and with recomputation; with both if neither does."""
+    """The change with the largest smaller micro-batch that fits, and with checkpointing; with both if needed."""
     work = change.workload
     smaller = [size for size in micro_batch_sizes(work, work.micro_tokens) if size < work.micro_tokens]
 

@@ -215,7 +215,7 @@ def _in_first_layer(w: Workload, share: ShardedMemory) -> dict[str, float]:
 
 
 def _at_embedding(w: Workload, share: ShardedMemory) -> dict[str, float]:
-    """The embedding's gradient is a table of its own, added to the head's where they are one."""
+    """The embedding's gradient is a separate table, added to the head's where the two are tied."""
     table = w.shape.vocab_size * w.shape.hidden_size * FP32 if w.adapter is None else 0
     tables = (1 if w.shape.tie_word_embeddings else 0) + (1 if w.num_micro_batches > 1 else 0)
     return {
@@ -344,7 +344,7 @@ def _copies_of_layers(w: Workload) -> float:
 def _feed_forward_temporaries(w: Workload) -> float:
     """What a feed-forward's backward needs for a moment beyond what was kept.
 
-    Two gradients as wide as the feed-forward beside that of the residual stream, or a weight's gradient in two types;
+    Two gradients as wide as the feed-forward next to that of the residual stream, or a weight's gradient in two types;
     a packed weight is unpacked, DoRA measures its rows.
     """
     size, hidden, wide = w.dtype_bytes, w.shape.hidden_size, w.shape.intermediate_size

@@ -1,4 +1,4 @@
-"""From what somebody asks to what the planner works on: the situation, the way where it is open, and the goal.
+"""From the user's request to what the planner works on: the situation, the method, and the goal of the search.
 
 A run file leaves open what it does not set; a model alone, or data alone, leaves open everything else. Reads the run
 file and a model's config.json; what needs torch or Arrow is brought by the caller. The verb `plan` imports this file.
@@ -22,7 +22,7 @@ from trivium.plan.situation import Situation
 from trivium.plan.workload import DataFacts
 
 NODE = (1, 2, 4, 8)
-"""How many rented devices may work together where nobody says: up to those of one machine."""
+"""Numbers of rented devices that are tried by default: up to those of one machine."""
 NO_DATA_YET = "data.jsonl"
 
 
@@ -31,14 +31,14 @@ class PlanRequest:
     """What is asked.
 
     Attributes:
-        target: a run file, a model's name or folder, or a size such as `25M`; None where the data alone is known.
+        target: a run file, a model's name or folder, or a size such as `25M`; None where only the data is known.
         overrides: `key=value`, laid over the run file.
         sources: files to learn from, instead of the run file's.
         facts: the data in numbers; None where there is none, or files are to be looked at.
-        device: a name, `any` for all that can be rented, None for this machine.
+        device: a name, `any` for every device that can be rented, None for this machine.
         num_devices: how many; None leaves it open where devices are rented.
         memory_bytes: of a device, instead of all of it.
-        method: the way, where it is not open.
+        method: the training method, where it is not open.
         prefer, max_cost, max_hours: see `Goal`.
         adapter_only, is_general: see `Situation`.
         name: of the run, where no run file says it.
@@ -107,7 +107,8 @@ def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> 
         return ResolvedRequest(situation, decision, _goal_of_decision(request, decision, facts, read_hub))
     if request.target is None:
         raise ConfigError(
-            f"--method {request.method} was given without a model. Give a model too, such as Qwen/Qwen3-0.6B, or a run file."
+            f"--method {request.method} was given without a model. Give a model too, such as Qwen/Qwen3-0.6B, or a "
+            "run file."
         )
     methods = (request.method,) if request.method else _usual_methods(request.target)
     return ResolvedRequest(situation, None, _goal(request, _runs(request, methods, request.target), facts, read_hub))
@@ -122,7 +123,7 @@ def resolve_situation(situation: Situation, request: PlanRequest, read_hub: Read
 
 
 def _of_run_file(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> ResolvedRequest:
-    """A run file has chosen its way; what it leaves open is searched."""
+    """A run file sets the method; what it leaves open is searched."""
     method = (f"method={request.method}",) if request.method else ()
     resolved = load_run(request.run_file, [*request.overrides, *method])
     sources = [Source(path=path) for path in request.sources] or resolved.run.data.sources
@@ -138,7 +139,7 @@ def _of_run_file(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> Res
 def _goal_of_decision(
     request: PlanRequest, decision: Decision, facts: DataFacts | None, read_hub: ReadHub
 ) -> Goal | None:
-    """What to search for on a way; LoRA and QLoRA are the same way in different memory."""
+    """What to search for after a decision; LoRA and QLoRA are searched together."""
     if decision.method is None or decision.model is None:
         return None
     methods = tuple(dict.fromkeys((decision.method, "qlora"))) if decision.name == "adapter" else (decision.method,)
@@ -166,7 +167,7 @@ def _runs(request: PlanRequest, methods: Sequence[str], model: str) -> list[Reso
 
 
 def _goal(request: PlanRequest, resolved: Sequence[ResolvedRun], facts: DataFacts | None, read_hub: ReadHub) -> Goal:
-    """What to search for: everything that nobody has set."""
+    """What to search for: everything that is not set."""
     run = resolved[0].run
     set_keys = {key for key, origin in resolved[0].origins.items() if not origin.startswith("default")}
     set_keys -= set() if request.run_file or request.method else {"method"}

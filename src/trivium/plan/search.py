@@ -35,7 +35,7 @@ class Goal:
     """What is to be planned.
 
     Attributes:
-        runs: the ways to train that are open, the preferred one first; they differ in their method alone.
+        runs: the methods that are open, the preferred one first; the runs differ only in the method.
         shape: the network.
         devices: what it may run on, each with the memory that counts.
         num_devices: how many of them may work together, the fewest first; see `search` for which is taken.
@@ -78,7 +78,7 @@ class Plan:
         device: what it runs on; how many is the workload's.
         memory: the peak on each device.
         speed: of the step.
-        num_tokens: tokens to train on in all; None where the run is as long as data that nobody has measured.
+        num_tokens: tokens to train on in all; None where it depends on data of unknown size.
         cost: of the whole run, where its length is known.
         reasons: for each key that was chosen, one line of why.
     """
@@ -99,7 +99,7 @@ class Plan:
 
 
 def count_tokens(run: Run, facts: DataFacts | None) -> int | None:
-    """Tokens that the whole run trains on; None where that depends on data which nobody has measured."""
+    """Tokens that the whole run trains on; None where that depends on data of unknown size."""
     if run.budget.tokens is not None:
         return run.budget.tokens
     if run.budget.steps is not None:
@@ -126,7 +126,7 @@ class Candidate:
     """A plan that fits the memory.
 
     Attributes:
-        run: the way it goes.
+        run: the run of its method.
         price: what a step costs, in dollars or seconds, as `DeviceGroup.price` counts.
         deviations: how far it is from the plainest, in choices.
     """
@@ -158,7 +158,7 @@ def search(goal: Goal) -> Plan:
             plan = _plan(goal, min(ties, key=lambda candidate: (candidate.deviations, candidate.memory.total)))
             return replace(plan, reasons=reasons(goal, plan))
     if beyond:
-        raise DoesNotFit(too_dear(goal, [_plan(goal, candidate) for candidate in beyond]))
+        raise DoesNotFit(why_too_expensive(goal, [_plan(goal, candidate) for candidate in beyond]))
     raise DoesNotFit(_too_large(goal))
 
 
@@ -195,7 +195,7 @@ class DeviceGroup:
         return predict_speed(work, self.device, self.goal.calibration_of(self.device))
 
     def least_price(self) -> float:
-        """No plan of the group costs less: nothing recomputed or sent to the host, the largest portions."""
+        """No plan of the group costs less: no checkpointing or offload, the largest micro-batch."""
         plainest = (
             with_batching(work, self.sizes(run, work)[0], bool(run.activation_checkpointing))
             for run, work in self.works()
@@ -214,7 +214,7 @@ class DeviceGroup:
                     yield candidate
 
     def works(self) -> Iterator[tuple[Run, Workload]]:
-        """Every way to hold the step and to share it, not yet sized; what stays on the devices first."""
+        """Every combination of offload, strategy and optimizer states, before batching; without offload first."""
         gpu, several = self.device.kind == "gpu", self.num_devices > 1
         for run in self.goal.runs:
             base = self.goal.workload(run, self.device, self.num_devices)
@@ -236,11 +236,11 @@ class DeviceGroup:
         return [work.micro_tokens] if run.batch.micro_tokens else micro_batch_sizes(work, MAX_MICRO_TOKENS)
 
     def batchings(self, run: Run, work: Workload) -> Iterator[Candidate]:
-        """The portions that fit, with and without recomputation: the largest, and smaller ones that are as good."""
+        """Batchings that fit, with and without checkpointing: the largest micro-batch and smaller ones as good."""
         given, allowed = run.activation_checkpointing, FIT_SHARE * self.device.memory_bytes
         for activation_checkpointing in (False, True) if given is None else (given,):
             tried = [with_batching(work, size, activation_checkpointing) for size in reversed(self.sizes(run, work))]
-            # A step at once holds no gradients of portions before it, so that it may fit where its half does not.
+            # A whole step in one micro-batch accumulates no gradients, so it may fit where half of it does not.
             parts, whole = tried[:-1], tried[-1:]
             num_fitting = bisect_right(parts, allowed, key=lambda sized: peak_memory(sized).total)
             fitting = parts[:num_fitting] + [each for each in whole if peak_memory(each).total <= allowed]
@@ -267,7 +267,7 @@ def _too_large(goal: Goal) -> str:
         recomputed = run.activation_checkpointing is not False
         peak = peak_memory(with_batching(work, largest.sizes(run, work)[-1], recomputed)).total
         least[run.method] = min(peak, least.get(run.method, peak))
-    return too_large(goal, largest.device, largest.num_devices, least)
+    return why_too_large(goal, largest.device, largest.num_devices, least)
 
 
 def _plan(goal: Goal, candidate: Candidate) -> Plan:
@@ -305,7 +305,7 @@ def reasons(goal: Goal, plan: Plan) -> dict[str, str]:
             why["parallel.offload"] = f"without {_versus(goal, plan, replace(work, offload='none'))}"
     why["batch.micro_tokens"] = _why_micro_batch(goal, plan)
     other = with_batching(work, work.micro_tokens, not work.activation_checkpointing)
-    word = "keeping activations" if work.activation_checkpointing else "recomputing activations"
+    word = "keeping activations" if work.activation_checkpointing else "checkpointing activations"
     why["activation_checkpointing"] = f"{word} {_versus(goal, plan, other)}"
     coarser = "8bit" if work.state_dtype == "fp32" else "fp32"
     why["optimizer.state_dtype"] = f"{coarser} {_versus(goal, plan, replace(work, state_dtype=coarser))}"
@@ -347,11 +347,11 @@ def _why_micro_batch(goal: Goal, plan: Plan) -> str:
     work = plan.workload
     larger = [size for size in micro_batch_sizes(work, work.step_tokens) if size > work.micro_tokens]
     if not larger:
-        return "all that a device does in a step, at once"
+        return "the whole step of a device at once"
     return f"{larger[-1]:,} {_versus(goal, plan, with_batching(work, larger[-1], work.activation_checkpointing))}"
 
 
-def too_large(goal: Goal, device: Device, num_devices: int, least_bytes: dict[str, int]) -> str:
+def why_too_large(goal: Goal, device: Device, num_devices: int, least_bytes: dict[str, int]) -> str:
     """Why no plan fits the largest there is, given what each method takes there at the least, and what would fit."""
     needs = " and ".join(f"{method} at least {peak / GIB:.1f} GiB" for method, peak in least_bytes.items())
     on = device.title if num_devices == 1 else f"each of {num_devices} x {device.title}"
@@ -365,7 +365,7 @@ def too_large(goal: Goal, device: Device, num_devices: int, least_bytes: dict[st
     return "\n".join([*lines, *(f"  {number}. {fix.text}" for number, fix in enumerate(fixes, 1))])
 
 
-def too_dear(goal: Goal, plans: list[Plan]) -> str:
+def why_too_expensive(goal: Goal, plans: list[Plan]) -> str:
     """Why no plan is within max_cost and hours, and what the cheapest and the fastest would take."""
     costs = [(plan, plan.cost) for plan in plans if plan.cost]
     limits = [

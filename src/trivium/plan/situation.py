@@ -1,4 +1,4 @@
-"""What the user has and wants, and what that can hold, compute and pay: the ground of the decision.
+"""What the user has and wants, and what the hardware can hold and compute within the limits.
 
 Memory and speed are those of the method's default step; `search.py` finds the best one once a method is chosen. Never
 imports torch.
@@ -30,15 +30,15 @@ class Situation:
 
     Attributes:
         facts: the data; None when there is none yet.
-        is_general: whether an off-the-shelf model already does the task well enough; None when nobody has tried.
+        is_general: whether an existing model already does the task well enough; None when unknown.
         device: what training would run on.
         num_devices: how many of them.
         is_laptop: whether training has to fit on a laptop, or on a machine without a GPU that is worth the name.
-        adapter_only: whether only the adapter may be shared, apart from the model's weights and their licence.
+        adapter_only: whether only the adapter may be published, because of the model's license.
         max_cost: US dollars for the run; counts where the device has a price.
         max_hours: how long the run may take. Default: `DEFAULT_MAX_HOURS`.
         model: the model wanted, as `model` in a run file names it.
-        shape: its shape, where the catalogue does not know it.
+        shape: its shape, where it is not in the catalog.
         num_params: the size wanted, where no model is.
         rank: of the adapter.
         calibration: what was measured of the machine at hand.
@@ -75,13 +75,13 @@ class Situation:
 
     @property
     def starts_small(self) -> bool:
-        """Whether the smallest model is the one to begin with: on a laptop, or on nobody knows what."""
+        """Whether the smallest model is the one to begin with: on a laptop or an unknown device."""
         return self.is_laptop or self.device is None
 
     def workload(self, shape: QwenShape, method: str) -> Workload:
-        """The method's usual step, all sharded, in the largest portions that the device holds.
+        """The method's usual step, fully sharded, with the largest micro-batch that fits.
 
-        Where none fits it is the smallest, with activations recomputed.
+        Where none fits: the smallest, with activation checkpointing.
         """
         defaults = METHOD_DEFAULTS[method]
         step_tokens = defaults.get("batch", {}).get("tokens", BatchSize.model_fields["tokens"].default)
@@ -110,7 +110,7 @@ class Situation:
         return next((choice for choice in choices if fits(peak_memory(choice), memory_bytes)), choices[-1])
 
     def least_memory(self, shape: QwenShape, method: str) -> Memory:
-        """What a device needs at the least: a row at a time, activations recomputed."""
+        """What a device needs at the least: one sequence at a time, with checkpointing."""
         return peak_memory(with_batching(self.workload(shape, method), ROW_TOKENS, True))
 
     def fits(self, shape: QwenShape, method: str) -> bool:
@@ -125,7 +125,7 @@ class Situation:
         return cost(speed, num_tokens, self.device, self.devices)
 
     def affordable_tokens(self, shape: QwenShape, method: str) -> float:
-        """Tokens that time and max_cost allow to be read; infinity where no device is known."""
+        """Tokens that the limits allow to be read; infinity where no device is known."""
         million = self.cost(shape, method, 1_000_000)
         if million is None:
             return math.inf
@@ -152,5 +152,5 @@ def is_chat_model(name: str) -> bool | None:
 
 
 def num_epochs(method: str) -> float:
-    """Passes over the data where nobody says otherwise."""
+    """Passes over the data by default."""
     return METHOD_DEFAULTS[method].get("budget", {}).get("epochs", 1.0)

@@ -38,7 +38,7 @@ are read or written; packed weights unpacked; operations begun."""
 FORWARD_OPERATIONS, BACKWARD_OPERATIONS, ADAPTER_OPERATIONS, DOCUMENT_OPERATIONS = 100, 160, 22, 21
 # Element-wise operations in passes over a tensor, one for each read and one for each write: forward, and backward.
 ROPE_PASSES, SWIGLU_PASSES, RESIDUAL_PASSES = (9, 12), (5, 9), (6, 15)
-NORM_PASSES = {"cpu": (10, 20), "gpu": (2, 4)}  # a CPU has no kernel of its own for it
+NORM_PASSES = {"cpu": (10, 20), "gpu": (2, 4)}  # a CPU has no fused kernel for it
 ATTENTION_PASSES = {"cpu": (3, 3), "gpu": (0, 0)}  # to fp32 and back, and documents joined
 ADAPTER_PASSES = ((6, 1), (3, 5))  # over the outputs and the inputs of what is adapted
 CLIP_BYTES = 12  # the norm reads a gradient, the scale reads and writes it
@@ -334,15 +334,15 @@ def _layer_bytes(workload: Workload) -> float:
     adapted = [matrix for matrix in matrices if adapter and matrix.name in adapter.targets]
     normed = 2 * shape.hidden_size + (query + key_value if shape.qk_norm else 0)
     passes = [0.0, 0.0]
-    for way in (0, 1):
-        passes[way] += NORM_PASSES[workload.device_type][way] * normed
-        passes[way] += ROPE_PASSES[way] * (query + key_value)
-        passes[way] += ATTENTION_PASSES[workload.device_type][way] * 2 * (query + key_value)
-        passes[way] += SWIGLU_PASSES[way] * shape.intermediate_size
-        passes[way] += RESIDUAL_PASSES[way] * shape.hidden_size
-        passes[way] += products * (2 if way and adapter is None else 1)
-        of_outputs, of_inputs = ADAPTER_PASSES[way]
-        passes[way] += sum(
+    for step in (0, 1):
+        passes[step] += NORM_PASSES[workload.device_type][step] * normed
+        passes[step] += ROPE_PASSES[step] * (query + key_value)
+        passes[step] += ATTENTION_PASSES[workload.device_type][step] * 2 * (query + key_value)
+        passes[step] += SWIGLU_PASSES[step] * shape.intermediate_size
+        passes[step] += RESIDUAL_PASSES[step] * shape.hidden_size
+        passes[step] += products * (2 if step and adapter is None else 1)
+        of_outputs, of_inputs = ADAPTER_PASSES[step]
+        passes[step] += sum(
             matrix.active * (of_outputs * matrix.out_features + of_inputs * matrix.in_features) for matrix in adapted
         )
     forward, backward = passes

@@ -1,6 +1,6 @@
 """The planner's advice as a page in the terminal: method, memory as bars, time and cost, and the reason of each choice.
 
-Plain text where stdout is no terminal, and without colour where NO_COLOR is set. Only formats what `plan/advice.py`
+Plain text where stdout is no terminal, and without color where NO_COLOR is set. Only formats what `plan/advice.py`
 contains.
 """
 
