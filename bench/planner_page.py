@@ -1,6 +1,6 @@
-"""Write docs/planner.md: how the planner computes, how far off it was measured to be, and what guides say beside it.
+"""Write docs/planner.md: how the planner computes, how far off it was measured to be, and common rules of thumb.
 
-Figures come from the code itself and from bench/results; what was not measured yet is said to be so.
+Figures come from the code itself and from bench/results; what was not measured yet is marked.
 
     python bench/planner_page.py [--check]
 """
@@ -34,17 +34,16 @@ INTRODUCTION = f"""\
 <!-- made by bench/planner_page.py; do not edit -->
 # The planner
 
-`trivium plan` says which way to train, whether it fits, how long it takes and what it costs, before anything is
-rented. It needs no GPU and imports no torch. `--calibrate` measures the machine at hand once, and every run keeps what was
-predicted beside what was measured in its `plan.json` (`trivium plan --check runs/*`).
+`trivium plan` recommends a training method and predicts whether a run fits, how long it takes and what it costs. It
+needs no GPU and does not import torch. `trivium plan --calibrate` measures this machine once, and every run stores its
+prediction and its measurements in `plan.json` (`trivium plan --check runs/*`).
 
 ## How it computes
 
 **Memory** (`plan/memory.py`) is a closed form that follows the engine tensor by tensor: weights, what stays frozen,
-adapter, gradients, moments, what autograd keeps of each layer, the chunk of logits, what a backward holds for a
-moment. The peak is the largest of six instants, from the last chunk of the loss to the optimizer's step, and the page
+adapter, gradients, moments, what autograd keeps of each layer, the chunk of logits, the temporary buffers of a backward. The peak is the largest of six instants, from the last chunk of the loss to the optimizer's step, and the page
 shows the items of that one. Weights that train, their gradients and both moments are in fp32, 16 bytes a parameter;
-8-bit moments take 10. Frozen weights are in the compute dtype, or packed in NF4 with both levels of scales, 0.516
+8-bit moments take 10. Frozen weights are in the compute dtype, or quantized to NF4 with both levels of scales, 0.516
 bytes a value; the embedding and the head stay in 16 bits. The loss is computed in chunks, so that no step holds all
 of its logits.
 
@@ -55,9 +54,9 @@ as was given out, so a run whose memory is tight makes it give back; then 128 Mi
 plans that were tried. A plan fits when its peak takes at most {FIT_SHARE:.0%} of the device, and all of it with what
 is held beyond.
 
-**Speed** (`plan/work.py`, `plan/speed.py`) is a roofline: FLOPs of the projections, of attention inside documents and
-of the head over the tokens that carry loss; bytes of activations, weights and moments; operations begun. Frozen
-weights have no gradient of their own, recomputed layers run their forward twice, packed weights are unpacked in every
+**Speed** (`plan/speed.py`) is a roofline: FLOPs of the projections, of attention inside documents and
+of the head over the supervised tokens; bytes of activations, weights and moments; operations begun. Frozen
+weights have no gradient of their own, checkpointed layers run their forward twice, quantized weights are dequantized in every
 pass. Without a calibration a GPU is taken to reach {speed.PRODUCT_SHARE:.0%} of its peak in products,
 {speed.ATTENTION_SHARE:.0%} in attention and {speed.BANDWIDTH_SHARE:.0%} of its bandwidth, within
 {speed.UNMEASURED_RANGE["gpu"][0]:g} to {speed.UNMEASURED_RANGE["gpu"][1]:g} times the predicted time; a calibration
@@ -66,10 +65,10 @@ replaces these figures by measured ones.
 **Cost** is steps x seconds x price, and {speed.OVERHEAD_SHARE:.0%} for loading, evaluation and checkpoints. Prices
 are dated below and yours to edit in `~/.trivium/devices.yaml`.
 
-**Several devices** (`plan/sharding.py`) are predicted from the documents of DDP, FSDP and ZeRO. Training on more than
+**Several devices** (`plan/memory.py`) are predicted from the documents of DDP, FSDP and ZeRO. Training on more than
 one is not built yet, so nothing of it is measured.
 
-**The search** (`plan/search.py`) varies micro-batch, recomputation, the optimizer's states, strategy, devices and,
+**The search** (`plan/search.py`) varies micro-batch, activation checkpointing, optimizer states, strategy, devices and,
 where both are open, LoRA and QLoRA. Of the plans within 2 % of the best it takes the plainest. Where nothing fits,
 the three cheapest changes with which it would are named (`plan/fit.py`)."""
 
@@ -161,7 +160,7 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def memory_errors(where: str, record: dict[str, Any]) -> str:
-    """Errors of the predicted peak by the way to train, against the allocator's own count."""
+    """Errors of the predicted peak by method, against the allocator's own count."""
     found, torch = record["summary"], record["versions"]["torch"]
     text = wrapped(
         f"**Memory. {where}** ({record['device']}, {record['date']}, torch {torch}), the predicted peak of a step "
@@ -175,7 +174,7 @@ def memory_errors(where: str, record: dict[str, Any]) -> str:
 
 
 def speed_errors(record: dict[str, Any]) -> str:
-    """Errors of predicted tokens a second by the way to train."""
+    """Errors of predicted tokens a second by method."""
     ways: dict[str, list[float]] = {}
     for result in record["results"]:
         ways.setdefault(result["method"], []).append(result["error"])
@@ -190,7 +189,7 @@ def speed_errors(record: dict[str, Any]) -> str:
 
 
 def verdicts(found: dict[str, dict[str, int]]) -> str:
-    """What became of random plans in processes that are given no more memory than was planned with."""
+    """How random plans ended in processes that are given no more memory than was planned with."""
     fits, impossible = found["fits"], found["impossible"]
     return wrapped(
         f"**Verdicts.** Random steps were run in a process whose memory is limited. Of {fits['num']} that were said to "
@@ -205,7 +204,7 @@ def by_way(ways: dict[str, list[float]]) -> str:
     for way, errors in ways.items():
         low, high = min(0.0, *errors), max(0.0, *errors)
         rows.append((way, len(errors), f"{median(map(abs, errors)):.2%}", f"{low:+.1%}", f"{high:+.1%}"))
-    return markdown(("way", "settings", "median error", "furthest below", "furthest above"), rows)
+    return markdown(("method", "settings", "median error", "furthest below", "furthest above"), rows)
 
 
 def device_table() -> str:

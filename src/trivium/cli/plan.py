@@ -171,7 +171,7 @@ def _given_facts(rows: float | None, tokens: float | None, kind: Any, data: tupl
     if rows is None and tokens is None:
         if kind is not None:
             raise ConfigError(
-                f"--kind {kind} was given without an amount. Add --rows, --tokens or both; for --data no kind is needed."
+                f"--kind {kind} was given without an amount. Add --rows, --tokens or both; --data needs no kind."
             )
         return None
     if data or kind is None:

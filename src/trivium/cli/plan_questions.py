@@ -137,7 +137,7 @@ def _data(text: str) -> dict[str, Any]:
     if isinstance(count, int) and unit in TOKEN_WORDS:
         return {"data": given_facts("documents", num_tokens=count)}
     raise ConfigError(
-        f"{text!r} is not an existing path or an amount with a unit. Expected for example 5K conversations or 2B tokens."
+        f"{text!r} is not an existing path or an amount with a unit. Expected for example 5K conversations, 2B tokens."
     )
 
 

@@ -28,7 +28,7 @@ from trivium.plan.workload import ComputeDtype, DeviceType, Workload
 
 SECONDS_PER_SAMPLE = 2.0
 LEAST_REPEATS, MOST_REPEATS = 3, 30
-# A dtype that is this much slower than fp32 is emulated: it is not used for training, and measuring it would take hours.
+# A dtype that is this much slower than fp32 is emulated: it is of no use for training and slow to measure.
 EMULATED_SHARE = 0.5
 # How much wider and how many times the tokens the samples are on a GPU, so that it has something to do.
 GPU_WIDTH, GPU_TOKENS = 4, 8

@@ -2,7 +2,7 @@
 
 The network, the adapter, the loss and the optimizer are the real ones; each storage is counted from when an operator
 first returns it until nothing refers to it. Needs neither the memory nor the device, and is a check of
-`plan.memory`. Of what kernels take and give back inside themselves it knows the large parts only (see `fake_kernels`), and
+`plan.memory`. Of what kernels take and give back inside themselves it knows the large parts only (`fake_kernels`), and
 nothing of what is not the allocator's. One device only. Imports torch, so the planner's search never waits for it.
 """
 

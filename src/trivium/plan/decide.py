@@ -213,7 +213,7 @@ def _model_choice(
     if share < 1.0:
         all_tokens = facts.num_tokens * num_epochs(method)
         budget_tokens = _rounded_down(share * all_tokens)
-        why += f" The limits on time and cost allow {short(budget_tokens)} of {short(all_tokens)} tokens: use the best of them."
+        why += f" The limits on time and cost allow {short(budget_tokens)} of {short(all_tokens)} tokens: use the best."
     larger = (f"If its answers are not good enough: improve the data first, then try a larger model than {name}.",)
     return ModelChoice(name, method, why, larger if situation.model is None else (), budget_tokens)
 
@@ -238,7 +238,7 @@ def _too_large(situation: Situation, approach: Approach, name: str, shape: QwenS
     needed = min(situation.least_memory(shape, method).total for method in approach.methods)
     has = situation.device.memory_bytes if situation.device else 0
     return Obstacle(
-        f"Not {approach.title}: {name} needs {needed / GIB:.1f} GiB on each device even with the smallest micro-batch, and "
+        f"Not {approach.title}: {name} needs {needed / GIB:.1f} GiB on each device with the smallest micro-batch, and "
         f"{FIT_SHARE:.0%} of {has / GIB:.1f} GiB may be used.",
         f"With {needed / FIT_SHARE / GIB:.1f} GiB or more on each device: {approach.title}, with {name}.",
     )
@@ -258,7 +258,7 @@ def _too_expensive(situation: Situation, facts: DataFacts, approach: Approach, n
     assert needed is not None  # without a device nothing is too expensive
     cost = f"{needed.hours / 24:,.3g} days" + (f" and {needed.money:,.0f} USD" if needed.money else "")
     return Obstacle(
-        f"Not {approach.title}: {short(tokens)} tokens, the least that is worth it, take {cost} with {name}, and the limit is "
+        f"Not {approach.title}: {short(tokens)} tokens, the least worth it, take {cost} with {name}, and the limit is "
         f"{_means(situation)}.",
         f"With {cost}: {approach.title}, with {name}.",
     )
