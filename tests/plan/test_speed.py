@@ -112,7 +112,7 @@ def test_projection_flops_of_adapter_are_two_thirds():
 
 
 def test_step_work_flops_match_the_engines_mfu():
-    """The FLOPs of a full step are those of the MFU formula, but for attention scores computed again in the backward."""
+    """The same but for attention scores, which are computed again in the backward and not part of the MFU."""
     work = step(supervised_share=0.5, document_tokens=64.0, micro_tokens=512, seq_len=256)
     batches = synthetic_batches(work)
     assert sum(batch.num_supervised for batch in batches) == 256

@@ -148,6 +148,7 @@ def _request(
     **flags: Any,
 ) -> "PlanRequest":
     """The options as one value; the first word is the target unless it is an override."""
+    from trivium.plan.devices import GIB
     from trivium.plan.request import PlanRequest
 
     has_target = bool(words) and "=" not in words[0]
@@ -157,7 +158,7 @@ def _request(
         sources=tuple(map(str, data)),
         facts=_given_facts(rows, tokens, kind, data),
         num_devices=devices,
-        memory_bytes=None if memory is None else int(memory * (1 << 30)),
+        memory_bytes=None if memory is None else int(memory * GIB),
         is_general=None if general is None else general == "yes",
         name=run_file.stem if run_file else "plan",
         **flags,

@@ -111,9 +111,9 @@ def settle_batch(
 def cheapest_fixes(workload: Workload, device: Device, memory_bytes: int | None = None, count: int = 3) -> list[Fix]:
     """The cheapest changes that make a step fit, each checked to do so; fewer where there are fewer.
 
-    Changes that leave training as it is come first, then lower precision, other hardware, and a smaller model or data; within
-    each the cheapest by time and price. Where a smaller micro-batch alone does not
-    suffice, the other changes are combined with one.
+    Changes that leave training as it is come first, then lower precision, other hardware, and a smaller model or less
+    context; within each the cheapest by time and price. Where a smaller micro-batch alone does not suffice, the other
+    changes are combined with one.
     """
     here = Change(workload, device, memory_bytes or device.memory_bytes)
     fixes = sorted(_smaller_batches(here, here), key=lambda fix: fix.time_factor)
