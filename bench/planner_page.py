@@ -43,7 +43,8 @@ prediction and its measurements in `plan.json` (`trivium plan --check runs/*`).
 **Memory** (`plan/memory.py`) is a closed form that follows the engine tensor by tensor: weights, what stays frozen,
 adapter, gradients, moments, what autograd keeps of each layer, the chunk of logits, the temporary buffers
 of a backward. The peak is the largest of six instants, from the last chunk of the loss to the optimizer's step, and
-the page shows the items of that one. Trained weights, their gradients and both moments are in fp32, 16 bytes a parameter;
+the page shows the items of that one. Trained weights, their gradients and both moments are in fp32, 16 bytes a
+parameter;
 8-bit moments take 10. Frozen weights are in the compute dtype, or quantized to NF4 with both levels of scales, 0.516
 bytes a value; the embedding and the head stay in 16 bits. The loss is computed in chunks, so that no step holds all
 of its logits.
@@ -57,7 +58,8 @@ is held beyond.
 
 **Speed** (`plan/speed.py`) is a roofline: FLOPs of the projections, of attention inside documents and
 of the head over the supervised tokens; bytes of activations, weights and moments; operations begun. Frozen
-weights get no gradient, checkpointed layers run their forward twice, quantized weights are dequantized in each pass. Without a calibration a GPU is taken to reach {speed.PRODUCT_SHARE:.0%} of its peak in products,
+weights get no gradient, checkpointed layers run their forward twice, quantized weights are dequantized in each pass.
+Without a calibration a GPU is taken to reach {speed.PRODUCT_SHARE:.0%} of its peak in products,
 {speed.ATTENTION_SHARE:.0%} in attention and {speed.BANDWIDTH_SHARE:.0%} of its bandwidth, within
 {speed.UNMEASURED_RANGE["gpu"][0]:g} to {speed.UNMEASURED_RANGE["gpu"][1]:g} times the predicted time; a calibration
 replaces these figures by measured ones.
