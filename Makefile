@@ -36,7 +36,6 @@ lint: .venv/dev.stamp
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python bench/readme.py --check
 	$(BIN)/python bench/planner_page.py --check
-	$(BIN)/python recipes/make.py --check
 
 format: .venv/dev.stamp
 	$(BIN)/ruff format .
@@ -48,7 +47,6 @@ bench: .venv/dev.stamp
 	$(BIN)/python bench/pretrain.py
 	$(BIN)/python bench/readme.py
 	$(BIN)/python bench/planner_page.py
-	$(BIN)/python recipes/make.py
 
 clean:
 	rm -rf .venv .cache .pytest_cache .hypothesis .ruff_cache .import_linter_cache dist

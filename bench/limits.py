@@ -26,10 +26,11 @@ import torch
 
 from trivium.config.run import Adapter
 from trivium.engine.device import is_out_of_memory, return_freed_blocks
-from trivium.measure.synthetic import rehearsal_engine, rehearsal_step
+from trivium.measure.synthetic import synthetic_batches, synthetic_engine
 from trivium.model.shape import QwenShape
+from trivium.plan.devices import MIB
 from trivium.plan.fit import FIT_SHARE, fits
-from trivium.plan.memory import FRAMEWORK_BYTES, MIB, peak_memory
+from trivium.plan.memory import FRAMEWORK_BYTES, peak_memory
 from trivium.plan.workload import Workload
 
 RESULT = Path(__file__).parent / "results" / "limits.json"
@@ -64,9 +65,9 @@ def random_plan(rng: random.Random) -> tuple[Workload, int]:
         seq_len=seq_len,
         micro_tokens=micro_tokens,
         step_tokens=micro_tokens * rng.choice((1, 2)),
-        recompute=rng.random() < 0.5,
+        activation_checkpointing=rng.random() < 0.5,
         compute_dtype=rng.choice(("fp32", "bf16")),
-        place="cpu",
+        device_type="cpu",
         document_tokens=rng.choice((None, 100, 256)),
     )
     needed = peak_memory(work)
@@ -101,8 +102,8 @@ def run_limited(work: Workload, memory_bytes: int) -> int:
 
 def two_steps(work: Workload) -> int:
     try:
-        engine = rehearsal_engine(work)
-        batches = rehearsal_step(work)
+        engine = synthetic_engine(work)
+        batches = synthetic_batches(work)
         for _ in range(2):
             engine.forward_backward(batches)
             engine.optimizer_step(1e-5, batches)

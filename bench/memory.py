@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.allocator import allocated_peak
 from trivium.config.run import Adapter
-from trivium.measure.synthetic import rehearsal_engine, rehearsal_step
+from trivium.measure.synthetic import synthetic_batches, synthetic_engine
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
 from trivium.plan.memory import peak_memory
@@ -63,7 +63,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def workload(shape: QwenShape, way: str, place: str, **changes: Any) -> Workload:
+def workload(shape: QwenShape, way: str, device_type: str, **changes: Any) -> Workload:
     """A step of 2,048 tokens in rows of 1,024, unless something else is asked for."""
     values: dict[str, Any] = {
         "shape": shape,
@@ -71,9 +71,9 @@ def workload(shape: QwenShape, way: str, place: str, **changes: Any) -> Workload
         "seq_len": 1024,
         "micro_tokens": 2048,
         "step_tokens": 2048,
-        "recompute": False,
+        "activation_checkpointing": False,
         "compute_dtype": "bf16",
-        "place": place,
+        "device_type": device_type,
         "document_tokens": 256,
     }
     return Workload(**values | WAYS[way] | changes)
@@ -83,16 +83,20 @@ def cpu_workloads() -> Iterator[tuple[str, Workload]]:
     """Every way on every small network, with and without recomputation, and each setting that moves memory."""
     for shape_name, shape in SMALL.items():
         for way in WAYS:
-            for recompute in (False, True):
-                name = f"{way}, {shape_name}{', recompute' if recompute else ''}"
-                yield name, workload(shape, way, "cpu", recompute=recompute)
+            for activation_checkpointing in (False, True):
+                name = f"{way}, {shape_name}{', activation_checkpointing' if activation_checkpointing else ''}"
+                yield name, workload(shape, way, "cpu", activation_checkpointing=activation_checkpointing)
     first, second, wide, deep = SMALL.values()
     for way in ("scratch", "lora"):
         for name, changes in {
             "fp32": {"compute_dtype": "fp32"},
-            "fp32, recompute": {"compute_dtype": "fp32", "recompute": True},
+            "fp32, activation_checkpointing": {"compute_dtype": "fp32", "activation_checkpointing": True},
             "accumulated": {"step_tokens": 8192},
-            "fp32, accumulated, recompute": {"compute_dtype": "fp32", "step_tokens": 8192, "recompute": True},
+            "fp32, accumulated, activation_checkpointing": {
+                "compute_dtype": "fp32",
+                "step_tokens": 8192,
+                "activation_checkpointing": True,
+            },
             "one document a row": {"document_tokens": None},
             "one row": {"micro_tokens": 1024, "step_tokens": 1024, "document_tokens": None},
             "long rows": {"seq_len": 4096, "micro_tokens": 4096, "step_tokens": 4096, "document_tokens": None},
@@ -100,14 +104,22 @@ def cpu_workloads() -> Iterator[tuple[str, Workload]]:
         }.items():
             shape = {"one row": second, "long rows": deep, "few tokens": wide}.get(name, first)
             yield f"{way}, {name}", workload(shape, way, "cpu", **changes)
-    yield "scratch, 8-bit moments", workload(deep, "scratch", "cpu", state_dtype="8bit", recompute=True)
+    yield "scratch, 8-bit moments", workload(deep, "scratch", "cpu", state_dtype="8bit", activation_checkpointing=True)
     yield (
         "scratch, 8-bit moments, few tokens",
-        workload(deep, "scratch", "cpu", state_dtype="8bit", micro_tokens=1024, step_tokens=1024, recompute=True),
+        workload(
+            deep,
+            "scratch",
+            "cpu",
+            state_dtype="8bit",
+            micro_tokens=1024,
+            step_tokens=1024,
+            activation_checkpointing=True,
+        ),
     )
     some = Adapter(rank=8, targets=["q_proj", "v_proj"])
     yield "lora, two targets", workload(first, "lora", "cpu", adapter=some)
-    yield "lora, rank 64", workload(deep, "lora", "cpu", adapter=Adapter(rank=64), recompute=True)
+    yield "lora, rank 64", workload(deep, "lora", "cpu", adapter=Adapter(rank=64), activation_checkpointing=True)
     yield "lora, dropout", workload(first, "lora", "cpu", adapter=Adapter(dropout=0.05))
     yield "lora, DoRA", workload(first, "lora", "cpu", adapter=Adapter(dora=True))
     yield "lora, token rows", workload(first, "lora", "cpu", num_token_rows=2)
@@ -120,16 +132,23 @@ def gpu_workloads() -> Iterator[tuple[str, Workload]]:
         for way in WAYS:
             tokens = 8192 if way != "scratch" else 4096
             changes = {"seq_len": 2048, "micro_tokens": tokens, "document_tokens": 512}
-            for recompute in (False, True):
+            for activation_checkpointing in (False, True):
                 if way in ("lora", "qlora") or shape.num_params < 5e9:
-                    made = workload(shape, way, "gpu", recompute=recompute, step_tokens=2 * tokens, **changes)
-                    yield f"{way}, {size}{', recompute' if recompute else ''}", made
+                    made = workload(
+                        shape,
+                        way,
+                        "gpu",
+                        activation_checkpointing=activation_checkpointing,
+                        step_tokens=2 * tokens,
+                        **changes,
+                    )
+                    yield f"{way}, {size}{', activation_checkpointing' if activation_checkpointing else ''}", made
 
 
 def measured_on_gpu(work: Workload) -> int:
     """The CUDA allocator's own peak."""
-    engine = rehearsal_engine(work, "cuda")
-    batches = rehearsal_step(work)
+    engine = synthetic_engine(work, "cuda")
+    batches = synthetic_batches(work)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS):
         engine.forward_backward(batches)

@@ -43,7 +43,7 @@ class Way:
     micro_tokens: int
     micro_batches: int = 1
     document: int | None = None
-    recompute: bool = False
+    activation_checkpointing: bool = False
     supervised_share: float = 1.0
     rank: int = 16
     family: Family = "qwen3"
@@ -68,9 +68,9 @@ class Way:
             seq_len=self.seq_len,
             micro_tokens=self.micro_tokens,
             step_tokens=self.micro_tokens * self.micro_batches,
-            recompute=self.recompute,
+            activation_checkpointing=self.activation_checkpointing,
             compute_dtype=self.dtype,
-            place="cpu",
+            device_type="cpu",
             supervised_share=self.supervised_share,
             document_tokens=self.document,
         )
@@ -85,12 +85,24 @@ WAYS = (
     Way("scratch", "bf16", 256, 768, 6, (4, 2, 64), 151936, 1024, 1024, document=256),
     Way("full", "bf16", 512, 1536, 6, (8, 4, 64), 32768, 1024, 1024, document=128, supervised_share=0.4),
     Way("full", "bf16", 1024, 3072, 3, (16, 8, 128), 8192, 512, 1024),
-    Way("full", "bf16", 896, 4864, 3, (14, 2, 64), 16384, 512, 512, recompute=True, family="qwen2"),
-    Way("full", "fp32", 512, 1536, 3, (8, 8, 64), 2048, 2048, 2048, recompute=True),
-    Way("lora", "bf16", 1024, 3072, 3, (16, 8, 128), 32768, 2048, 2048, recompute=True, supervised_share=0.5),
+    Way("full", "bf16", 896, 4864, 3, (14, 2, 64), 16384, 512, 512, activation_checkpointing=True, family="qwen2"),
+    Way("full", "fp32", 512, 1536, 3, (8, 8, 64), 2048, 2048, 2048, activation_checkpointing=True),
+    Way(
+        "lora",
+        "bf16",
+        1024,
+        3072,
+        3,
+        (16, 8, 128),
+        32768,
+        2048,
+        2048,
+        activation_checkpointing=True,
+        supervised_share=0.5,
+    ),
     Way("lora", "fp32", 256, 768, 4, (4, 2, 64), 8192, 512, 1024, document=128),
     Way("lora", "bf16", 768, 2048, 4, (12, 12, 64), 151936, 512, 512, supervised_share=0.5, rank=64),
-    Way("qlora", "bf16", 1024, 2816, 3, (16, 4, 64), 16384, 1024, 1024, recompute=True, family="qwen2"),
+    Way("qlora", "bf16", 1024, 2816, 3, (16, 4, 64), 16384, 1024, 1024, activation_checkpointing=True, family="qwen2"),
     Way("qlora", "fp32", 512, 1536, 3, (8, 4, 64), 2048, 256, 512),
     Way("scratch", "bf16", 192, 576, 8, (6, 6, 32), 2048, 2048, 2048),
     Way("scratch", "bf16", 640, 1728, 4, (10, 5, 64), 4096, 512, 4096, document=64),
@@ -100,7 +112,7 @@ WAYS = (
 
 def describe(workload: Workload) -> dict[str, Any]:
     """A step's numbers, as far as they are set."""
-    left_out = ("shape", "adapter", "num_devices", "strategy", "offload", "place")
+    left_out = ("shape", "adapter", "num_devices", "strategy", "offload", "device_type")
     values = {key: value for key, value in asdict(workload).items() if key not in left_out}
     return asdict(workload.shape) | values | {"rank": workload.adapter.rank if workload.adapter else None}
 

@@ -4,7 +4,7 @@ import gc
 
 from torch.profiler import ProfilerActivity, profile
 
-from trivium.measure.synthetic import rehearsal_engine, rehearsal_step
+from trivium.measure.synthetic import synthetic_batches, synthetic_engine
 from trivium.plan.workload import Workload
 
 
@@ -15,8 +15,8 @@ def allocated_peak(work: Workload) -> int:
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        engine = rehearsal_engine(work)
-        batches = rehearsal_step(work)
+        engine = synthetic_engine(work)
+        batches = synthetic_batches(work)
         for _ in range(2):
             engine.forward_backward(batches)
             engine.optimizer_step(1e-5, batches)

@@ -18,7 +18,7 @@ class ConfigError(TriviumError):
 
 
 class DoesNotFit(TriviumError):
-    """The work does not fit the memory, the disk or the purse it was given."""
+    """The work does not fit the memory, the disk or the cost limit."""
 
     exit_code = 3
 

@@ -36,22 +36,26 @@ def plan_json(*words: str) -> dict:
     return json.loads(done.stdout)
 
 
-def test_a_page_to_read():
+def test_plan_page():
     done = invoke("Qwen/Qwen3-0.6B", *CHATS, *ON_L4)
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 100 and "\x1b" not in done.stdout
     assert not any(line != line.rstrip() for line in lines)
-    for heading in ("The way: LoRA", "Memory", "Time and money", "Choices", "Settle before training", "Next"):
+    for heading in ("Method: LoRA", "Memory", "Time and cost", "Choices", "Settle before training", "Next"):
         assert any(line.startswith(heading) for line in lines), heading
-    bars = {line.split()[0]: line.count("█") for line in lines if "█" in line}
-    assert bars["device"] > bars["total"] >= max(bars[item] for item in bars if item not in ("device", "total"))
+    obstacles = {line.split()[0]: line.count("█") for line in lines if "█" in line}
+    assert (
+        obstacles["device"]
+        > obstacles["total"]
+        >= max(obstacles[item] for item in obstacles if item not in ("device", "total"))
+    )
 
 
-def test_json_adds_up():
+def test_plan_json_adds_up():
     found = plan_json("Qwen/Qwen3-0.6B", *CHATS, *ON_L4)
     plan = found["plan"]
-    assert found["path"]["method"] == "lora" and len(found["checklist"]) == 7
+    assert found["decision"]["method"] == "lora" and len(found["checklist"]) == 7
     assert plan["num_params"] == catalog.get("Qwen3-0.6B").num_params
     memory, cost = plan["memory"], plan["cost"]
     assert sum(memory["items"].values()) == memory["bytes"] <= memory["allowed_bytes"] < plan["device"]["memory_bytes"]
@@ -60,7 +64,7 @@ def test_json_adds_up():
     assert cost["hours_low"] < cost["hours"] < cost["hours_high"]
 
 
-def test_a_written_plan_is_planned_again_as_it_is():
+def test_plan_write_round_trip():
     first = plan_json("Qwen3-0.6B", *CHATS, *ON_L4, "--write", "chats.yaml")["plan"]
     run = load_run(Path("chats.yaml")).run
     assert run.name == "chats" and run.model.name == "Qwen/Qwen3-0.6B"
@@ -70,23 +74,23 @@ def test_a_written_plan_is_planned_again_as_it_is():
     assert second["reasons"]["batch.micro_tokens"] == "as you set it"
 
 
-def test_files_are_measured():
+def test_plan_surveys_data_files():
     turns = [{"role": "user", "content": "How many legs has a spider?"}, {"role": "assistant", "content": "Eight."}]
     Path("chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 250)
     found = plan_json("Qwen3-0.6B", *ON_L4, "--data", "chats.jsonl", "--write", "run.yaml")
-    assert found["path"]["reasons"][1].startswith("250 conversations")
+    assert found["decision"]["reasons"][1].startswith("250 conversations")
     assert load_run(Path("run.yaml")).run.data.sources[0].path == "chats.jsonl"
     assert plan_json("run.yaml", *ON_L4)["plan"]["num_tokens"] == found["plan"]["num_tokens"] > 250
 
 
-def test_little_data_is_no_plan():
+def test_plan_advises_no_training_for_little_data():
     found = plan_json("--rows", "20", "--kind", "conversations", *ON_L4)
-    assert found["plan"] is None and found["path"]["method"] is None
+    assert found["plan"] is None and found["decision"]["method"] is None
     assert plan_json("Qwen3-0.6B", "--rows", "20", "--kind", "conversations", "--method", "lora", *ON_L4)["plan"]
     assert "no training" in invoke("--general", "yes", *ON_L4).stdout
 
 
-def test_a_size_is_built_and_a_folder_is_read():
+def test_plan_of_size_and_folder():
     built = plan_json("25M", *ON_L4)["plan"]
     assert built["run"]["method"] == "scratch" and abs(built["num_params"] / 25e6 - 1) < 0.05
     shape = catalog.get("Qwen3-1.7B")
@@ -95,18 +99,18 @@ def test_a_size_is_built_and_a_folder_is_read():
     assert plan_json("./mine", *ON_L4)["plan"]["num_params"] == shape.num_params
 
 
-def test_any_device_is_one_that_is_rented():
+def test_plan_device_any():
     found = plan_json("Qwen3-8B", "--method", "full", *CHATS, "--device", "any")["plan"]
     assert found["device"]["price_per_hour"] and found["cost"]["money"] > 0
     fast = plan_json("Qwen3-8B", "--method", "full", *CHATS, "--device", "any", "--prefer", "fastest")["plan"]
     assert fast["cost"]["hours"] <= 1.02 * found["cost"]["hours"]
 
 
-def test_what_does_not_fit_ends_with_three_ways_out():
+def test_plan_does_not_fit_shows_fixes():
     done = invoke("Qwen3-8B", *ON_L4, "--method", "full", "--devices", "1")
     assert done.exit_code == 3
     assert "may be used" in done.stderr and [f"{number}. " in done.stderr for number in (1, 2, 3)] == [True] * 3
-    assert invoke("Qwen3-8B", *CHATS, *ON_L4, "--method", "lora", "--purse", "0.001").exit_code == 3
+    assert invoke("Qwen3-8B", *CHATS, *ON_L4, "--method", "lora", "--max-cost", "0.001").exit_code == 3
 
 
 @pytest.mark.parametrize(
@@ -123,12 +127,12 @@ def test_what_does_not_fit_ends_with_three_ways_out():
         (("Qwen3-0.6B", "--devices", "3", *ON_L4), "share evenly"),
         (("Qwen3-0.6B", "--memory", "-1"), "--memory"),
         (("Qwen3-0.6B", "--memory", "0"), "--memory"),
-        (("Qwen3-0.6B", "--purse", "nan"), "--purse"),
-        (("Qwen3-0.6B", "--hours", "inf"), "--hours"),
+        (("Qwen3-0.6B", "--max-cost", "nan"), "--max-cost"),
+        (("Qwen3-0.6B", "--max-hours", "inf"), "--max-hours"),
         (("Qwen3-0.6B", "--rows", "0", "--kind", "documents"), "--rows"),
         (("Qwen3-0.6B", "--tokens", "many", "--kind", "documents"), "--tokens"),
         (("Qwen3-0.6B", "--tokens", "5M"), "--kind"),
-        (("Qwen3-0.6B", "--kind", "documents"), "of how much"),
+        (("Qwen3-0.6B", "--kind", "documents"), "without an amount"),
         (("Qwen3-0.6B", "--kind", "poems"), "--kind"),
         (("Qwen3-0.6B", "--method", "magic"), "--method"),
         (("--method", "lora", *CHATS), "Give a model"),
@@ -136,17 +140,17 @@ def test_what_does_not_fit_ends_with_three_ways_out():
         (("Qwen3-0.6B", "no.such.key=1"), "not a known key"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--check",), "run folders"),
-        (("--check", "empty"), "No run folder"),
+        (("--check", "empty"), "Not a run folder"),
     ],
 )
-def test_nonsense_is_refused(words: tuple[str, ...], says: str):
+def test_plan_refuses_wrong_usage(words: tuple[str, ...], says: str):
     Path("empty").mkdir()
     done = invoke(*words)
     assert done.exit_code == 2, done.output
     assert says in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
-def test_planning_never_waits_for_torch():
+def test_plan_never_imports_torch():
     wishes = [
         ("Qwen2.5-72B-Instruct", "--device", "any"),
         ("Qwen/Qwen3-0.6B",),
@@ -165,7 +169,7 @@ print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
     assert done.stderr.splitlines()[-1:] == ["[]"], done.stderr
 
 
-def test_questions_are_asked_on_a_terminal():
+def test_plan_asks_on_terminal():
     answers = ["no", "2K conversations", "l4", "no", "5 USD, 2 days"]
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "trivium.cli", "plan", "--json"]
@@ -178,4 +182,4 @@ def test_questions_are_asked_on_a_terminal():
     assert process.returncode == 0, out
     found = json.loads(out)
     assert found["plan"]["device"]["name"] == "l4" and found["plan"]["cost"]["money"] <= 5
-    assert any("2K conversations" in reason for reason in found["path"]["reasons"])
+    assert any("2K conversations" in reason for reason in found["decision"]["reasons"])

@@ -163,7 +163,7 @@ def pack_of_old(stores, spans, num_tokens):
     labels[hundredths == 0] = NO_LABEL
     places = np.flatnonzero(labels != NO_LABEL)
     weights = hundredths[places]
-    size = -(-len(places) // 64) * 64
+    size = max(64, -(-len(places) // 64) * 64)  # a batch without labels has padding too: every rank makes a forward
 
     def padded(values, padding):
         return torch.from_numpy(np.concatenate([values, np.full(size - len(values), padding, values.dtype)]))

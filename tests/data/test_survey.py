@@ -19,7 +19,7 @@ from trivium.data.look.survey import estimated_tokens, survey
 from trivium.data.store.build import BuildSettings, build_sources
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
-from trivium.plan.facts import DataFacts
+from trivium.plan.workload import DataFacts
 
 ENGLISH = (
     "Once upon a time there lived a miller who had three sons, a mill, a donkey and a cat. When he died the eldest "

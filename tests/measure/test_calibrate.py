@@ -13,12 +13,19 @@ from trivium.config.run import Adapter
 from trivium.errors import TriviumError
 from trivium.measure import calibrate as calibrating
 from trivium.measure.calibrate import SAMPLES, Sample, calibrate, fit, non_negative_fit
-from trivium.measure.synthetic import rehearsal_engine, rehearsal_step
+from trivium.measure.synthetic import synthetic_batches, synthetic_engine
 from trivium.model.shape import QwenShape
 from trivium.plan import calibration
 from trivium.plan.devices import processor
-from trivium.plan.speed import predict_speed
-from trivium.plan.work import KINDS, adapter_flops, attention_flops, head_flops, projection_flops, step_work
+from trivium.plan.speed import (
+    KINDS,
+    adapter_flops,
+    attention_flops,
+    head_flops,
+    predict_speed,
+    projection_flops,
+    step_work,
+)
 from trivium.plan.workload import Workload
 
 CPU = torch.device("cpu")
@@ -30,9 +37,9 @@ SMALL = Workload(
     seq_len=128,
     micro_tokens=256,
     step_tokens=256,
-    recompute=False,
+    activation_checkpointing=False,
     compute_dtype="bf16",  # in fp32 the head adds its products in place, which torch does not count
-    place="cpu",
+    device_type="cpu",
     document_tokens=64.0,
 )
 ADAPTER = Adapter(rank=8, targets=["q_proj", "v_proj", "down_proj"])
@@ -40,7 +47,7 @@ ADAPTER = Adapter(rank=8, targets=["q_proj", "v_proj", "down_proj"])
 
 def counted_flops(workload):
     """What torch counts in one step; its table lacks the CPU's attention, whose formula it has."""
-    engine, batches = rehearsal_engine(workload), rehearsal_step(workload)
+    engine, batches = synthetic_engine(workload), synthetic_batches(workload)
 
     def forward(query, key, value, *args, out_shape=None, **kwargs):
         return sdpa_flop_count(query, key, value)
@@ -62,18 +69,18 @@ def counted_flops(workload):
     "changes",
     [
         {},
-        {"recompute": True},
+        {"activation_checkpointing": True},
         {"supervised_share": 0.5},
         {"document_tokens": 128.0},
         {"adapter": ADAPTER, "weights": "pretrained"},
-        {"adapter": ADAPTER, "weights": "pretrained", "recompute": True, "supervised_share": 0.25},
-        {"adapter": Adapter(rank=4), "weights": "nf4", "recompute": True},
-        {"adapter": Adapter(rank=4, targets=["q_proj"]), "weights": "pretrained", "recompute": True},
+        {"adapter": ADAPTER, "weights": "pretrained", "activation_checkpointing": True, "supervised_share": 0.25},
+        {"adapter": Adapter(rank=4), "weights": "nf4", "activation_checkpointing": True},
+        {"adapter": Adapter(rank=4, targets=["q_proj"]), "weights": "pretrained", "activation_checkpointing": True},
         {"shape": replace(SMALL.shape, family="qwen2", tie_word_embeddings=False)},
     ],
     ids=lambda changes: "-".join(changes) or "everything",
 )
-def test_flops_are_those_that_torch_counts(changes):
+def test_step_work_flops_match_torch_counter(changes):
     workload = replace(SMALL, **changes)
     # Torch counts the whole square of scores, of which causality needs half.
     counts = [count(workload) for count in (projection_flops, adapter_flops, head_flops, attention_flops)]
@@ -87,7 +94,7 @@ def test_flops_are_those_that_torch_counts(changes):
     seed=st.integers(0, 2**32 - 1),
     scale=st.sampled_from([1e-12, 1.0, 1e9]),
 )
-def test_the_fit_is_the_best_that_is_not_negative(rows, columns, seed, scale):
+def test_non_negative_fit_is_optimal(rows, columns, seed, scale):
     """The conditions of Karush, Kuhn and Tucker: no step up helps anywhere, no step down where there is room."""
     rng = np.random.default_rng(seed)
     matrix, target = rng.normal(size=(rows, columns)), rng.normal(size=rows)
@@ -101,7 +108,7 @@ def seconds_by(rates, workload):
     return sum(term.amount * rates[term.kind] for term in step_work(workload))
 
 
-def test_rates_are_found_again_from_the_times_they_make():
+def test_fit_recovers_rates():
     """All kinds of work can be told apart by the samples."""
     rng = np.random.default_rng(0)
     usual = {"flops": 4e-12, "head_flops": 5e-12, "attention_flops": 1.5e-11, "attention_scores": 1e-9}
@@ -114,7 +121,7 @@ def test_rates_are_found_again_from_the_times_they_make():
         assert error < 1e-9
 
 
-def test_noise_in_the_times_stays_small_in_a_prediction():
+def test_fit_with_noise():
     rng = np.random.default_rng(1)
     planted = dict.fromkeys(KINDS, 0.0) | {"flops": 5e-12, "head_flops": 5e-12, "bytes": 1e-10, "operations": 1e-5}
     steps = [sample.workload("bf16", "cpu") for sample in SAMPLES]
@@ -125,13 +132,13 @@ def test_noise_in_the_times_stays_small_in_a_prediction():
     assert seconds_by(found, unseen) == pytest.approx(seconds_by(planted, unseen), rel=0.1)
 
 
-def test_what_no_step_has_gets_no_rate():
+def test_fit_without_a_kind_of_work():
     steps = [sample.workload("bf16", "cpu") for sample in SAMPLES if sample.trained != "packed"]
     found, _ = fit(steps, [1.0] * len(steps))
     assert set(found) == set(KINDS) - {"nf4_values"}
 
 
-def test_on_a_gpu_the_first_step_tells_what_an_operation_takes():
+def test_fit_of_gpu_launches():
     """A device that would take 2 microseconds for the smallest step's work waits for 5 microseconds an operation."""
     steps = [sample.workload("bf16", "gpu") for sample in SAMPLES]
     planted = {"flops": 2e-15, "head_flops": 2e-15, "attention_flops": 4e-15, "attention_scores": 0.0, "bytes": 1e-12}
@@ -147,7 +154,7 @@ def test_on_a_gpu_the_first_step_tells_what_an_operation_takes():
     assert error < 0.05
 
 
-def test_timings_that_contradict_each_other_are_not_kept(monkeypatch):
+def test_calibrate_refuses_contradicting_timings(monkeypatch):
     """The same step, once in a second and once in ten: other work was running."""
     sample = Sample(32, 1, 64, tokens=32, document=16, head_dim=16)
     seconds = iter([1.0, 10.0])
@@ -157,7 +164,7 @@ def test_timings_that_contradict_each_other_are_not_kept(monkeypatch):
         calibrate(device="cpu")
 
 
-def test_this_machine_is_measured_and_predicted(tmp_path, monkeypatch):
+def test_calibrate_this_machine(tmp_path, monkeypatch):
     """Timings themselves are left to the bench: of steps as small as these they say nothing."""
     monkeypatch.setenv("TRIVIUM_HOME", str(tmp_path))
     samples = (Sample(32, 1, 64, tokens=32, document=16, head_dim=16), Sample(32, 2, 64, 32, 32, 16, trained="adapter"))

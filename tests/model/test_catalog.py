@@ -80,5 +80,5 @@ def test_a_budget_gives_a_well_shaped_model_or_the_reason_why_not(budget: int, v
 def test_a_vocabulary_that_eats_the_budget_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(ConfigError, match="151,936 x 16 = 2,430,976.*budget is 1,000,000"):
         catalog.size_for_budget(1_000_000, 151_936)
-    with pytest.raises(ConfigError, match="must be > 0"):
+    with pytest.raises(ConfigError, match="Expected both above zero"):
         catalog.size_for_budget(0, 256)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivium.model.head import CPU_SLICE_ELEMENTS, LOGITS_CHUNK_BYTES, cross_entropy_sum, default_chunk_rows
+from trivium.model.head import cross_entropy_sum
+from trivium.model.shape import CPU_SLICE_VALUES, LOGITS_CHUNK_BYTES, loss_chunk_rows
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -86,7 +87,7 @@ def test_replaced_rows_of_a_frozen_head_in_bf16():
 
 def test_chunked_equals_plain_with_the_real_vocabulary():
     hidden_MD, weight_VD, labels = inputs(40, 32, 151_936)
-    assert CPU_SLICE_ELEMENTS // 151_936 < 16 < 40  # several slices in a chunk, several chunks
+    assert CPU_SLICE_VALUES // 151_936 < 16 < 40  # several slices in a chunk, several chunks
     loss = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows=16)
     (loss / 40).backward()
     expected, grad_hidden, grad_weight = reference(hidden_MD, weight_VD, labels)
@@ -138,6 +139,6 @@ def test_a_frozen_head_gets_no_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_default_chunk_fits_its_bytes(dtype):
-    rows = default_chunk_rows(151_936, dtype, is_trained=True)
+    rows = loss_chunk_rows(151_936, dtype.itemsize, is_trained=True)
     assert rows * 151_936 * dtype.itemsize <= LOGITS_CHUNK_BYTES
-    assert default_chunk_rows(10**9, dtype, is_trained=True) == 64
+    assert loss_chunk_rows(10**9, dtype.itemsize, is_trained=True) == 64

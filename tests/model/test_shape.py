@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from trivium.errors import ConfigError
 from trivium.model import catalog
+from trivium.model.qwen import Linear, Qwen
 from trivium.model.shape import QwenShape
 
 SHAPE = QwenShape("qwen3", 512, 64, 160, 2, 4, 2, 32, True)
@@ -123,3 +125,20 @@ def test_counts_by_hand() -> None:
     assert SHAPE.num_matmul_params == 512 * 64 + 2 * SHAPE.num_layer_matmul_params
     assert SHAPE.num_params == SHAPE.num_matmul_params + 2 * (2 * 64 + 2 * 32) + 64
     assert replace(SHAPE, tie_word_embeddings=False).num_params == SHAPE.num_params + 512 * 64
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_layer_matrices_are_those_of_a_block(family):
+    shape = QwenShape(family, 64, 48, 80, 1, 6, 2, 16, tie_word_embeddings=True)
+    with torch.device("meta"):
+        block = Qwen(shape).model.layers[0]
+    linears = {
+        name.rpartition(".")[2]: (*module.weight.shape, module.bias is not None)
+        for name, module in block.named_modules()
+        if isinstance(module, Linear)
+    }
+    table = {
+        matrix.name: (matrix.out_features, matrix.in_features, matrix.has_bias) for matrix in shape.layer_matrices()
+    }
+    assert linears == table
+    assert all(matrix.copies == matrix.active == 1 for matrix in shape.layer_matrices())

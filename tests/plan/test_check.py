@@ -53,7 +53,7 @@ def runs(tmp_path) -> list[Path]:
     ]
 
 
-def test_errors_are_shares_of_what_was_measured(runs):
+def test_check_errors(runs):
     found = as_json(check(runs))
     errors = [(run["peak_memory_bytes"] or {}).get("error") for run in found["runs"]]
     assert errors == [0.25, pytest.approx(-0.05), 0.0, 8.0, None, None]
@@ -66,7 +66,7 @@ def test_errors_are_shares_of_what_was_measured(runs):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_runs_that_prove_nothing_are_listed_as_such(runs):
+def test_check_lists_runs_without_measurement(runs):
     outcomes = check(runs)
     assert [outcome.status for outcome in outcomes] == ["finished"] * 3 + ["unfinished"] * 2 + ["no plan"]
     lines = as_table(outcomes).splitlines()
@@ -77,13 +77,13 @@ def test_runs_that_prove_nothing_are_listed_as_such(runs):
     assert lines[-1] == f"speed: median error 5.0%, worst 10.0% ({runs[0]})"
 
 
-def test_nothing_measured_has_no_summary(runs):
+def test_check_without_measurements_has_no_summary(runs):
     outcomes = check(runs[3:])
     assert as_json(outcomes)["peak_memory_bytes"] is None
     assert "median" not in as_table(outcomes)
 
 
-def test_a_path_that_is_no_run_is_refused(runs, tmp_path):
+def test_check_refuses_other_folders(runs, tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere, .*elsewhere"):
         check([runs[0], tmp_path / "nowhere", tmp_path / "elsewhere"])
 
@@ -108,7 +108,7 @@ odd_values = st.sampled_from(
 
 
 @given(place=st.sampled_from(PLACES), value=odd_values)
-def test_whatever_the_file_holds_is_shown_or_is_no_plan(place, value, tmp_path_factory):
+def test_check_of_odd_plan_files(place, value, tmp_path_factory):
     plan: Any = {"": plan_of(1, 1, measured=(1, 1))}
     inner: Any = plan
     for key in ("", *place)[:-1]:
@@ -122,7 +122,7 @@ def test_whatever_the_file_holds_is_shown_or_is_no_plan(place, value, tmp_path_f
 
 
 @pytest.mark.parametrize("content", [b"", b'{"predicted": {"dev', b"\xff\xfe\x00"])
-def test_a_torn_file_is_no_plan(content, tmp_path):
+def test_read_outcome_of_torn_file(content, tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "plan.json").write_bytes(content)
     assert read_outcome(folder).status == "no plan"

@@ -44,14 +44,14 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_catalogue_covers_every_kind():
+def test_catalog_has_every_kind():
     known = catalog()
     assert len(known) >= 28
     assert {device.kind for device in known.values()} == {"gpu", "apple", "cpu"}
     assert all(device.name == name and device.source and device.title for name, device in known.items())
 
 
-def test_figures_are_of_one_magnitude():
+def test_catalog_figures_are_plausible():
     for device in catalog().values():
         assert 8 * GIB < device.memory_bytes < 600 * GIB, device.name
         assert 2e10 <= device.bandwidth <= 1e13, device.name
@@ -59,14 +59,14 @@ def test_figures_are_of_one_magnitude():
         assert all(device.flops["fp32"] <= rate <= 35 * device.flops["fp32"] for rate in device.flops.values())
 
 
-def test_a_price_says_where_and_when():
+def test_catalog_prices_have_source_and_date():
     priced = [device for device in catalog().values() if device.price_per_hour is not None]
     assert len(priced) >= 12
     for device in priced:
         assert device.price_source and re.fullmatch(r"20\d\d-\d\d(-\d\d)?", device.price_date), device.name
 
 
-def test_no_rate_counts_sparsity():
+def test_catalog_rates_are_dense():
     # Data sheets print both; these are the dense ones.
     assert get("a100-80").flops["bf16"] == 312e12
     assert get("h100-80").flops["bf16"] == 989e12
@@ -74,42 +74,42 @@ def test_no_rate_counts_sparsity():
 
 
 @pytest.mark.parametrize("name", CAPACITY)
-def test_memory_is_never_more_than_a_program_is_given(name):
+def test_catalog_memory_is_usable(name):
     there = get(name).memory_bytes / GIB
     assert 0.97 * CAPACITY[name] < there <= CAPACITY[name]
 
 
-def test_hardware_without_bf16_says_so():
+def test_catalog_hardware_without_bf16():
     assert "bf16" not in get("t4").flops and "bf16" not in get("v100-32").flops
 
 
-def test_a_name_in_any_case_is_found_and_a_wrong_one_named():
+def test_get_device_by_name():
     assert get("H100-80") == get("h100-80")
     with pytest.raises(ConfigError, match="the nearest is 'a100-80'"):
         get("a100-8")
 
 
 @pytest.mark.parametrize(("reported", "name"), REPORTED.items())
-def test_a_drivers_name_leads_to_its_device(reported, name):
+def test_identify_driver_names(reported, name):
     device = identify(reported[0], reported[1] << 20)
     assert device.name == name
     assert device.memory_bytes <= reported[1] << 20
 
 
-def test_a_slice_of_a_gpu_has_the_slices_memory():
+def test_identify_slice_of_gpu():
     assert identify("NVIDIA A100-SXM4-80GB", 9856 << 20).memory_bytes == 9856 << 20
 
 
-def test_an_unknown_gpu_is_not_flattered():
+def test_identify_unknown_gpu():
     # A laptop's card has half the memory and half the rates of the desktop's of the same number.
     laptop = identify("NVIDIA GeForce RTX 4090 Laptop GPU", 16376 << 20)
-    assert laptop.name == "this-gpu" and "catalogue" in laptop.source
+    assert laptop.name == "this-gpu" and "catalog" in laptop.source
     assert laptop.memory_bytes < 16376 << 20
     assert laptop.bandwidth < get("rtx-4090").bandwidth
     assert laptop.price_per_hour is None
 
 
-def test_an_edit_of_a_price_keeps_all_else(home):
+def test_catalog_user_price(home):
     shipped = get("h100-80")
     (home / "devices.yaml").write_text("H100-80: {price_per_hour: 2.10}\n")
     edited = get("h100-80")
@@ -119,7 +119,7 @@ def test_an_edit_of_a_price_keeps_all_else(home):
     assert len(catalog()) == len(devices._read(devices.CATALOG_FILE))
 
 
-def test_a_device_of_ones_own(home):
+def test_catalog_user_device(home):
     (home / "devices.yaml").write_text(
         "my-card:\n  title: My card\n  memory_gib: 20\n  bandwidth_gb_per_second: 500\n"
         "  tflops: {fp32: 10, bf16: 40}\n  link_gb_per_second: 16\n  source: measured\n"
@@ -146,7 +146,7 @@ def test_a_device_of_ones_own(home):
         ("h100-80: {price_per_hour: 1}\nh100-80: {price_per_hour: 2}", "set twice"),
     ],
 )
-def test_a_wrong_edit_is_one_paragraph(home, content, said):
+def test_catalog_refuses_wrong_user_file(home, content, said):
     (home / "devices.yaml").write_text(content)
     with pytest.raises(ConfigError) as caught:
         catalog()
@@ -156,7 +156,7 @@ def test_a_wrong_edit_is_one_paragraph(home, content, said):
 
 @settings(max_examples=60, deadline=None)
 @given(content=st.binary(max_size=80))
-def test_any_file_is_read_or_refused(tmp_path_factory, content):
+def test_catalog_of_random_bytes(tmp_path_factory, content):
     home = tmp_path_factory.mktemp("home")
     (home / "devices.yaml").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
@@ -167,7 +167,7 @@ def test_any_file_is_read_or_refused(tmp_path_factory, content):
             assert "\n" not in str(error)
 
 
-def test_an_nvidia_gpu_is_asked_of_the_driver(tmp_path, monkeypatch):
+def test_this_machine_asks_nvidia_smi(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA H100 80GB HBM3, 81559'\n")
     program.chmod(0o755)
@@ -177,7 +177,7 @@ def test_an_nvidia_gpu_is_asked_of_the_driver(tmp_path, monkeypatch):
     assert this_machine().kind in ("cpu", "apple")
 
 
-def test_a_containers_limit_caps_the_memory(tmp_path, monkeypatch):
+def test_host_memory_bytes_of_container(tmp_path, monkeypatch):
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for text, expected in (("max\n", physical), (f"{1 << 30}\n", 1 << 30), (f"{1 << 60}\n", physical)):
         (tmp_path / "memory.max").write_text(text)
@@ -189,7 +189,7 @@ def test_a_containers_limit_caps_the_memory(tmp_path, monkeypatch):
     ("flags", "bf16_over_fp32"),
     [("sse avx2", None), ("avx2 avx512f", None), ("avx2 avx512f avx512_bf16", 2), ("avx512f avx512_bf16 amx_bf16", 32)],
 )
-def test_a_processor_promises_bf16_by_its_flags(tmp_path, monkeypatch, flags, bf16_over_fp32):
+def test_processor_bf16_by_flags(tmp_path, monkeypatch, flags, bf16_over_fp32):
     (tmp_path / "cpuinfo").write_text(f"model name\t: A processor\ncpu MHz\t\t: 3000.0\nflags\t\t: {flags}\n\n" * 2)
     monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
     found = devices.processor()
@@ -197,7 +197,7 @@ def test_a_processor_promises_bf16_by_its_flags(tmp_path, monkeypatch, flags, bf
     assert "A processor" in found.title
 
 
-def test_planning_never_waits_for_torch():
+def test_plan_never_imports_torch():
     code = (
         "import sys, trivium.plan.speed, trivium.plan.devices as d; d.this_machine(); "
         "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
@@ -206,5 +206,5 @@ def test_planning_never_waits_for_torch():
     assert found.stdout.strip() == "[]"
 
 
-def test_the_file_ships_with_the_package():
+def test_catalog_file_ships_with_package():
     assert devices.CATALOG_FILE.parent == Path(devices.__file__).parent and devices.CATALOG_FILE.is_file()

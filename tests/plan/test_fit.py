@@ -11,17 +11,15 @@ from hypothesis import strategies as st
 from trivium.config.load import ResolvedRun, load_run, to_yaml
 from trivium.errors import ConfigError, DoesNotFit
 from trivium.model import catalog
+from trivium.model.resolve import planned_shape
 from trivium.plan import devices
-from trivium.plan.devices import Device
-from trivium.plan.facts import DataFacts
-from trivium.plan.fit import FIT_SHARE, Fix, cheapest_fixes, portions, settle_batch
-from trivium.plan.goal import Goal, Plan
-from trivium.plan.memory import GIB, peak_memory
-from trivium.plan.network import shape_of_run
-from trivium.plan.search import MAX_MICRO_TOKENS, STATES, TIE, search
+from trivium.plan.advice import write_run
+from trivium.plan.devices import GIB, Device
+from trivium.plan.fit import FIT_SHARE, Fix, cheapest_fixes, micro_batch_sizes, settle_batch
+from trivium.plan.memory import peak_memory
+from trivium.plan.search import MAX_MICRO_TOKENS, STATES, TIE, Goal, Plan, search
 from trivium.plan.speed import predict_speed
-from trivium.plan.workload import Workload, of_run, with_batch
-from trivium.plan.write import write_run
+from trivium.plan.workload import DataFacts, Workload, of_run, with_batching
 
 DEVICES = devices.catalog()
 RENTED = tuple(device for device in DEVICES.values() if device.price_per_hour)
@@ -49,40 +47,40 @@ def with_memory(device: Device, size: float) -> Device:
 
 @given(methods, models, gib, st.booleans())
 @settings(max_examples=25)
-def test_a_batch_is_the_largest_portion_that_fits(method: str, model: str, size: float, recompute_is_open: bool):
-    overrides = [] if recompute_is_open else ["activation_checkpointing=false"]
+def test_settle_batch_takes_largest_that_fits(method: str, model: str, size: float, is_open: bool):
+    overrides = [] if is_open else ["activation_checkpointing=false"]
     run, shape, memory_bytes = resolve(method, model, *overrides).run, catalog.get(model), int(size * GIB)
     settled = settle_batch(run, shape, "bf16", "gpu", memory_bytes, FACTS)
     work = of_run(settled, shape, FACTS, "bf16", "gpu")
     default = of_run(run, shape, FACTS, "bf16", "gpu")
 
-    def does_fit(tokens: int, recompute: bool) -> bool:
-        return peak_memory(with_batch(default, tokens, recompute)).total <= FIT_SHARE * memory_bytes
+    def does_fit(tokens: int, activation_checkpointing: bool) -> bool:
+        return peak_memory(with_batching(default, tokens, activation_checkpointing)).total <= FIT_SHARE * memory_bytes
 
     sizes = [rows * work.seq_len for rows in range(1, default.micro_tokens // work.seq_len + 1)]
     dividing = [tokens for tokens in sizes if default.step_tokens % tokens == 0]
     plain = [tokens for tokens in dividing if does_fit(tokens, False)]
-    recomputed = [tokens for tokens in dividing if recompute_is_open and does_fit(tokens, True)]
-    assert work.recompute == (not plain and recompute_is_open)
+    recomputed = [tokens for tokens in dividing if is_open and does_fit(tokens, True)]
+    assert work.activation_checkpointing == (not plain and is_open)
     assert work.micro_tokens == max(plain or recomputed or [work.seq_len])
     assert settled.model_copy(update={"batch": run.batch, "activation_checkpointing": None}) == run.model_copy(
         update={"activation_checkpointing": None}
     )
 
 
-def test_a_batch_that_is_set_stays():
+def test_settle_batch_keeps_what_is_set():
     run = resolve("lora", "Qwen3-0.6B", "batch.micro_tokens=16384", "activation_checkpointing=false").run
     assert settle_batch(run, catalog.get("Qwen3-0.6B"), "bf16", "gpu", 1 << 20) == run
 
 
-def changes_portions_only(fix: Fix) -> bool:
+def changes_batching_only(fix: Fix) -> bool:
     """Whether a fix is nothing but a smaller micro-batch, recomputation, or both."""
     return all(word.startswith(("batch.micro", "activation_ch")) for word in fix.text.partition(":")[0].split())
 
 
 @given(methods, models, gpus)
 @settings(max_examples=12)
-def test_every_fix_makes_its_run_fit(method: str, model: str, device: Device):
+def test_cheapest_fixes_make_the_run_fit(method: str, model: str, device: Device):
     """Typed behind the run file, a fix gives a run whose peak is the one that was promised."""
     run = resolve(method, model).run
     work = goal(method, model, device).workload(run, device, 1)
@@ -94,25 +92,25 @@ def test_every_fix_makes_its_run_fit(method: str, model: str, device: Device):
         typed = [f"{key}={to_yaml(value)}" for key, value in fix.overrides.items()]
         assert all(override in fix.text for override in typed) and (typed or name in DEVICES)
         changed = resolve(method, model, *typed).run
-        shape = shape_of_run(changed)
+        shape = planned_shape(changed)
         assert shape is not None
         there = replace(goal(method, model, bought), shape=shape).workload(changed, bought, changed.parallel.devices)
         if "parallel.devices" not in fix.overrides and "batch.micro_tokens" not in fix.overrides:
             there = replace(there, micro_tokens=work.micro_tokens)
         assert peak_memory(there).total == fix.memory.total, fix.text
-    neutral = [changes_portions_only(fix) for fix in fixes]
+    neutral = [changes_batching_only(fix) for fix in fixes]
     assert neutral == sorted(neutral, reverse=True)  # what leaves the learning as it is stands first
 
 
-def test_fixes_are_cheapest_first_and_as_many_as_asked():
+def test_cheapest_fixes_are_sorted():
     device = DEVICES["rtx-4090"]
     run = resolve("lora", "Qwen3-4B-Base", "batch.micro_tokens=16384").run
     work = goal("lora", "Qwen3-4B-Base", device).workload(run, device, 1)
     assert peak_memory(work).total > device.memory_bytes
     fixes = cheapest_fixes(work, device)
     assert len(fixes) == 3 and fixes == cheapest_fixes(work, device, count=9)[:3]
-    portions_only = [fix for fix in fixes if changes_portions_only(fix)]
-    assert portions_only == sorted(portions_only, key=lambda fix: fix.time_factor) and portions_only
+    batching_only = [fix for fix in fixes if changes_batching_only(fix)]
+    assert batching_only == sorted(batching_only, key=lambda fix: fix.time_factor) and batching_only
     tiny = cheapest_fixes(work, device, memory_bytes=1 << 20, count=50)
     assert all("GiB, $" in fix.text for fix in tiny)  # nothing but another device fits a mebibyte
 
@@ -121,10 +119,10 @@ def exhaustive(method: str, model: str, device: Device) -> list[tuple[Workload, 
     """Seconds of every step that fits, found by trying all of them."""
     start = goal(method, model, device).workload(resolve(method, model).run, device, 1)
     found = []
-    for tokens in portions(start, MAX_MICRO_TOKENS):
-        for recompute in (False, True):
+    for tokens in micro_batch_sizes(start, MAX_MICRO_TOKENS):
+        for activation_checkpointing in (False, True):
             for states in STATES if device.kind == "gpu" else STATES[:2]:
-                work = replace(with_batch(start, tokens, recompute), state_dtype=states)
+                work = replace(with_batching(start, tokens, activation_checkpointing), state_dtype=states)
                 if peak_memory(work).total <= FIT_SHARE * device.memory_bytes:
                     found.append((work, predict_speed(work, device).seconds_per_step))
     return found
@@ -132,7 +130,7 @@ def exhaustive(method: str, model: str, device: Device) -> list[tuple[Workload, 
 
 @given(methods, models, gpus, gib)
 @settings(max_examples=12)
-def test_a_plan_is_as_good_as_the_best_of_all(method: str, model: str, device: Device, size: float):
+def test_search_is_as_good_as_exhaustive(method: str, model: str, device: Device, size: float):
     device = with_memory(device, size)
     everything = exhaustive(method, model, device)
     if not everything:
@@ -149,7 +147,7 @@ def test_a_plan_is_as_good_as_the_best_of_all(method: str, model: str, device: D
 
 @given(methods, models, gpus, gib, st.floats(1.0, 3.0))
 @settings(max_examples=12)
-def test_more_memory_is_never_slower(method: str, model: str, device: Device, size: float, more: float):
+def test_search_more_memory_is_never_slower(method: str, model: str, device: Device, size: float, more: float):
     try:
         small = search(goal(method, model, with_memory(device, size)))
     except DoesNotFit:
@@ -168,7 +166,7 @@ def alone(everything: Goal, count: int) -> list[Plan]:
 
 
 @pytest.mark.parametrize(("model", "is_one_enough"), [("Qwen3-4B-Base", True), ("Qwen2.5-32B", False)])
-def test_the_cheapest_of_all_devices_is_one_alone_where_that_does(model: str, is_one_enough: bool):
+def test_search_cheapest_prefers_one_device(model: str, is_one_enough: bool):
     everything = goal("full", model, *RENTED, num_devices=(1, 4, 8))
     counts = (1,) if is_one_enough else (4, 8)
     each = [plan for count in counts for plan in alone(everything, count)]
@@ -181,13 +179,13 @@ def test_the_cheapest_of_all_devices_is_one_alone_where_that_does(model: str, is
     assert plan.workload.num_devices in counts and dollars(plan) <= TIE * min(map(dollars, each))
 
 
-def test_the_fastest_of_all_devices():
+def test_search_fastest_of_all_devices():
     everything = goal("full", "Qwen3-4B-Base", *RENTED, prefer="fastest", num_devices=(1, 4, 8))
     each = [plan.speed.seconds_per_step for count in everything.num_devices for plan in alone(everything, count)]
     assert search(everything).speed.seconds_per_step <= TIE * min(each)
 
 
-def test_what_is_set_is_kept():
+def test_search_keeps_set_keys():
     resolved = resolve("full", "Qwen3-0.6B", "optimizer.state_dtype=8bit", "batch.micro_tokens=4096", "precision=fp32")
     keys = frozenset(key for key, origin in resolved.origins.items() if not origin.startswith("default"))
     plan = search(Goal((resolved.run,), catalog.get("Qwen3-0.6B"), (DEVICES["h100-80"],), set_keys=keys))
@@ -196,7 +194,7 @@ def test_what_is_set_is_kept():
     assert plan.cost is None  # nobody said how much data there is
 
 
-def test_packed_weights_are_the_way_out_where_they_are_open():
+def test_search_takes_qlora_when_lora_does_not_fit():
     runs = tuple(resolve(method, "Qwen2.5-32B").run for method in ("lora", "qlora"))
     shape = catalog.get("Qwen2.5-32B")
     roomy = search(Goal(runs, shape, (DEVICES["b200"],), facts=FACTS))
@@ -205,20 +203,20 @@ def test_packed_weights_are_the_way_out_where_they_are_open():
     assert "lora would take" in tight.reasons["method"] and tight.run.weights == "nf4"
 
 
-def test_a_purse_is_a_limit():
+def test_search_max_cost_and_max_hours():
     plan = search(goal("lora", "Qwen3-8B", *RENTED))
     assert plan.cost is not None and plan.cost.money is not None
-    enough = search(goal("lora", "Qwen3-8B", *RENTED, purse=plan.cost.money, prefer="fastest"))
+    enough = search(goal("lora", "Qwen3-8B", *RENTED, max_cost=plan.cost.money, prefer="fastest"))
     assert enough.cost is not None and (enough.cost.money or 0.0) <= plan.cost.money
     with pytest.raises(DoesNotFit, match=r"not \$0\.01: the cheapest takes"):
-        search(goal("lora", "Qwen3-8B", *RENTED, purse=0.01))
+        search(goal("lora", "Qwen3-8B", *RENTED, max_cost=0.01))
     with pytest.raises(DoesNotFit, match=r"not 1e-06 h"):
-        search(goal("lora", "Qwen3-8B", *RENTED, hours=1e-6))
+        search(goal("lora", "Qwen3-8B", *RENTED, max_hours=1e-6))
 
 
 @given(methods, models, st.sampled_from([1, 2, 4]), st.sampled_from(["data.seq_len=2048", "adapter.rank=64", "seed=3"]))
 @settings(max_examples=8)
-def test_a_written_plan_is_the_same_run(tmp_path_factory, method: str, model: str, num_devices: int, override: str):
+def test_write_run_round_trip(tmp_path_factory, method: str, model: str, num_devices: int, override: str):
     if method in ("full", "continue") and override.startswith("adapter"):
         override = "budget.steps=10"
     run, roomy = resolve(method, model, override).run, [with_memory(device, 2000.0) for device in RENTED[-3:]]
@@ -229,12 +227,12 @@ def test_a_written_plan_is_the_same_run(tmp_path_factory, method: str, model: st
     assert loaded == plan.run
     written = path.read_text()
     assert written.splitlines()[1] == "# a note" and f"{plan.memory.total / GIB:.2f} GiB" in written
-    shape = shape_of_run(loaded)
+    shape = planned_shape(loaded)
     assert shape is not None
-    assert of_run(loaded, shape, FACTS, plan.workload.compute_dtype, plan.workload.place) == plan.workload
+    assert of_run(loaded, shape, FACTS, plan.workload.compute_dtype, plan.workload.device_type) == plan.workload
 
 
-def test_a_file_that_no_plan_wrote_is_never_overwritten(tmp_path: Path):
+def test_write_run_never_overwrites_other_files(tmp_path: Path):
     plan = search(goal("lora", "Qwen3-0.6B", DEVICES["l4"]))
     mine = tmp_path / "mine.yaml"
     mine.write_text("method: lora\n")

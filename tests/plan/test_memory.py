@@ -9,10 +9,8 @@ from hypothesis import strategies as st
 
 from tests.allocator import allocated_peak
 from trivium.config.run import Adapter
-from trivium.data.batch import pack
-from trivium.model import catalog, head
+from trivium.model import catalog
 from trivium.model.shape import QwenShape
-from trivium.plan import memory
 from trivium.plan.memory import peak_memory
 from trivium.plan.workload import Workload
 
@@ -25,44 +23,38 @@ STEP = Workload(
     seq_len=512,
     micro_tokens=1024,
     step_tokens=1024,
-    recompute=False,
+    activation_checkpointing=False,
     compute_dtype="bf16",
-    place="cpu",
+    device_type="cpu",
     document_tokens=200,
 )
 LORA: dict[str, Any] = {"weights": "pretrained", "adapter": Adapter(rank=8), "supervised_share": 0.5}
 CASES: dict[str, dict[str, Any]] = {
     "scratch": {},
-    "scratch, recomputed, accumulated": {"recompute": True, "step_tokens": 2048},
+    "scratch, recomputed, accumulated": {"activation_checkpointing": True, "step_tokens": 2048},
     "scratch, fp32, untied": {"compute_dtype": "fp32", "shape": replace(SMALL, tie_word_embeddings=False)},
     "lora": LORA,
-    "lora, fp32, recomputed": LORA | {"compute_dtype": "fp32", "recompute": True},
-    "qlora, Qwen2.5, recomputed": LORA | {"weights": "nf4", "recompute": True, "shape": replace(SMALL, family="qwen2")},
+    "lora, fp32, recomputed": LORA | {"compute_dtype": "fp32", "activation_checkpointing": True},
+    "qlora, Qwen2.5, recomputed": LORA
+    | {"weights": "nf4", "activation_checkpointing": True, "shape": replace(SMALL, family="qwen2")},
     "some targets, dropout": LORA | {"adapter": Adapter(targets=["q_proj", "down_proj"], dropout=0.1)},
-    "8-bit moments": {"state_dtype": "8bit", "recompute": True},
+    "8-bit moments": {"state_dtype": "8bit", "activation_checkpointing": True},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_predicted_peak_is_the_allocators(name: str) -> None:
+def test_peak_memory_matches_allocator(name: str) -> None:
     work = replace(STEP, **CASES[name])
     assert peak_memory(work).allocated == pytest.approx(allocated_peak(work), rel=0.03)
-
-
-def test_constants_are_the_engines() -> None:
-    assert memory.LOGITS_CHUNK_BYTES == head.LOGITS_CHUNK_BYTES
-    assert memory.FROZEN_HEAD_CHUNK_BYTES == head.FROZEN_HEAD_CHUNK_BYTES
-    assert memory.CPU_SLICE_VALUES == head.CPU_SLICE_ELEMENTS
-    assert memory.SUPERVISED_MULTIPLE == pack.SUPERVISED_MULTIPLE
 
 
 steps = st.builds(
     replace,
     st.just(STEP),
     shape=st.sampled_from([SMALL, catalog.get("Qwen3-0.6B"), catalog.get("Qwen2.5-7B")]),
-    place=st.sampled_from(["cpu", "gpu"]),
+    device_type=st.sampled_from(["cpu", "gpu"]),
     compute_dtype=st.sampled_from(["fp32", "bf16"]),
-    recompute=st.booleans(),
+    activation_checkpointing=st.booleans(),
     state_dtype=st.sampled_from(["fp32", "8bit"]),
     adapter=st.sampled_from([None, Adapter(), Adapter(rank=64, targets=["q_proj"])]),
     supervised_share=st.floats(0.01, 1.0),
@@ -72,7 +64,7 @@ steps = st.builds(
 
 @given(steps)
 @settings(max_examples=60)
-def test_what_needs_less_takes_less(work: Workload) -> None:
+def test_peak_memory_is_monotonic(work: Workload) -> None:
     whole = peak_memory(work).total
     # With as many micro-batches: accumulating gradients takes more than one pass does.
     assert peak_memory(replace(work, micro_tokens=512, step_tokens=work.step_tokens // 2)).total <= whole
@@ -87,7 +79,7 @@ def test_what_needs_less_takes_less(work: Workload) -> None:
 
 @given(steps)
 @settings(max_examples=30)
-def test_items_are_whole_and_add_up(work: Workload) -> None:
+def test_peak_memory_items_add_up(work: Workload) -> None:
     found = peak_memory(work)
     assert all(type(size) is int and size > 0 for size in found.items.values())
     assert found.total < found.high

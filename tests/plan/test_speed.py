@@ -9,13 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trivium.config.run import Adapter
+from trivium.engine.metrics import training_flops
 from trivium.errors import ConfigError
+from trivium.measure.synthetic import synthetic_batches
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
 from trivium.plan import calibration, devices
 from trivium.plan.calibration import Calibration
-from trivium.plan.speed import communication_seconds, cost, predict_speed
-from trivium.plan.work import KINDS, projection_flops, step_work
+from trivium.plan.speed import (
+    KINDS,
+    attention_flops,
+    communication_seconds,
+    cost,
+    head_flops,
+    predict_speed,
+    projection_flops,
+    step_work,
+)
 from trivium.plan.workload import Workload
 
 QWEN_7B = QwenShape("qwen2", 151936, 4096, 11008, 32, 32, 32, 128, tie_word_embeddings=False)  # the first Qwen
@@ -36,8 +46,8 @@ def home(tmp_path, monkeypatch):
 def step(shape=TINY, **values):
     """A step of full fine-tuning on a GPU, or what `values` say."""
     numbers = {"weights": "pretrained", "adapter": None, "state_dtype": "fp32", "seq_len": 256, "micro_tokens": 256}
-    numbers |= {"step_tokens": values.get("micro_tokens", 256), "recompute": False}
-    return Workload(shape, **(numbers | {"compute_dtype": "bf16", "place": "gpu"} | values))
+    numbers |= {"step_tokens": values.get("micro_tokens", 256), "activation_checkpointing": False}
+    return Workload(shape, **(numbers | {"compute_dtype": "bf16", "device_type": "gpu"} | values))
 
 
 def full_row(name, seq_len, micro_tokens, micro_batches=4, **values):
@@ -52,11 +62,11 @@ QWEN_7B_LORA_A100 = {512: 1.5, 1024: 2.8, 2048: 5.2, 4096: 10.1, 8192: 21.3}
 
 
 @pytest.mark.parametrize(("seq_len", "seconds"), QWEN_7B_LORA_A100.items())
-def test_published_lora_rows_lie_near(seq_len, seconds):
+def test_predict_speed_published_lora(seq_len, seconds):
     work = step(
         QWEN_7B,
         adapter=Adapter(rank=64),
-        recompute=True,
+        activation_checkpointing=True,
         seq_len=seq_len,
         micro_tokens=seq_len,
         step_tokens=8 * seq_len,
@@ -80,12 +90,12 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_other_stacks_lie_within_a_factor_of_1_8(name):
+def test_predict_speed_of_other_stacks(name):
     work, device, measured = PUBLISHED[name]
     assert 1 / 1.8 < predict_speed(work, DEVICES[device]).tokens_per_second / measured < 1.8
 
 
-def test_utilisation_of_large_models_is_what_the_field_sees():
+def test_predict_speed_utilization_of_large_models():
     """All weights of a 7B model on A100s: llm-foundry publishes 52 to 62 % of the peak, by its non-causal count."""
     work = full_row("Qwen2.5-7B", 2048, 16384, 8)
     used = 6 * work.shape.num_matmul_params + 12 * 28 * 28 * 128 * 2048
@@ -93,12 +103,21 @@ def test_utilisation_of_large_models_is_what_the_field_sees():
     assert 0.4 < used * speed.tokens_per_second / 312e12 < 0.65
 
 
-def test_an_adapter_saves_a_third_not_nine_tenths():
+def test_projection_flops_of_adapter_are_two_thirds():
     """4 instead of 6 FLOPs a parameter and token, since only the weights' own gradients are spared."""
     full, adapted = (step(QWEN_7B, micro_tokens=4096, adapter=kind) for kind in (None, Adapter()))
     assert projection_flops(adapted) / projection_flops(full) == pytest.approx(2 / 3, rel=0.01)
-    recomputed = projection_flops(replace(adapted, recompute=True))
+    recomputed = projection_flops(replace(adapted, activation_checkpointing=True))
     assert recomputed / projection_flops(adapted) == pytest.approx(3 / 2, rel=0.01)
+
+
+def test_step_work_flops_match_the_engines_mfu():
+    """The same but for attention scores, which are computed again in the backward and not part of the MFU."""
+    work = step(supervised_share=0.5, document_tokens=64.0, micro_tokens=512, seq_len=256)
+    batches = synthetic_batches(work)
+    assert sum(batch.num_supervised for batch in batches) == 256
+    found = projection_flops(work) + head_flops(work) + attention_flops(work) * 6 / 7
+    assert found == pytest.approx(sum(training_flops(work.shape, batch) for batch in batches), rel=0.001)
 
 
 works = st.builds(
@@ -109,10 +128,10 @@ works = st.builds(
     seq_len=st.just(512),
     micro_tokens=st.sampled_from([512, 2048]),
     step_tokens=st.sampled_from([2048, 65536]),
-    recompute=st.booleans(),
+    activation_checkpointing=st.booleans(),
     supervised_share=st.sampled_from([0.1, 1.0]),
     document_tokens=st.sampled_from([None, 100.0]),
-    place=st.sampled_from(["cpu", "gpu"]),
+    device_type=st.sampled_from(["cpu", "gpu"]),
     num_devices=st.sampled_from([1, 4, 16]),
     strategy=st.sampled_from(["ddp", "fsdp2", "zero2", "zero3"]),
     offload=st.sampled_from(["none", "optimizer", "all"]),
@@ -121,7 +140,7 @@ works = st.builds(
 
 @settings(max_examples=100, deadline=None)
 @given(work=works, device=st.sampled_from(list(DEVICES.values())))
-def test_any_step_has_a_time_that_its_items_add_up_to(work, device):
+def test_predict_speed_items_add_up(work, device):
     speed = predict_speed(work, device)
     assert 0 < speed.low < speed.seconds_per_step < speed.high < math.inf
     assert sum(speed.items.values()) == pytest.approx(speed.seconds_per_step)
@@ -131,22 +150,22 @@ def test_any_step_has_a_time_that_its_items_add_up_to(work, device):
 
 @settings(max_examples=60, deadline=None)
 @given(work=works, device=st.sampled_from([DEVICES["a100-80"], DEVICES["cpu-laptop"]]))
-def test_more_work_never_takes_less_time(work, device):
+def test_predict_speed_more_work_takes_longer(work, device):
     def seconds(**changes):
         return predict_speed(replace(work, **changes), device).seconds_per_step * (1 + 1e-9)
 
-    assert seconds(recompute=True) >= seconds(recompute=False) / (1 + 1e-9)
+    assert seconds(activation_checkpointing=True) >= seconds(activation_checkpointing=False) / (1 + 1e-9)
     assert seconds(supervised_share=1.0) >= seconds(supervised_share=0.1) / (1 + 1e-9)
 
 
-def test_documents_bound_attention():
+def test_predict_speed_documents_bound_attention():
     whole, cut = step(micro_tokens=4096, seq_len=4096), step(micro_tokens=4096, seq_len=4096, document_tokens=128.0)
     device = DEVICES["a100-80"]
     ratio = predict_speed(whole, device).items["attention"] / predict_speed(cut, device).items["attention"]
     assert ratio == pytest.approx(32)
 
 
-def test_devices_send_what_the_literature_says():
+def test_communication_seconds_match_zero_paper():
     """Rajbhandari et al. 2020: sharding weights sends half as much again as an all-reduce, when types are the same."""
     work = step(compute_dtype="fp32", num_devices=8, step_tokens=8 * 256)
     device = DEVICES["h100-80"]
@@ -156,7 +175,7 @@ def test_devices_send_what_the_literature_says():
     assert communication_seconds(replace(work, num_devices=1), device) == 0.0
 
 
-def test_more_devices_are_faster_but_never_in_proportion():
+def test_predict_speed_of_more_devices():
     work = full_row("Qwen3-8B", 2048, 4096, 8, strategy="fsdp2")
     speeds = [
         predict_speed(replace(work, num_devices=count, step_tokens=count * work.step_tokens), DEVICES["h100-80"])
@@ -167,7 +186,7 @@ def test_more_devices_are_faster_but_never_in_proportion():
     assert paces[2] <= 64 * paces[0] * 1.1  # a shard of the optimizer is all that can help
 
 
-def test_what_lies_in_the_hosts_memory_costs_time():
+def test_predict_speed_offload_costs_time():
     work, device = full_row("Qwen3-8B", 2048, 4096), DEVICES["a100-80"]
     seconds = [
         predict_speed(replace(work, offload=kind), device).seconds_per_step for kind in ("none", "optimizer", "all")
@@ -175,7 +194,7 @@ def test_what_lies_in_the_hosts_memory_costs_time():
     assert seconds[0] < seconds[1] < seconds[2]
 
 
-def test_a_dtype_that_is_emulated_is_slow():
+def test_predict_speed_emulated_dtype_is_slow():
     work = step(catalog.get("Qwen3-0.6B"), micro_tokens=2048)
     t4 = DEVICES["t4"]
     bf16, fp32 = (predict_speed(replace(work, compute_dtype=dtype), t4) for dtype in ("bf16", "fp32"))
@@ -201,9 +220,9 @@ def calibrated(**values):
     )
 
 
-def test_a_calibration_counts_for_its_device_and_dtype_alone():
+def test_predict_speed_uses_calibration_of_its_device_and_dtype():
     laptop, measured = DEVICES["cpu-laptop"], calibrated()
-    work = step(compute_dtype="fp32", place="cpu")
+    work = step(compute_dtype="fp32", device_type="cpu")
     by_rates = sum(term.amount for term in step_work(work)) * 1e-9
     assert predict_speed(work, laptop, measured).seconds_per_step == pytest.approx(by_rates)
     for other, device in ((work, DEVICES["cpu-server"]), (replace(work, compute_dtype="bf16"), laptop)):
@@ -213,7 +232,7 @@ def test_a_calibration_counts_for_its_device_and_dtype_alone():
     assert 0 < predict_speed(work, laptop, part).seconds_per_step < predict_speed(work, laptop).seconds_per_step
 
 
-def test_a_calibration_is_kept_and_read(home):
+def test_calibration_save_and_load(home):
     assert calibration.load() is None
     assert calibration.save(calibrated()) == home / "calibration.json"
     assert calibration.load() == calibrated()
@@ -231,8 +250,8 @@ def test_a_calibration_is_kept_and_read(home):
         json.dumps(asdict(calibrated()) | {"more": 1}),
     ],
 )
-def test_a_file_that_is_no_calibration_is_refused(home, content):
+def test_calibration_load_refuses_other_files(home, content):
     (home / "calibration.json").write_text(content)
-    with pytest.raises(ConfigError, match="is no calibration") as caught:
+    with pytest.raises(ConfigError, match="is not a calibration") as caught:
         calibration.load()
     assert "\n" not in str(caught.value)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trivium.config.run import Adapter, Projection, Run, with_method_defaults
 from trivium.engine.optim import state_tensors
-from trivium.measure.synthetic import rehearsal_engine
+from trivium.measure.synthetic import synthetic_engine
 from trivium.model import catalog
 from trivium.model.quantize import NF4Linear
 from trivium.model.qwen import Qwen
@@ -32,15 +32,15 @@ def work(shape: QwenShape, **changes: Any) -> Workload:
         "seq_len": 64,
         "micro_tokens": 128,
         "step_tokens": 128,
-        "recompute": False,
+        "activation_checkpointing": False,
         "compute_dtype": "bf16",
-        "place": "cpu",
+        "device_type": "cpu",
     }
     return Workload(shape, **values | changes)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_an_adapter_has_as_many_values_as_pefts_for_every_published_size(name: str) -> None:
+def test_num_adapter_params_matches_peft(name: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     shape = catalog.get(name)
@@ -58,13 +58,11 @@ def test_an_adapter_has_as_many_values_as_pefts_for_every_published_size(name: s
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("adapter", [None, Adapter(rank=5, dora=True)], ids=["everything", "adapter"])
 @pytest.mark.parametrize("state_dtype", ["fp32", "8bit"])
-def test_moments_take_as_many_bytes_as_the_optimizer_keeps(
-    family: Any, adapter: Adapter | None, state_dtype: Any
-) -> None:
+def test_moment_bytes_match_optimizer(family: Any, adapter: Adapter | None, state_dtype: Any) -> None:
     shape = QwenShape(**{**vars(SMALL), "family": family})
     rows = 3 if adapter else 0
     workload = work(shape, adapter=adapter, state_dtype=state_dtype, num_token_rows=rows)
-    engine = rehearsal_engine(workload)
+    engine = synthetic_engine(workload)
     found = state_tensors(engine.optimizer, engine.parameters)
     kept = {name: tensor for name, tensor in found.items() if not name.startswith("step.")}
     assert moment_bytes(workload) == sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
@@ -72,21 +70,21 @@ def test_moments_take_as_many_bytes_as_the_optimizer_keeps(
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
-def test_a_packed_matrix_takes_as_many_bytes_as_it_does(rows: int, columns: int) -> None:
+def test_nf4_bytes_match_bitsandbytes(rows: int, columns: int) -> None:
     layer = NF4Linear(torch.ones(rows, columns), None, torch.bfloat16)
     assert nf4_bytes(rows * columns) == layer.num_bytes
 
 
-def test_frozen_bytes_are_those_of_the_model() -> None:
+def test_frozen_bytes_match_model() -> None:
     for weights in ("pretrained", "nf4"):
         workload = work(SMALL, weights=weights, adapter=Adapter(rank=2))
-        model = rehearsal_engine(workload).model
+        model = synthetic_engine(workload).model
         packed = [module.num_bytes for module in model.modules() if isinstance(module, NF4Linear)]
         plain = [p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad]
         assert workload.frozen_bytes == sum(packed) + sum(plain)
 
 
-def test_a_run_files_step() -> None:
+def test_of_run_reads_run_file() -> None:
     values = {
         "method": "qlora",
         "name": "n",
@@ -99,6 +97,6 @@ def test_a_run_files_step() -> None:
     }
     run = Run.model_validate(with_method_defaults(values))
     made = of_run(run, catalog.get("Qwen3-0.6B"), None, "bf16", "gpu")
-    assert (made.weights, made.state_dtype, made.recompute) == ("nf4", "8bit", True)
+    assert (made.weights, made.state_dtype, made.activation_checkpointing) == ("nf4", "8bit", True)
     assert (made.seq_len, made.micro_tokens, made.num_micro_batches) == (512, 2048, 4)
     assert made.num_trained_params == num_adapter_params(made.shape, Adapter(rank=4))

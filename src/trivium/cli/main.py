@@ -20,7 +20,7 @@ from trivium.errors import TriviumError
 
 VERBS = {
     "quickstart": "Watch small models learn on this machine, in every way, and compare them, in minutes.",
-    "plan": "Find out which way to train fits the data, the hardware and the purse.",
+    "plan": "Plan a training run: method, memory, time and cost.",
     "train": "Train as a run file says; the same command again goes on where it stopped.",
     "doctor": "Find what would make a run fail, or silently learn the wrong thing.",
     "data": "Inspect data, build token stores, import those of others.",

@@ -1,7 +1,7 @@
-"""`trivium plan`: which way, will it fit, how long, what will it cost, before anything is rented or trained.
+"""`trivium plan`: which method, does it fit, how long does it take and what does it cost, before renting or training.
 
-Flags to a request, and the answer to stdout; the planning is `trivium.plan`, the page `trivium.report.plan_page`.
-Torch is imported for --trace and --calibrate alone, and for a model that only the Hub knows.
+Turns options into a request and prints the answer; `trivium.plan` plans and `trivium.report.plan_page` formats.
+Torch is imported for --calibrate only, and for a model that only the Hub knows.
 """
 
 import json
@@ -9,6 +9,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,12 @@ from trivium.errors import ConfigError
 if TYPE_CHECKING:
     from trivium.config.run import Source
     from trivium.model.shape import QwenShape
-    from trivium.plan.facts import DataFacts
-    from trivium.plan.goal import Plan
-    from trivium.plan.request import Request
+    from trivium.plan.request import PlanRequest, ResolvedRequest
+    from trivium.plan.search import Plan
+    from trivium.plan.workload import DataFacts
 
 FILE = click.Path(path_type=Path)
-GIB = 1 << 30
-
-
-MOST = 1e18  # of anything: the tokens of all that was ever written are fewer
+MAX_AMOUNT = 1e18
 
 
 class Amount(click.ParamType):
@@ -43,10 +41,10 @@ class Amount(click.ParamType):
             number = float(text if isinstance(count, str) or not count else str(count))
         except ValueError:
             number = math.nan
-        if not 0 < number <= MOST:
+        if not 0 < number <= MAX_AMOUNT:
             name = param.opts[0] if param else "A number"
             raise ConfigError(
-                f"{name} is {value!r}; give a number above zero, and up to {MOST:.0e}, such as 0.5, 24, 10K or 1.5B."
+                f"{name} is {value!r}; expected a number above zero and up to {MAX_AMOUNT:.0e}, such as 0.5, 24 or 10K."
             )
         return number
 
@@ -55,9 +53,9 @@ AMOUNT = Amount()
 GROUPS = {
     "Data": ("data", "rows", "tokens", "kind"),
     "Hardware": ("device", "devices", "memory"),
-    "Wishes": ("method", "prefer", "purse", "hours", "adapter_only", "general"),
-    "Output": ("run_file", "as_json", "trace"),
-    "Instead of a plan": ("calibrate", "is_check", "is_table"),
+    "Goal": ("method", "prefer", "max_cost", "max_hours", "adapter_only", "general"),
+    "Output": ("run_file", "as_json"),
+    "Instead of a plan": ("calibrate", "is_check"),
 }
 """The options by what they are about, as `--help` shows them."""
 
@@ -74,42 +72,53 @@ class GroupedCommand(click.Command):
 
 @click.command(cls=GroupedCommand)
 @click.argument("words", nargs=-1, metavar="[RUN_FILE_OR_MODEL] [KEY=VALUE]...")
-@click.option("--data", type=FILE, multiple=True, help="A file or folder to learn from; repeatable.")
-@click.option("--rows", type=AMOUNT, help="Instead of files: how many conversations or documents, such as 5K.")
-@click.option("--tokens", type=AMOUNT, help="Instead of files, or beside --rows: how many tokens, such as 1B.")
+@click.option("--data", type=FILE, multiple=True, help="A file or folder of training data; repeatable.")
+@click.option("--rows", type=AMOUNT, help="Number of conversations or documents, instead of files, such as 5K.")
+@click.option("--tokens", type=AMOUNT, help="Number of tokens, instead of files or with --rows, such as 1B.")
 @click.option("--kind", type=click.Choice(["conversations", "documents"]), help="What --rows and --tokens count.")
-@click.option("--device", help="What to train on, such as l40s; `any`: the best to rent. Default: this machine.")
 @click.option(
-    "--devices", type=click.IntRange(1, 4096), metavar="NUMBER", help="How many. Default: one; of rented ones, up to 8."
+    "--device", help="Device to train on, such as l40s, or `any` for the best one to rent. Default: this machine."
 )
-@click.option("--memory", type=AMOUNT, help="GiB of a device that count, instead of all.")
-@click.option("--method", type=click.Choice(list(METHOD_DEFAULTS)), help="The way to train. Default: as the data asks.")
-@click.option("--prefer", type=click.Choice(["cheapest", "fastest"]), default="cheapest", show_default=True)
-@click.option("--purse", type=AMOUNT, help="US dollars that the run may cost.")
-@click.option("--hours", type=AMOUNT, help="Hours that the run may take.")
-@click.option("--adapter-only", is_flag=True, help="Only an adapter may be shared, apart from the model's licence.")
-@click.option("--general", type=click.Choice(["yes", "no"]), help="Whether a general model already does the task.")
+@click.option(
+    "--devices",
+    type=click.IntRange(1, 4096),
+    metavar="NUMBER",
+    help="Number of devices. Default: 1, or up to 8 of a rented GPU.",
+)
+@click.option("--memory", type=AMOUNT, help="Memory of a device in GiB. Default: all of it.")
+@click.option(
+    "--method", type=click.Choice(list(METHOD_DEFAULTS)), help="Training method. Default: chosen by the data."
+)
+@click.option(
+    "--prefer",
+    type=click.Choice(["cheapest", "fastest"]),
+    default="cheapest",
+    show_default=True,
+    help="What to optimize.",
+)
+@click.option("--max-cost", type=AMOUNT, help="Maximum cost of the run in US dollars.")
+@click.option("--max-hours", type=AMOUNT, help="Maximum length of the run in hours.")
+@click.option("--adapter-only", is_flag=True, help="Only an adapter may be published, because of the model's license.")
+@click.option("--general", type=click.Choice(["yes", "no"]), help="Whether an existing model already does the task.")
 @click.option("--write", "run_file", type=FILE, help="Write the plan as a run file.")
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
-@click.option("--trace", is_flag=True, help="Check the memory against a step of the engine itself; needs no device.")
-@click.option("--calibrate", is_flag=True, help="Measure this machine once, in minutes; used from then on.")
-@click.option("--check", "is_check", is_flag=True, help="The words are run folders: what was predicted, what came.")
-@click.option("--table", "is_table", is_flag=True, help="What two guides' tables say of Qwen, with our figures beside.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--calibrate", is_flag=True, help="Measure this machine once (minutes); later plans use it.")
+@click.option(
+    "--check", "is_check", is_flag=True, help="Compare predictions with measurements for the given run folders."
+)
 def plan(
     words: tuple[str, ...],
     run_file: Path | None,
     as_json: bool,
-    trace: bool,
     calibrate: bool,
     is_check: bool,
-    is_table: bool,
     **flags: Any,
 ) -> None:
-    """Find out which way to train fits the data, the hardware and the purse.
+    """Plan a training run: method, memory, time and cost.
 
-    Plans a RUN_FILE, a MODEL (a name, a folder, or a size such as 25M), or without either what fits the data: memory,
-    time, money, and why. What is set stays; the rest is searched. On a terminal with nothing given, asks. Exit codes:
-    0 a plan, or the advice not to train; 2 usage; 3 nothing fits, with the cheapest changes that would.
+    Plans a RUN_FILE, a MODEL (a name, a folder, or a size such as 25M), or, without either, what suits the data. What
+    is set is kept; the rest is searched. Without any arguments it asks on a terminal. Exit codes: 0 a plan, or the
+    advice not to train; 2 usage; 3 nothing fits, with the cheapest changes that would fit.
 
     \b
     Examples:
@@ -122,10 +131,8 @@ def plan(
         _calibrate()
     elif is_check:
         _check([Path(word) for word in words], as_json)
-    elif is_table:
-        _table(as_json)
     else:
-        _plan(_request(words, run_file, **flags), run_file, as_json, trace)
+        _plan(_request(words, run_file, **flags), run_file, as_json)
 
 
 def _request(
@@ -139,12 +146,13 @@ def _request(
     devices: int | None,
     memory: float | None,
     **flags: Any,
-) -> "Request":
-    """The flags as one value; the first word is the target unless it is an override."""
-    from trivium.plan.request import Request
+) -> "PlanRequest":
+    """The options as one value; the first word is the target unless it is an override."""
+    from trivium.plan.devices import GIB
+    from trivium.plan.request import PlanRequest
 
     has_target = bool(words) and "=" not in words[0]
-    return Request(
+    return PlanRequest(
         target=words[0] if has_target else None,
         overrides=words[1:] if has_target else words,
         sources=tuple(map(str, data)),
@@ -158,65 +166,70 @@ def _request(
 
 
 def _given_facts(rows: float | None, tokens: float | None, kind: Any, data: tuple[Path, ...]) -> "DataFacts | None":
-    """The data in numbers, where that is how it is given."""
-    from trivium.plan.facts import given_facts
+    """The data in numbers, where it is given in numbers."""
+    from trivium.plan.workload import given_facts
 
     if rows is None and tokens is None:
         if kind is not None:
             raise ConfigError(
-                f"--kind {kind} of how much? Give --rows, --tokens or both; --data finds its kind itself."
+                f"--kind {kind} was given without an amount. Add --rows, --tokens or both; --data needs no kind."
             )
         return None
     if data or kind is None:
         given = "--data as well" if data else "no --kind"
         raise ConfigError(
-            f"Found --rows or --tokens and {given}. Numbers stand for files, and need a --kind of their own."
+            f"Found --rows or --tokens and {given}. Expected either --data, or numbers together with --kind."
         )
     return given_facts(kind, *(None if count is None else round(count) for count in (rows, tokens)))
 
 
-def _plan(request: "Request", run_file: Path | None, as_json: bool, trace: bool) -> None:
-    from trivium.plan.answer import answer, as_record
-    from trivium.plan.request import of_answers, understand
-    from trivium.plan.write import write_run
+def _plan(request: "PlanRequest", run_file: Path | None, as_json: bool) -> None:
+    from trivium.plan.advice import advise, as_record, write_run
+    from trivium.plan.request import resolve_request
 
     if request.target or request.sources or request.facts or request.is_general:
-        understood = understand(request, _survey, _read_hub)
+        resolved = resolve_request(request, _survey, _read_hub)
     else:
-        understood = of_answers(_ask(), request, _survey, _read_hub)
-    given = answer(understood.situation, understood.way, understood.goal)
-    record = as_record(given)
-    if trace and given.plan:
-        record["trace"] = _trace(given.plan)
-    if run_file and given.plan:
-        write_run(given.plan, run_file, _notes(given.plan))
+        resolved = _ask(request)
+    advice = advise(resolved.situation, resolved.decision, resolved.goal)
+    if run_file and advice.plan:
+        write_run(advice.plan, run_file, _notes(advice.plan))
         click.echo(f"written: {run_file}", err=True)
     if as_json:
-        click.echo(json.dumps(record, indent=2))
+        click.echo(json.dumps(as_record(advice), indent=2))
         return
     from trivium.report.plan_page import print_page
 
-    print_page(given, _next_commands(given.plan, request.target, run_file), record.get("trace"))
+    print_page(advice, _next_commands(advice.plan, request.target, run_file))
 
 
-def _ask() -> Any:
-    """The answers to the questions. Raises: ConfigError where there is nobody to ask."""
-    from trivium.plan.questions import ask
+def _ask(request: "PlanRequest") -> "ResolvedRequest":
+    """What the answers to the questions ask for. Raises: ConfigError where there is no terminal to ask on."""
+    from trivium.cli.plan_questions import ask
+    from trivium.config.run import Source
+    from trivium.plan.request import resolve_situation
 
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise ConfigError(
             "There is nothing to plan. Expected a run file, a model such as Qwen/Qwen3-0.6B, or data: --data FILE, or "
-            "--rows 5K --kind conversations, or --tokens 1B --kind documents. On a terminal `trivium plan` asks."
+            "--rows 5K --kind conversations, or --tokens 1B --kind documents. On a terminal, `trivium plan` asks."
         )
-    return ask(lambda text, default: click.prompt(text, default=default, err=True))
+    answers = ask(lambda text, default: click.prompt(text, default=default, err=True))
+    facts, sources = answers.data, ()
+    if isinstance(facts, str):
+        sources = (str(Path(facts).expanduser()),)
+        facts = _survey([Source(path=path) for path in sources])
+    limits = {"max_cost": answers.max_cost, "max_hours": answers.max_hours}
+    request = replace(request, sources=sources, num_devices=answers.num_devices, **limits)
+    return resolve_situation(answers.situation(facts), request, _read_hub)
 
 
 def _notes(plan: "Plan") -> list[str]:
-    """What the reader of a written run file has to know beside its figures."""
+    """What the header of a written run file has to say."""
     from trivium.plan.request import NO_DATA_YET
 
     waits = [source.path for source in plan.run.data.sources] == [NO_DATA_YET]
-    return [f"{NO_DATA_YET} stands for the data: put its path there."] if waits else []
+    return [f"{NO_DATA_YET} is a placeholder: replace it with the path of your data."] if waits else []
 
 
 def _next_commands(plan: "Plan | None", target: str | None, run_file: Path | None) -> list[str]:
@@ -233,11 +246,11 @@ def _next_commands(plan: "Plan | None", target: str | None, run_file: Path | Non
 
 
 def _survey(sources: "Sequence[Source]") -> "DataFacts":
-    """What files hold, their tokens estimated, since counting takes the tokenizer and with it torch."""
+    """The facts of files, with estimated tokens, since counting needs the tokenizer and with it torch."""
     from dataclasses import fields
 
     from trivium.data.look.survey import survey
-    from trivium.plan.facts import DataFacts
+    from trivium.plan.workload import DataFacts
 
     found = survey(sources)
     click.echo(f"data: {found.how}", err=True)
@@ -251,26 +264,14 @@ def _read_hub(name: str) -> "QwenShape":
     return hf.read_shape(hf.find_folder(name, with_weights=False))
 
 
-def _trace(plan: "Plan") -> dict[str, Any]:
-    """The memory of the plan's step in the engine itself, beside what was predicted."""
-    from dataclasses import asdict
-
-    from trivium.measure.trace import trace_peak
-
-    if plan.workload.num_devices > 1:
-        raise ConfigError("A trace is of one device; plan with --devices 1 to trace it.")
-    found = trace_peak(plan.workload)
-    return asdict(found) | {"predicted_bytes": plan.memory.allocated}
-
-
 def _calibrate() -> None:
-    """Measure this machine, and keep the figures."""
+    """Measure this machine and save the figures."""
     from trivium.measure.calibrate import calibrate
     from trivium.plan import calibration
 
     measured = calibrate(lambda text: click.echo(text, err=True))
     for dtype, error in measured.error.items():
-        click.echo(f"{dtype}: every step within {error:.0%} of what the figures say", err=True)
+        click.echo(f"{dtype}: every step within {error:.0%} of its measured time", err=True)
     click.echo(f"written: {calibration.save(measured)}", err=True)
 
 
@@ -279,14 +280,8 @@ def _check(folders: list[Path], as_json: bool) -> None:
     from trivium.plan import check
 
     if not folders:
-        raise ConfigError("--check needs run folders, such as runs/lora.")
+        raise ConfigError(
+            "--check was given without run folders. Expected for example: trivium plan --check runs/lora."
+        )
     outcomes = check.check(folders)
     click.echo(json.dumps(check.as_json(outcomes), indent=2) if as_json else check.as_table(outcomes))
-
-
-def _table(as_json: bool) -> None:
-    """Print what two guides say in numbers, computed again."""
-    from trivium.plan.tables import show, tables
-
-    found = tables()
-    click.echo(json.dumps(show.as_json(found), indent=2) if as_json else show.as_text(found))

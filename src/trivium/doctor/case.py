@@ -73,7 +73,7 @@ class Case:
     def workload(self) -> Workload:
         """One step in the planner's numbers."""
         job, machine = self.job, self.machine
-        return of_run(job.run, job.shape, job.facts, machine.precision, machine.place)
+        return of_run(job.run, job.shape, job.facts, machine.precision, machine.device_type)
 
     @cached_property
     def template(self) -> ChatTemplate | None:

@@ -18,10 +18,9 @@ import torch
 
 from trivium.errors import ConfigError
 from trivium.plan import devices
-from trivium.plan.workload import ComputeDtype, Place
+from trivium.plan.workload import ComputeDtype, DeviceType
 
 PROBE_ROWS, PROBE_WIDTH = 512, 768
-GIB = 1 << 30
 BYTES_OF_UNIT = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 ASKED_MEMORY = re.compile(r"[Tt]ried to allocate ([0-9.]+) (bytes|KiB|MiB|GiB)")
 OUT_OF_MEMORY = ("t allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
@@ -58,7 +57,7 @@ class Machine:
         return replace(self, compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
 
     @property
-    def place(self) -> Place:
+    def device_type(self) -> DeviceType:
         """Which of the two ways attention and softmax run."""
         return "cpu" if self.device.type == "cpu" else "gpu"
 

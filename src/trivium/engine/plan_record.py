@@ -10,14 +10,15 @@ from statistics import median
 from typing import Any
 
 from trivium.engine.build import trained_tokens
-from trivium.engine.device import GIB, LOOSE_FACTOR, Machine, asked_bytes, peak_memory_bytes
+from trivium.engine.device import LOOSE_FACTOR, Machine, asked_bytes, peak_memory_bytes
 from trivium.engine.prepare import Job
 from trivium.engine.runfolder import RunFolder, now
 from trivium.errors import DoesNotFit
 from trivium.plan import calibration
 from trivium.plan.check import PLAN_FILE
+from trivium.plan.devices import GIB, MIB
 from trivium.plan.fit import FIT_SHARE, cheapest_fixes
-from trivium.plan.memory import MIB, Memory, peak_memory
+from trivium.plan.memory import Memory, peak_memory
 from trivium.plan.speed import predict_speed
 from trivium.plan.workload import Workload, of_run
 
@@ -31,7 +32,7 @@ ALLOCATED = "the most that the device's allocator had given out; the runtime and
 
 def workload_of(job: Job, machine: Machine) -> Workload:
     """One step of a prepared run as numbers, the rows of tokens that are trained beside an adapter counted too."""
-    workload = of_run(job.run, job.shape, job.facts, machine.precision, machine.place)
+    workload = of_run(job.run, job.shape, job.facts, machine.precision, machine.device_type)
     return workload if job.run.adapter is None else replace(workload, num_token_rows=len(trained_tokens(job)))
 
 
@@ -53,7 +54,7 @@ def predict(job: Job, machine: Machine, versions: dict[str, str], held_bytes: in
     read_share = share_of_real_tokens(job)
     tokens = read_share * workload.step_tokens
     items = {name: size for name, size in memory.items.items() if name != "framework"}
-    if machine.place == "cpu":
+    if machine.device_type == "cpu":
         items |= {"held before the engine": held_bytes, "loaded by the first step": FIRST_STEP_BYTES}
     peak_bytes = sum(items.values())
     hours = job.num_steps / 3600
@@ -72,7 +73,7 @@ def predict(job: Job, machine: Machine, versions: dict[str, str], held_bytes: in
             "bytes": peak_bytes,
             "low": round(FIT_SHARE * peak_bytes),
             "high": max(round(peak_bytes / FIT_SHARE), peak_bytes + _kept_bytes(job, machine, memory)),
-            "what": RESIDENT if machine.place == "cpu" else ALLOCATED,
+            "what": RESIDENT if machine.device_type == "cpu" else ALLOCATED,
             "instant": memory.instant,
             "items": items,
         },
@@ -91,12 +92,12 @@ def predict(job: Job, machine: Machine, versions: dict[str, str], held_bytes: in
 def is_tight(job: Job, machine: Machine) -> bool:
     """Whether a CPU's memory may not do unless freed blocks go back to the system, see `return_freed_blocks`."""
     allocated_bytes = peak_memory(workload_of(job, machine)).allocated
-    return machine.place == "cpu" and LOOSE_FACTOR * allocated_bytes > machine.memory_bytes
+    return machine.device_type == "cpu" and LOOSE_FACTOR * allocated_bytes > machine.memory_bytes
 
 
 def _kept_bytes(job: Job, machine: Machine, memory: Memory) -> int:
     """What the allocator may hold beyond what it has given out, at most."""
-    is_loose = machine.place == "cpu" and not is_tight(job, machine)
+    is_loose = machine.device_type == "cpu" and not is_tight(job, machine)
     return round((LOOSE_FACTOR - 1) * memory.allocated) if is_loose else memory.slack
 
 
@@ -150,7 +151,7 @@ def ran_out(job: Job, machine: Machine, error: Exception, held_bytes: int) -> Do
     """
     workload = workload_of(job, machine)
     memory, asked = peak_memory(workload), asked_bytes(error)
-    grown = peak_memory_bytes(machine.device) - (held_bytes if machine.place == "cpu" else 0)
+    grown = peak_memory_bytes(machine.device) - (held_bytes if machine.device_type == "cpu" else 0)
     # What the allocator held beyond what it had given out is in none of the last two, and in what a fix is held to.
     limit = min(machine.memory_bytes, min(memory.total, memory.framework + grown + asked) + memory.slack)
     said = " ".join(str(error).split())[:SHOWN_CHARACTERS] or type(error).__name__

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from trivium.data.store.build import BuildSettings, BuiltStore, Listener, build_
 from trivium.data.store.megatron import Selection, Store
 from trivium.data.store.train_tokenizer import train_tokenizer_from_sources
 from trivium.data.tokenizer import load_tokenizer
-from trivium.engine.device import GIB, Machine
+from trivium.engine.device import Machine
 from trivium.engine.sample import end_ids
 from trivium.errors import ConfigError
 from trivium.files import sha256_file
 from trivium.model import catalog, hf
+from trivium.model.resolve import settle_shape, shape_of_sizes
 from trivium.model.shape import QwenShape
-from trivium.plan.facts import DataFacts
+from trivium.plan.devices import GIB
 from trivium.plan.fit import settle_batch
-
-VOCAB_MULTIPLE = 64
+from trivium.plan.workload import DataFacts
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def require_one_device(run: Run) -> None:
 
 def settle_batching(run: Run, shape: QwenShape, facts: DataFacts, machine: Machine, note: Callable[[str], None]) -> Run:
     """The run with its micro-batch and activation checkpointing settled: as set, else the default, else what fits."""
-    settled = settle_batch(run, shape, machine.precision, machine.place, machine.memory_bytes, facts)
+    settled = settle_batch(run, shape, machine.precision, machine.device_type, machine.memory_bytes, facts)
     chosen = []
     if settled.sequences_per_micro_batch != run.sequences_per_micro_batch:
         chosen.append(f"batch.micro_tokens: {settled.batch.micro_tokens}")
@@ -251,19 +251,8 @@ def find_shape(run: Run) -> tuple[QwenShape | None, Path | None]:
     Returns: (None, None) for a parameter budget, whose shape depends on the vocabulary.
     """
     model = run.model
-    if model.shape is not None:
-        given = model.shape
-        heads = given.num_attention_heads
-        values = given.model_dump(exclude={"num_key_value_heads", "head_dim"})
-        return QwenShape(
-            **values,
-            num_key_value_heads=given.num_key_value_heads or heads,
-            head_dim=given.head_dim or given.hidden_size // heads,
-            vocab_size=model.vocab_size or VOCAB_MULTIPLE,
-            max_position_embeddings=run.data.seq_len,
-        ), None
     if model.name is None:
-        return None, None
+        return shape_of_sizes(run), None
     if run.weights == "random" and model.name.lower() in {name.lower() for name in catalog.names()}:
         return catalog.get(model.name), None
     folder = hf.find_folder(model.name, with_weights=run.weights != "random")
@@ -286,33 +275,6 @@ def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], No
         max_document_mib=run.data.max_document_mib,
         listener=Listener(note),
     )
-
-
-def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer_folder: Path) -> QwenShape:
-    """The shape with its vocabulary size: as pretrained, as set, or as the tokenizer needs.
-
-    Raises: ConfigError when the embedding table would have fewer rows than the tokenizer has tokens.
-    """
-    vocab_size = run.model.vocab_size or VOCAB_MULTIPLE * math.ceil(num_tokens / VOCAB_MULTIPLE)
-    if shape is not None and run.weights != "random":
-        if run.model.vocab_size not in (None, shape.vocab_size):
-            raise ConfigError(
-                f"model.vocab_size is {run.model.vocab_size:,} and the pretrained table has {shape.vocab_size:,} rows; "
-                "leave model.vocab_size out when weights are not random."
-            )
-        vocab_size = shape.vocab_size
-    elif shape is not None and run.model.name is not None and run.tokenizer is not None and run.tokenizer.path:
-        vocab_size = run.model.vocab_size or max(shape.vocab_size, vocab_size)
-    if vocab_size < num_tokens:
-        raise ConfigError(
-            f"The tokenizer in {tokenizer_folder} has {num_tokens:,} tokens and the model's table {vocab_size:,} rows; "
-            f"every token needs a row. Set model.vocab_size to at least {num_tokens}, or use the model's own tokenizer."
-        )
-    if shape is None:
-        assert run.model.params is not None
-        shape = catalog.size_for_budget(run.model.params, vocab_size)
-        return replace(shape, max_position_embeddings=run.data.seq_len)
-    return replace(shape, vocab_size=vocab_size)
 
 
 def build_data(run: Run, tokenizer: Any, note: Callable[[str], None]) -> list[BuiltStore]:

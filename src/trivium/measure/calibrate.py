@@ -1,8 +1,8 @@
 """Measures what this machine takes for each kind of work, by timing real steps of the engine and fitting their work.
 
-Each step below is heavy in another kind (`plan/work.py`), so that together they tell the kinds apart; what a unit of
+Each step below is heavy in another kind (`plan/speed.py`), so that together they tell the kinds apart; what a unit of
 each takes is the fit of least relative errors in which nothing takes less than no time. Minutes, once a machine. Writes
-nothing: `plan/calibration.py` does. For `trivium plan --calibrate` and the benches.
+nothing: `plan/calibration.py` does.
 """
 
 import datetime
@@ -20,15 +20,15 @@ import torch
 from trivium.config.run import Adapter
 from trivium.engine.device import Machine, measure_flops, probe
 from trivium.errors import TriviumError
-from trivium.measure.synthetic import DTYPES, rehearsal_engine, rehearsal_step
+from trivium.measure.synthetic import DTYPES, synthetic_batches, synthetic_engine
 from trivium.model.shape import QwenShape
 from trivium.plan.calibration import Calibration
-from trivium.plan.work import KINDS, Kind, step_work
-from trivium.plan.workload import ComputeDtype, Place, Workload
+from trivium.plan.speed import KINDS, WorkKind, step_work
+from trivium.plan.workload import ComputeDtype, DeviceType, Workload
 
 SECONDS_PER_SAMPLE = 2.0
 LEAST_REPEATS, MOST_REPEATS = 3, 30
-# A dtype that is this much slower than fp32 is emulated: nobody trains in it, and measuring it would take hours.
+# A dtype that is this much slower than fp32 is emulated: it is of no use for training and slow to measure.
 EMULATED_SHARE = 0.5
 # How much wider and how many times the tokens the samples are on a GPU, so that it has something to do.
 GPU_WIDTH, GPU_TOKENS = 4, 8
@@ -57,12 +57,12 @@ class Sample:
     head_dim: int = 64
     trained: Trained = "everything"
     micro_batches: int = 1
-    recompute: bool = False
+    activation_checkpointing: bool = False
     supervised_share: float = 1.0
 
-    def workload(self, dtype: ComputeDtype, place: Place) -> Workload:
+    def workload(self, dtype: ComputeDtype, device_type: DeviceType) -> Workload:
         """The step as numbers, larger on a GPU."""
-        width, times = (GPU_WIDTH, GPU_TOKENS) if place == "gpu" else (1, 1)
+        width, times = (GPU_WIDTH, GPU_TOKENS) if device_type == "gpu" else (1, 1)
         hidden, tokens = width * self.hidden, times * self.tokens
         heads = hidden // self.head_dim
         shape = QwenShape(
@@ -84,15 +84,15 @@ class Sample:
             seq_len=tokens,
             micro_tokens=tokens,
             step_tokens=tokens * self.micro_batches,
-            recompute=self.recompute,
+            activation_checkpointing=self.activation_checkpointing,
             compute_dtype=dtype,
-            place=place,
+            device_type=device_type,
             supervised_share=self.supervised_share,
             document_tokens=times * self.document,
         )
 
 
-# Each is heavy in what stands beside it.
+# Each is heavy in the kind of work that its comment names.
 SAMPLES = (
     Sample(64, 6, 512, tokens=64, document=64, head_dim=32),  # operations; on a GPU nothing else
     Sample(512, 2, 1024, tokens=1024, document=128),  # products
@@ -107,13 +107,17 @@ SAMPLES = (
     Sample(128, 4, 1024, tokens=1024, document=32, head_dim=32),  # documents
     Sample(768, 2, 16384, tokens=64, document=64, micro_batches=4),  # weights, several times a step
     Sample(512, 1, 65536, tokens=128, document=128),  # the optimizer
-    Sample(256, 3, 1024, tokens=1024, document=256, recompute=True),  # recomputation
+    Sample(256, 3, 1024, tokens=1024, document=256, activation_checkpointing=True),  # activation checkpointing
     Sample(384, 2, 32768, tokens=1024, document=512, supervised_share=0.5),  # a usual mixture
     Sample(512, 2, 1024, tokens=1024, document=128, trained="adapter"),  # frozen products
-    Sample(192, 3, 8192, 1024, 256, 32, trained="adapter", recompute=True, supervised_share=0.25),  # the adapter's own
+    Sample(
+        192, 3, 8192, 1024, 256, 32, trained="adapter", activation_checkpointing=True, supervised_share=0.25
+    ),  # the adapter's own
     Sample(256, 1, 32768, tokens=512, document=256, trained="adapter"),  # a frozen head
     Sample(768, 2, 1024, tokens=128, document=128, trained="packed"),  # unpacking
-    Sample(384, 2, 8192, 512, 256, trained="packed", recompute=True, supervised_share=0.5),  # unpacking once more
+    Sample(
+        384, 2, 8192, 512, 256, trained="packed", activation_checkpointing=True, supervised_share=0.5
+    ),  # unpacking once more
 )
 
 
@@ -129,7 +133,7 @@ def calibrate(note: Callable[[str], None] = lambda text: None, device: str = "au
     samples = [sample for sample in SAMPLES if sample.trained != "packed" or find_spec("bitsandbytes")]
     rates, errors = {}, {}
     for dtype in (dtype for dtype in get_args(ComputeDtype) if _is_in_hardware(machine, dtype)):
-        steps = [sample.workload(dtype, machine.place) for sample in samples]
+        steps = [sample.workload(dtype, machine.device_type) for sample in samples]
         seconds = []
         for number, workload in enumerate(steps, start=1):
             note(f"{dtype}: step {number} of {len(steps)}")
@@ -165,7 +169,7 @@ def measure_step(workload: Workload, device: torch.device) -> float:
 
 def timed_steps(workload: Workload, device: torch.device, least_seconds: float) -> list[float]:
     """Seconds of each of several optimizer steps on random tokens, after one that warms up."""
-    engine, batches = rehearsal_engine(workload, device), rehearsal_step(workload)
+    engine, batches = synthetic_engine(workload, device), synthetic_batches(workload)
     times: list[float] = []
     while len(times) <= LEAST_REPEATS or (sum(times[1:]) < least_seconds and len(times) <= MOST_REPEATS):
         start = time.perf_counter()
@@ -186,7 +190,7 @@ def fit(steps: Sequence[Workload], seconds: Sequence[float]) -> tuple[dict[str, 
     amounts = np.array([[_amount(workload, kind) for kind in KINDS] for workload in steps])
     times, operations = np.array(seconds), KINDS.index("operations")
     launch = 0.0
-    if steps[0].place == "gpu":
+    if steps[0].device_type == "gpu":
         launch = times[0] / amounts[0, operations]
         is_busy = amounts[:, operations] * launch < HIDDEN_SHARE * times
         amounts, times = amounts[is_busy], times[is_busy]
@@ -199,7 +203,7 @@ def fit(steps: Sequence[Workload], seconds: Sequence[float]) -> tuple[dict[str, 
     return {kind: float(rate) for kind, rate in zip(KINDS, per_unit, strict=True) if kind in told}, error
 
 
-def _amount(workload: Workload, kind: Kind) -> float:
+def _amount(workload: Workload, kind: WorkKind) -> float:
     return sum(term.amount for term in step_work(workload) if term.kind == kind)
 
 
@@ -226,7 +230,7 @@ def non_negative_fit(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
                 x = wished
                 break
             blocked = free & (wished <= 0.0)
-            way = np.min(x[blocked] / np.maximum(x[blocked] - wished[blocked], np.finfo(float).tiny))
-            x += way * (wished - x)
+            fraction = np.min(x[blocked] / np.maximum(x[blocked] - wished[blocked], np.finfo(float).tiny))
+            x += fraction * (wished - x)
             free &= x > 1e-12
     return x / scale

@@ -4,7 +4,7 @@ Three of the engine's parts need kernels that a CPU, or a tensor without values,
 kernel (attention, normalisation, dropout), weights in NF4, and 8-bit moments. Also what other kernels take inside
 themselves, where that is much: operands cast on a CPU, the sums of an embedding's gradient on a GPU. Left out are
 scratch of matrix libraries and sorts, the norm's partial sums, and a CPU's unpacking of 8-bit moments: a few MiB each,
-or long after the peak. Used by `trace` alone.
+or long after the peak.
 """
 
 import math
@@ -23,7 +23,7 @@ from trivium.engine import optim
 from trivium.model import head, qwen
 from trivium.model.quantize import BLOCK_SIZE, NF4Linear
 from trivium.model.qwen import Documents, Linear, attend
-from trivium.plan.workload import Place
+from trivium.plan.workload import DeviceType
 
 FP32_STATE_VALUES = 4096  # bitsandbytes keeps the moments of smaller tensors in fp32
 PAGED_VALUES = 100_000  # and pages those of tensors that have as many
@@ -32,15 +32,15 @@ FLASH_ROWS = 128  # rows by which flash attention's scratch tensors are longer f
 
 
 @contextmanager
-def pretending(place: Place) -> Iterator[None]:
+def fake_kernels(device_type: DeviceType) -> Iterator[None]:
     """Inside, the engine makes the tensors that it would make on a CPU or on a GPU, whatever runs it."""
-    stand_ins: list[tuple[Any, str, Any]] = [(optim, "eight_bit_adamw", PretendAdamW8bit)]
-    if place == "gpu":
+    stand_ins: list[tuple[Any, str, Any]] = [(optim, "eight_bit_adamw", FakeAdamW8bit)]
+    if device_type == "gpu":
         stand_ins += [
             (qwen, "attend", _attend),
             (F, "rms_norm", _rms_norm),
             (F, "dropout", _dropout),
-            (head, "CPU_SLICE_ELEMENTS", sys.maxsize),  # there the softmax takes a chunk at a time
+            (head, "CPU_SLICE_VALUES", sys.maxsize),  # there the softmax processes a whole chunk at a time
         ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in stand_ins]
     try:
@@ -145,7 +145,7 @@ def scratch_of_a_gpu(operator: Any, operands: Sequence[Any]) -> int:
     return 4 * grad.shape[-1] * (num_tokens // ROWS_PER_SUM + min(num_tokens, num_rows))
 
 
-class PretendNF4Linear(NF4Linear):
+class FakeNF4Linear(NF4Linear):
     """The size of an NF4 projection: its buffers without values, and a new `weight` each time, as unpacking makes."""
 
     def __init__(self, layer: Linear, compute_dtype: torch.dtype) -> None:
@@ -171,12 +171,12 @@ class PretendNF4Linear(NF4Linear):
         del scales
         return weight
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "PretendNF4Linear":
+    def _apply(self, fn: Any, recurse: bool = True) -> "FakeNF4Linear":
         nn.Module._apply(self, fn, recurse)
         return self
 
 
-class PretendAdamW8bit(torch.optim.Optimizer):
+class FakeAdamW8bit(torch.optim.Optimizer):
     """The moments of bitsandbytes' AdamW: a byte a value and an fp32 scale for 256 of them; its step makes nothing.
 
     Small tensors and tables of embeddings have fp32 moments. Paged moments are not the allocator's: they have no size.

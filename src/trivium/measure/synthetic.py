@@ -1,7 +1,4 @@
-"""A step without a run: an engine with random weights and batches of random tokens, as a `Workload` says.
-
-For measuring what a step needs and takes: the planner's benches, its calibration, its tests. Trains nothing of use.
-"""
+"""An engine with random weights and batches of random tokens, as a `Workload` says, for measuring memory and speed."""
 
 import numpy as np
 import torch
@@ -20,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RandomStore:
-    """Documents of random tokens, of which an even share carries loss: the later ones, as in conversations."""
+    """Documents of random tokens, of which the last share is supervised, as in conversations."""
 
     def __init__(self, lengths: list[int], vocab_size: int, supervised_share: float) -> None:
         self.lengths = np.array(lengths, dtype=np.int64)
@@ -43,7 +40,7 @@ class RandomStore:
         return np.where(np.arange(start, stop) >= first, FULL_WEIGHT, 0).astype(np.uint8)
 
 
-def rehearsal_engine(workload: Workload, device: torch.device | str = "cpu") -> Engine:
+def synthetic_engine(workload: Workload, device: torch.device | str = "cpu") -> Engine:
     """The model of a workload with its optimizer, made as a run makes it but for the values of the weights."""
     config = Optimizer(lr=1e-5, weight_decay=0.1, state_dtype=workload.state_dtype)
     dtype = DTYPES[workload.compute_dtype]
@@ -55,7 +52,7 @@ def rehearsal_engine(workload: Workload, device: torch.device | str = "cpu") -> 
         model = frozen_model(workload, dtype, device)
         adapter.inject(model, workload.adapter, seed=0, token_ids=range(workload.num_token_rows))
     model.compute_dtype = dtype
-    model.activation_checkpointing = workload.recompute
+    model.activation_checkpointing = workload.activation_checkpointing
     return Engine(model, config, (workload.adapter or Adapter()).loraplus_lr_ratio)
 
 
@@ -77,7 +74,7 @@ def frozen_model(workload: Workload, dtype: torch.dtype, device: torch.device | 
     return model.requires_grad_(False)
 
 
-def rehearsal_step(workload: Workload, step: int = 0) -> list[Batch]:
+def synthetic_batches(workload: Workload, step: int = 0) -> list[Batch]:
     """The micro-batches of one device in one optimizer step, full to the last token."""
     length = round(workload.document_tokens or workload.seq_len)
     rows = []

@@ -1,8 +1,8 @@
 """The most memory of an optimizer step, found by running the engine on tensors that have sizes and no values.
 
 The network, the adapter, the loss and the optimizer are the real ones; each storage is counted from when an operator
-first returns it until nothing refers to it. Needs neither the memory nor the device, and is the referee of
-`plan.memory`. Of what kernels take and give back inside themselves it knows the large parts only (see `pretend`), and
+first returns it until nothing refers to it. Needs neither the memory nor the device, and is a check of
+`plan.memory`. Of what kernels take and give back inside themselves it knows the large parts only (`fake_kernels`), and
 nothing of what is not the allocator's. One device only. Imports torch, so the planner's search never waits for it.
 """
 
@@ -21,14 +21,14 @@ from trivium.config.run import Optimizer
 from trivium.data.batch.pack import Batch
 from trivium.engine import optim
 from trivium.engine.engine import Engine
-from trivium.measure.allocator import GRANULE_BYTES, reserved_bytes
-from trivium.measure.fake_kernels import PretendNF4Linear, pretending, scratch_of_a_cpu, scratch_of_a_gpu
-from trivium.measure.synthetic import DTYPES, rehearsal_step
+from trivium.measure.fake_kernels import FakeNF4Linear, fake_kernels, scratch_of_a_cpu, scratch_of_a_gpu
+from trivium.measure.synthetic import DTYPES, synthetic_batches
 from trivium.model import adapter
 from trivium.model.qwen import Linear, Qwen
-from trivium.plan.workload import Place, Workload
+from trivium.plan.workload import DeviceType, Workload
 
 LEARNING_RATE = 1e-4  # any
+GRANULE_BYTES = 512  # sizes of blocks on a GPU are multiples of this. Source: `CUDACachingAllocator.cpp` in PyTorch
 REST = "activations and temporaries"
 
 
@@ -38,14 +38,12 @@ class Trace:
 
     Attributes:
         peak_bytes: the most at one time.
-        reserved_bytes: what a GPU's allocator has of the device for it; on a CPU there is none, and it is the peak.
         phases: the most in each phase: forward (with the loss), backward, optimizer.
         items: bytes by what they are for, at the peak; they add up to it.
         seconds: how long the trace took.
     """
 
     peak_bytes: int
-    reserved_bytes: int
     phases: dict[str, int]
     items: dict[str, int]
     seconds: float
@@ -62,9 +60,9 @@ def trace_peak(workload: Workload) -> Trace:
         raise ValueError(f"a trace is of one device, and the workload has {workload.num_devices}")
     start = time.perf_counter()
     model = _model_without_storage(workload)
-    batches = rehearsal_step(replace(workload, step_tokens=min(workload.step_tokens, 2 * workload.micro_tokens)))
-    ledger = _Ledger(workload.place)
-    with FakeTensorMode() as fake, ledger, pretending(workload.place):
+    batches = synthetic_batches(replace(workload, step_tokens=min(workload.step_tokens, 2 * workload.micro_tokens)))
+    ledger = _Ledger(workload.device_type)
+    with FakeTensorMode() as fake, ledger, fake_kernels(workload.device_type):
         _give_storage(model)
         config = Optimizer(lr=LEARNING_RATE, weight_decay=0.0, state_dtype=workload.state_dtype)
         engine = Engine(model, config)
@@ -78,7 +76,6 @@ def trace_peak(workload: Workload) -> Trace:
         engine.optimizer_step(LEARNING_RATE, batches)
     return Trace(
         peak_bytes=ledger.peak_bytes,
-        reserved_bytes=reserved_bytes(ledger.changes) if workload.place == "gpu" else ledger.peak_bytes,
         phases=ledger.phases,
         items=ledger.items(),
         seconds=time.perf_counter() - start,
@@ -88,10 +85,10 @@ def trace_peak(workload: Workload) -> Trace:
 class _Ledger(TorchDispatchMode):
     """Every storage that appears and goes, in order."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, device_type: DeviceType) -> None:
         super().__init__()
-        self.granule_bytes = GRANULE_BYTES if place == "gpu" else 1
-        self.scratch_bytes = scratch_of_a_gpu if place == "gpu" else scratch_of_a_cpu
+        self.granule_bytes = GRANULE_BYTES if device_type == "gpu" else 1
+        self.scratch_bytes = scratch_of_a_gpu if device_type == "gpu" else scratch_of_a_cpu
         self.phase = "forward"
         self.phases: dict[str, int] = {}
         self.changes: list[tuple[int, int]] = []  # a storage's number, and bytes more or less
@@ -164,14 +161,14 @@ def _model_without_storage(workload: Workload) -> Qwen:
     dtype = DTYPES[workload.compute_dtype]
     with torch.device("meta"):
         model = Qwen(workload.shape)
-    model.compute_dtype, model.activation_checkpointing = dtype, workload.recompute
+    model.compute_dtype, model.activation_checkpointing = dtype, workload.activation_checkpointing
     if workload.adapter is None:
         return model
     model.to(dtype)
     if workload.weights == "nf4":
         for path, module in list(model.named_modules()):
             if isinstance(module, Linear) and path != "lm_head":
-                model.set_submodule(path, PretendNF4Linear(module, dtype))
+                model.set_submodule(path, FakeNF4Linear(module, dtype))
     plain = workload.adapter.model_copy(update={"init": "default"})
     adapter.inject(model, plain, seed=0, token_ids=range(workload.num_token_rows))
     if workload.adapter.init != "default":
@@ -180,14 +177,14 @@ def _model_without_storage(workload: Workload) -> Qwen:
 
 
 def _remember_start(model: Qwen) -> None:
-    """Beside an adapter that began as a part of the weights lie its first values."""
+    """An adapter that starts from the weights keeps its initial values."""
     for path, module in model.named_modules():
         if isinstance(module, Linear) and path.endswith((f"lora_A.{adapter.NAME}", f"lora_B.{adapter.NAME}")):
             module.register_buffer("start", torch.empty_like(module.weight), persistent=False)
 
 
 def _give_storage(model: Qwen) -> None:
-    """Put each of the model's tensors on the pretended device."""
+    """Put each of the model's tensors on the fake device."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=parameter.dtype)

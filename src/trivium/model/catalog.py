@@ -1,7 +1,6 @@
-"""Shapes by name: the published dense Qwen sizes, a ladder of small ones, and a search for any budget between.
+"""Shapes by name: the published dense Qwen sizes, a ladder of small ones, and a search for any budget between them.
 
-Constants are facts of the published models; the ladder is named by its true parameter counts. Knows no weights
-and never imports torch. Everybody at or above `model` may import this file.
+The ladder is named by its true parameter counts. Never imports torch.
 """
 
 import difflib
@@ -116,13 +115,13 @@ def size_for_budget(num_params: int, vocab_size: int, family: Family = "qwen3") 
     """
     if num_params <= 0 or vocab_size <= 0:
         raise ConfigError(
-            f"A model of {num_params:,} parameters with {vocab_size:,} tokens cannot be; both must be > 0."
+            f"The parameter budget is {num_params:,} and the vocabulary {vocab_size:,}. Expected both above zero."
         )
     candidates = list(_candidates(num_params, vocab_size, family))
     fitting = [shape for shape in candidates if abs(shape.num_params / num_params - 1) <= BUDGET_TOLERANCE]
     if not fitting:
         raise ConfigError(_why_nothing_fits(num_params, vocab_size, candidates))
-    return min(fitting, key=lambda shape: _strangeness(shape, num_params))
+    return min(fitting, key=lambda shape: _distance_from_usual(shape, num_params))
 
 
 def _candidates(num_params: int, vocab_size: int, family: Family) -> Iterator[QwenShape]:
@@ -136,8 +135,8 @@ def _candidates(num_params: int, vocab_size: int, family: Family) -> Iterator[Qw
         for intermediate in range(max(1, middle - 2) * step, (middle + 3) * step, step):
             row = (1, hidden, heads, _key_value_heads(heads), head_dim, intermediate, vocab_size, tied)
             one_layer = _shape(family, row, positions=4096, eps=1e-6)
-            besides_layers = one_layer.num_embedding_params + hidden
-            layers = (num_params - besides_layers) / (one_layer.num_params - besides_layers)
+            without_layers = one_layer.num_embedding_params + hidden
+            layers = (num_params - without_layers) / (one_layer.num_params - without_layers)
             for depth in {math.floor(layers), math.ceil(layers)}:
                 yield replace(one_layer, num_hidden_layers=min(max(1, depth), hidden // LEAST_ASPECT))
 
@@ -156,7 +155,7 @@ def _key_value_heads(heads: int) -> int:
     return heads // 2 if heads >= 8 and heads % 2 == 0 else heads
 
 
-def _strangeness(shape: QwenShape, num_params: int) -> float:
+def _distance_from_usual(shape: QwenShape, num_params: int) -> float:
     """How far a shape is from what the field builds: 0 is ideal, 1 is a factor of two in width over depth.
 
     The ideal ratio of width to depth is 24 in small models and hidden / 32 from 768 channels on, up to 128, which

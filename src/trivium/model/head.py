@@ -15,15 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# The gradient of a trained head is read and written once per chunk, so small chunks are slow; a frozen head has none.
-LOGITS_CHUNK_BYTES, FROZEN_HEAD_CHUNK_BYTES = 1 << 28, 1 << 26
-CPU_SLICE_ELEMENTS = 1 << 20
-
-
-def default_chunk_rows(vocab_size: int, dtype: torch.dtype, is_trained: bool) -> int:
-    """Tokens whose logits in `dtype` fill one chunk of a trained or a frozen head, at least 64."""
-    chunk_bytes = LOGITS_CHUNK_BYTES if is_trained else FROZEN_HEAD_CHUNK_BYTES
-    return max(64, chunk_bytes // (vocab_size * dtype.itemsize))
+from trivium.model.shape import CPU_SLICE_VALUES, loss_chunk_rows
 
 
 def cross_entropy_sum(
@@ -44,12 +36,12 @@ def cross_entropy_sum(
         labels_M: int64 [tokens]; a negative one marks padding, which adds nothing to the loss or to any gradient.
         weights_M: fp32 [tokens], the weight of each token; None weighs every token 1.
         head_rows: token ids, int64 [k], and rows, fp32 [k, hidden], that replace those of `weight_VD`.
-        chunk_rows: tokens whose logits exist at a time; None takes `default_chunk_rows`.
+        chunk_rows: tokens whose logits exist at a time; None takes `loss_chunk_rows`.
 
     Returns: fp32 scalar in nats. Softmax and sums are fp32; the gradient of the head is accumulated in fp32.
     """
     ids_K, rows_KD = head_rows or (labels_M.new_empty(0), weight_VD.new_empty(0, weight_VD.shape[1]))
-    chunk_rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_MD.dtype, weight_VD.requires_grad)
+    chunk_rows = chunk_rows or loss_chunk_rows(weight_VD.shape[0], hidden_MD.dtype.itemsize, weight_VD.requires_grad)
     return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, rows_KD, ids_K, labels_M, weights_M, chunk_rows)
 
 
@@ -66,7 +58,7 @@ def token_logprobs(
     For arguments see `cross_entropy_sum`.
     """
     ids_K, rows_KD = head_rows or (labels_M.new_empty(0), weight_VD.new_empty(0, weight_VD.shape[1]))
-    chunk_rows = chunk_rows or default_chunk_rows(weight_VD.shape[0], hidden_MD.dtype, is_trained=False)
+    chunk_rows = chunk_rows or loss_chunk_rows(weight_VD.shape[0], hidden_MD.dtype.itemsize, is_trained=False)
     head = _CastHead(weight_VD.to(hidden_MD.dtype), rows_KD.to(hidden_MD.dtype), ids_K)
     logprobs_M = torch.zeros(len(labels_M), dtype=torch.float32, device=hidden_MD.device)
     for chunk, softmax in head.chunks(hidden_MD, labels_M.clamp(min=0), chunk_rows):
@@ -164,7 +156,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _exponentiate(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     """Replace logits by exp(logits - row maximum) in place; return the maxima and the sums, fp32 [C, 1]."""
     num_rows, vocab_size = logits_CV.shape
-    slice_rows = max(1, CPU_SLICE_ELEMENTS // vocab_size) if logits_CV.device.type == "cpu" else num_rows
+    slice_rows = max(1, CPU_SLICE_VALUES // vocab_size) if logits_CV.device.type == "cpu" else num_rows
     maxima = torch.empty(num_rows, 1, dtype=torch.float32, device=logits_CV.device)
     sums = torch.empty_like(maxima)
     for rows in (slice(i, i + slice_rows) for i in range(0, num_rows, slice_rows)):

@@ -22,6 +22,7 @@ from torch import Tensor
 from trivium.errors import ConfigError
 from trivium.files import TensorSource, atomic_write, fsync_directory, require_free_space, write_safetensors
 from trivium.model.qwen import Qwen
+from trivium.model.resolve import read_json
 from trivium.model.shape import QwenShape
 
 WEIGHTS = "model.safetensors"
@@ -70,24 +71,6 @@ def find_folder(name: str, with_weights: bool = True) -> Path:
             f"{name!r} is no folder here and could not be fetched from the Hub: {reason} Check the name and the "
             "connection, sign in if the model is gated, or give the path of a folder that you have."
         ) from error
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """One JSON object from a model folder.
-
-    Raises: ConfigError when the file is missing or is something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist; expected the folder of a Hugging Face model. Check the path."
-        ) from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON ({error}). Fetch the file again.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}; expected a JSON object. Fetch the file again.")
-    return content
 
 
 def read_shape(folder: Path) -> QwenShape:

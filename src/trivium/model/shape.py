@@ -1,7 +1,7 @@
 """The shape of a dense Qwen model: what its config.json says, checked, and how many parameters that makes.
 
-Numbers only: no weights, no torch, so that planning and listing start at once. Everybody at or above
-`model` may import this file.
+Also the one table of a layer's weight matrices, from which parameter counts, FLOPs, memory, adapters and quantized
+sizes are computed. Numbers only: no weights and no torch, so that planning and listing start at once.
 """
 
 from collections.abc import Mapping
@@ -23,6 +23,42 @@ SIZE_FIELDS = (
     "head_dim",
     "max_position_embeddings",
 )
+
+# The loss is computed in chunks of logits. The gradient of a trained head is added to once a chunk, which makes small
+# chunks slow; a frozen head has none. On a CPU the softmax passes over a chunk in slices that fit the cache.
+LOGITS_CHUNK_BYTES, FROZEN_HEAD_CHUNK_BYTES, MIN_CHUNK_ROWS = 1 << 28, 1 << 26, 64
+CPU_SLICE_VALUES = 1 << 20
+
+
+def loss_chunk_rows(vocab_size: int, dtype_bytes: int, is_trained: bool) -> int:
+    """Supervised tokens whose logits fill one chunk of the loss, by whether the head is trained."""
+    chunk_bytes = LOGITS_CHUNK_BYTES if is_trained else FROZEN_HEAD_CHUNK_BYTES
+    return max(MIN_CHUNK_ROWS, chunk_bytes // (vocab_size * dtype_bytes))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix of a decoder layer.
+
+    Attributes:
+        name: of its module, such as `q_proj`.
+        out_features, in_features: its size.
+        has_bias: whether a bias is added to its output.
+        copies: how many of it a layer holds.
+        active: how many of these a token passes through.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    has_bias: bool = False
+    copies: int = 1
+    active: int = 1
+
+    @property
+    def num_values(self) -> int:
+        """Weights of one copy."""
+        return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
@@ -83,24 +119,40 @@ class QwenShape:
         """Parameters that the vocabulary costs: the embeddings, and the output head unless it is the same tensor."""
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
+    def layer_matrices(self) -> tuple[Matrix, ...]:
+        """The weight matrices of one layer, in the order of the forward pass."""
+        hidden, wide = self.hidden_size, self.intermediate_size
+        query, key_value = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return (
+            Matrix("q_proj", query, hidden, self.qkv_bias),
+            Matrix("k_proj", key_value, hidden, self.qkv_bias),
+            Matrix("v_proj", key_value, hidden, self.qkv_bias),
+            Matrix("o_proj", hidden, query),
+            Matrix("gate_proj", wide, hidden),
+            Matrix("up_proj", wide, hidden),
+            Matrix("down_proj", hidden, wide),
+        )
+
     @property
     def num_layer_matmul_params(self) -> int:
-        """Weights of one layer's seven projections."""
-        query_size = self.num_attention_heads * self.head_dim
-        key_value_size = self.num_key_value_heads * self.head_dim
-        attention = self.hidden_size * (2 * query_size + 2 * key_value_size)
-        return attention + 3 * self.hidden_size * self.intermediate_size
+        """Weights of the matrices that one layer holds."""
+        return sum(matrix.copies * matrix.num_values for matrix in self.layer_matrices())
+
+    @property
+    def num_layer_active_params(self) -> int:
+        """Weights of one layer's matrices that a token is multiplied with."""
+        return sum(matrix.active * matrix.num_values for matrix in self.layer_matrices())
 
     @property
     def num_matmul_params(self) -> int:
-        """Weights each token is multiplied with: every projection and the output head, not the embedding look-up."""
-        return self.num_hidden_layers * self.num_layer_matmul_params + self.vocab_size * self.hidden_size
+        """Weights that each token is multiplied with: layers and output head, but not the embedding look-up."""
+        return self.num_hidden_layers * self.num_layer_active_params + self.vocab_size * self.hidden_size
 
     @property
     def num_params(self) -> int:
         """Parameters of the whole model; a tied head counts once."""
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        biases = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim if self.qkv_bias else 0
+        biases = sum(matrix.copies * matrix.out_features for matrix in self.layer_matrices() if matrix.has_bias)
         layers = self.num_hidden_layers * (self.num_layer_matmul_params + norms + biases)
         return self.num_embedding_params + layers + self.hidden_size
 

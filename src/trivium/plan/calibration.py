@@ -44,7 +44,7 @@ class Calibration:
     versions: dict[str, str]
 
 
-class _Content(Part):
+class _CalibrationFile(Part):
     """The file, checked."""
 
     device: str
@@ -70,11 +70,11 @@ def load() -> Calibration | None:
     if not file.exists():
         return None
     try:
-        content = _Content.model_validate(json.loads(file.read_text()))
+        content = _CalibrationFile.model_validate(json.loads(file.read_text()))
     except (OSError, ValueError, ValidationError) as error:
         reason = printable(str(error).splitlines()[0])
         raise ConfigError(
-            f"{file} is no calibration ({reason}). Remove it, or measure again with `trivium plan --calibrate`."
+            f"{file} is not a calibration file ({reason}). Remove it, or measure again with `trivium plan --calibrate`."
         ) from None
     return Calibration(**content.model_dump())
 

@@ -1,7 +1,6 @@
-"""The planner held to its word: `plan.json` of run folders, what was predicted beside what was measured.
+"""Predictions against measurements, from the `plan.json` of run folders.
 
-Reads one file of each folder, written by `engine/forecast.py`, and no other record. The verb `plan` and the report
-import this file; it never imports torch.
+Reads one file of each folder, written by `engine/plan_record.py`. Never imports torch.
 """
 
 import json
@@ -13,7 +12,7 @@ from statistics import median
 from typing import Any, Literal
 
 from trivium.errors import ConfigError
-from trivium.plan.memory import GIB
+from trivium.plan.devices import GIB
 
 PLAN_FILE = "plan.json"
 
@@ -35,7 +34,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A plan and what became of it.
+    """The plan of a run and its measurements.
 
     Attributes:
         path: the run folder.
@@ -74,18 +73,18 @@ class Summary:
 def check(folders: Sequence[Path]) -> list[Outcome]:
     """The plans of many runs.
 
-    Raises: ConfigError naming every path that is no run folder.
+    Raises: ConfigError naming every path that is not a run folder.
     """
     if strangers := [str(folder) for folder in folders if not (folder / "run.yaml").is_file()]:
         raise ConfigError(
-            f"No run folder: {', '.join(strangers)}. Expected folders that `trivium train` made, with a run.yaml in "
+            f"Not a run folder: {', '.join(strangers)}. Expected folders that `trivium train` made, with a run.yaml in "
             "them. Name them as runs/NAME."
         )
     return [read_outcome(folder) for folder in folders]
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """One run's plan; a missing, torn or strange file is no plan."""
+    """One run's plan; a missing, torn or malformed file counts as no plan."""
     status = "finished" if (folder / "finished.json").is_file() else "unfinished"
     try:
         plan: dict[str, Any] = json.loads((folder / PLAN_FILE).read_bytes())
@@ -108,7 +107,7 @@ def read_outcome(folder: Path) -> Outcome:
 
 
 def _figure(record: dict[str, Any], key: str, measured: Any) -> Figure:
-    """Raises: ValueError or TypeError where a value is no finite number."""
+    """Raises: ValueError or TypeError where a value is not a finite number."""
     figure = Figure(
         float(record[key]), float(record["low"]), float(record["high"]), None if measured is None else float(measured)
     )

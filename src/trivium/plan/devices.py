@@ -1,8 +1,7 @@
 """Devices to rent or to own: memory, bandwidth, rates, prices, with sources and dates. Prices are the user's to edit.
 
-The catalogue is `devices.yaml` beside this file, and over it the user's own file of the same form. Also says what the
-machine at hand is, as far as that can be told without torch. Measures nothing: `calibration` does. Everything in
-`plan` and above may import this file; it never imports torch.
+The catalog is `devices.yaml` in this folder, with the user's own file of the same form over it. Also says what the
+machine at hand is, as far as that can be told without torch. Measures nothing and never imports torch.
 """
 
 import difflib
@@ -21,7 +20,7 @@ from trivium.config.run import Part
 from trivium.config.yaml_tree import Problem, parse_tree, printable, read_file
 from trivium.errors import ConfigError
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 GIGA, TERA = 1e9, 1e12
 CATALOG_FILE = Path(__file__).with_name("devices.yaml")
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,99}")
@@ -45,7 +44,7 @@ class Device:
         name: what the command line calls it, such as `h100-80`.
         title: what people call it.
         kind: `gpu` (CUDA or ROCm), `apple` (memory shared with the CPU), `cpu`.
-        memory_bytes: all that a program is given of it.
+        memory_bytes: what a program can use of it.
         bandwidth: bytes a second of its memory.
         flops: peak dense FLOP/s by dtype: `fp32`, `fp16`, `bf16`; one that is missing is not there in hardware.
         link_bandwidth: bytes a second to and from the other devices of its node, in each direction.
@@ -67,7 +66,7 @@ class Device:
     price_date: str = ""
 
 
-class Rates(Part):
+class DeviceRates(Part):
     """Peak dense TFLOP/s by dtype."""
 
     fp32: Positive
@@ -75,14 +74,14 @@ class Rates(Part):
     bf16: Positive | None = None
 
 
-class Entry(Part):
+class DeviceEntry(Part):
     """A device as a file describes it."""
 
     title: str
     kind: Literal["gpu", "apple", "cpu"] = "gpu"
     memory_gib: Positive
     bandwidth_gb_per_second: Positive
-    tflops: Rates
+    tflops: DeviceRates
     link_gb_per_second: Positive
     source: str
     price_per_hour: Annotated[float, Field(ge=0.0)] | None = None
@@ -117,8 +116,8 @@ def get(name: str) -> Device:
     if name.lower() not in devices:
         near = difflib.get_close_matches(name.lower(), devices, n=1, cutoff=0)[0]
         raise ConfigError(
-            f"There is no device named {name!r}; the nearest is {near!r}. Known are {', '.join(devices)}. A device of "
-            f"your own goes into {home_folder() / 'devices.yaml'}."
+            f"There is no device named {name!r}; the nearest is {near!r}. Known are {', '.join(devices)}. Add your own "
+            f"devices to {home_folder() / 'devices.yaml'}."
         )
     return devices[name.lower()]
 
@@ -145,11 +144,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 def _device(name: str, values: dict[str, Any], path: Path) -> Device:
     """Check the values of one device. Raises: ConfigError with the first thing that is wrong."""
     try:
-        entry = Entry.model_validate(values)
+        entry = DeviceEntry.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key, reason = ".".join(str(part) for part in first["loc"]), first["msg"]
-        known = ", ".join(Entry.model_fields)
+        known = ", ".join(DeviceEntry.model_fields)
         raise ConfigError(printable(f"{path}: {name}.{key}: {reason}") + f". A device's keys are {known}.") from None
     return Device(
         name=name,
@@ -169,7 +168,7 @@ def _device(name: str, values: dict[str, Any], path: Path) -> Device:
 def this_machine() -> Device:
     """What a run on this machine would train on: its first NVIDIA GPU, Apple's GPU, else the processor.
 
-    Memory is what this machine has. A GPU that is in no catalogue gets the rates of the slowest with as much memory,
+    Memory is what this machine has. An unknown GPU gets the rates of the slowest with as much memory,
     and its `source` says so. Other vendors' GPUs are not seen: name theirs.
     """
     return _nvidia() or _apple() or processor()
@@ -203,7 +202,7 @@ def _nvidia() -> Device | None:
 
 
 def identify(reported: str, driver_bytes: int) -> Device:
-    """The catalogue's device behind a driver's name, such as `NVIDIA A100-SXM4-80GB`, with this one's memory.
+    """The catalog's device behind a driver's name, such as `NVIDIA A100-SXM4-80GB`, with this one's memory.
 
     All words of the title but those in brackets must be in that name; most words win, then the nearest memory.
     """
@@ -215,7 +214,7 @@ def identify(reported: str, driver_bytes: int) -> Device:
         return _with(best, memory_bytes=min(best.memory_bytes, driver_bytes))
     roomy = [gpu for gpu in gpus if gpu.memory_bytes > 0.95 * usable] or gpus
     near = min(roomy, key=lambda gpu: gpu.bandwidth)
-    source = f"not in the catalogue; rates of {near.title}, the slowest with as much memory"
+    source = f"not in the catalog; rates of {near.title}, the slowest with as much memory"
     return _with(near, name="this-gpu", title=reported, memory_bytes=usable, price_per_hour=None, source=source)
 
 

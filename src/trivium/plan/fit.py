@@ -1,4 +1,4 @@
-"""What fits a device, how a run's batch is portioned to fit it, and the cheapest changes that make a step fit.
+"""What fits a device, how a run's batch is sized to fit it, and the cheapest changes that make a step fit.
 
 A step fits when its predicted peak takes at most `FIT_SHARE` of the memory, and all of it with what the allocator may
 hold beyond; the rest is the margin for what no formula sees, such as a display. Searches among whole plans are in
@@ -16,11 +16,10 @@ from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
 from trivium.plan import devices
-from trivium.plan.devices import Device
-from trivium.plan.facts import DataFacts
-from trivium.plan.memory import GIB, Memory, peak_memory
+from trivium.plan.devices import GIB, Device
+from trivium.plan.memory import Memory, peak_memory
 from trivium.plan.speed import predict_speed
-from trivium.plan.workload import ComputeDtype, Place, Workload, of_run, with_batch
+from trivium.plan.workload import ComputeDtype, DataFacts, DeviceType, Workload, of_run, with_batching
 
 FIT_SHARE = 0.92
 """Share of a device's memory that a predicted peak may take."""
@@ -58,7 +57,7 @@ class Change:
         device: what it runs on.
         memory_bytes: the memory there.
         overrides: see `Fix`.
-        name: what is changed, where it is no key.
+        name: what is changed, where it is not a key.
         price: what an hour costs, over what it costs now; 1 where one of the two is unknown.
     """
 
@@ -75,7 +74,7 @@ def fits(memory: Memory, memory_bytes: int) -> bool:
     return memory.total <= FIT_SHARE * memory_bytes and memory.high <= memory_bytes
 
 
-def portions(workload: Workload, most_tokens: int) -> list[int]:
+def micro_batch_sizes(workload: Workload, most_tokens: int) -> list[int]:
     """Tokens that a micro-batch of at most so many may have, largest first: rows that divide a device's share."""
     rows = max(1, workload.step_tokens // workload.seq_len // workload.num_devices)
     most_rows = min(rows, most_tokens // workload.seq_len)
@@ -86,40 +85,45 @@ def settle_batch(
     run: Run,
     shape: QwenShape,
     compute_dtype: ComputeDtype,
-    place: Place,
+    device_type: DeviceType,
     memory_bytes: int,
     facts: DataFacts | None = None,
 ) -> Run:
     """Fill in `batch.micro_tokens` and `activation_checkpointing` where the run file leaves them open.
 
-    The default micro-batch without recomputation if that fits; else the largest portion that does, recomputing only
-    where no other does. Where nothing fits, the smallest portion, recomputed: whether to try that is the caller's.
+    The default micro-batch if that fits, else the largest one that does, with activation checkpointing only where
+    nothing fits without. If nothing fits at all: the smallest, with checkpointing; the caller decides whether to try.
     """
-    workload = of_run(run, shape, facts, compute_dtype, place)
+    workload = of_run(run, shape, facts, compute_dtype, device_type)
     given = run.activation_checkpointing
-    sizes = [workload.micro_tokens] if run.batch.micro_tokens else portions(workload, workload.micro_tokens)
-    choices = [(size, recompute) for recompute in ((False, True) if given is None else (given,)) for size in sizes]
-    fitting = (choice for choice in choices if fits(peak_memory(with_batch(workload, *choice)), memory_bytes))
-    micro_tokens, recompute = next(fitting, choices[-1])
+    sizes = [workload.micro_tokens] if run.batch.micro_tokens else micro_batch_sizes(workload, workload.micro_tokens)
+    choices = [
+        (size, activation_checkpointing)
+        for activation_checkpointing in ((False, True) if given is None else (given,))
+        for size in sizes
+    ]
+    fitting = (choice for choice in choices if fits(peak_memory(with_batching(workload, *choice)), memory_bytes))
+    micro_tokens, activation_checkpointing = next(fitting, choices[-1])
     batch = run.batch.model_copy(update={"micro_tokens": micro_tokens})
-    return run.model_copy(update={"batch": batch, "activation_checkpointing": recompute})
+    return run.model_copy(update={"batch": batch, "activation_checkpointing": activation_checkpointing})
 
 
 def cheapest_fixes(workload: Workload, device: Device, memory_bytes: int | None = None, count: int = 3) -> list[Fix]:
     """The cheapest changes that make a step fit, each checked to do so; fewer where there are fewer.
 
-    What leaves the learning as it is stands first, then coarser numbers, other hardware, and what learns less; within
-    each the cheapest by time and price. Where no smaller portions suffice, the others come with smaller portions too.
+    Changes that leave training as it is come first, then lower precision, other hardware, and a smaller model or less
+    context; within each the cheapest by time and price. Where a smaller micro-batch alone does not suffice, the other
+    changes are combined with one.
     """
     here = Change(workload, device, memory_bytes or device.memory_bytes)
-    fixes = sorted(_portioned(here, here), key=lambda fix: fix.time_factor)
-    portions_suffice = bool(fixes)
+    fixes = sorted(_smaller_batches(here, here), key=lambda fix: fix.time_factor)
+    batching_suffices = bool(fixes)
     for tier in (_coarser(here), _hardware(here), _learning_less(here)):
         offers: list[tuple[float, Fix]] = []
         for family in tier:  # of each the gentlest that suffices
             for change in family:
                 found = _suffices(change, here)
-                fix = found if found or portions_suffice else next(iter(_portioned(change, here)), None)
+                fix = found if found or batching_suffices else next(iter(_smaller_batches(change, here)), None)
                 if fix:
                     offers.append((fix.time_factor * change.price, fix))
                     break
@@ -139,28 +143,28 @@ def _suffices(change: Change, here: Change) -> Fix | None:
     return Fix(change.overrides, f"{name}: {memory.total / GIB:.1f} GiB, {pace(factor)}", memory, factor)
 
 
-def _portioned(change: Change, here: Change) -> list[Fix]:
-    """The change with the largest smaller micro-batch that fits, and with recomputation; with both if neither does."""
+def _smaller_batches(change: Change, here: Change) -> list[Fix]:
+    """The change with the largest smaller micro-batch that fits, and with checkpointing; with both if needed."""
     work = change.workload
-    smaller = [size for size in portions(work, work.micro_tokens) if size < work.micro_tokens]
+    smaller = [size for size in micro_batch_sizes(work, work.micro_tokens) if size < work.micro_tokens]
 
-    def first(sizes: list[int], recompute: bool) -> list[Fix]:
-        tried = (_suffices(_with_portion(change, size, recompute), here) for size in sizes)
+    def first(sizes: list[int], activation_checkpointing: bool) -> list[Fix]:
+        tried = (_suffices(_with_batching(change, size, activation_checkpointing), here) for size in sizes)
         return list(itertools.islice(filter(None, tried), 1))
 
-    if work.recompute:
+    if work.activation_checkpointing:
         return first(smaller, True)
     return first(smaller, False) + first([work.micro_tokens], True) or first(smaller, True)
 
 
-def _with_portion(change: Change, micro_tokens: int, recompute: bool) -> Change:
+def _with_batching(change: Change, micro_tokens: int, activation_checkpointing: bool) -> Change:
     """The change, and less at a time."""
     work, keys = change.workload, dict(change.overrides)
     if micro_tokens != work.micro_tokens:
         keys["batch.micro_tokens"] = micro_tokens
-    if recompute != work.recompute:
-        keys["activation_checkpointing"] = recompute
-    return replace(change, workload=with_batch(work, micro_tokens, recompute), overrides=keys)
+    if activation_checkpointing != work.activation_checkpointing:
+        keys["activation_checkpointing"] = activation_checkpointing
+    return replace(change, workload=with_batching(work, micro_tokens, activation_checkpointing), overrides=keys)
 
 
 def _coarser(here: Change) -> Iterator[list[Change]]:
@@ -205,17 +209,21 @@ def _spread(here: Change, num_devices: int) -> Change:
     """The same step on more devices, each with no more rows at a time than are its own."""
     work = here.workload
     share = replace(work, num_devices=num_devices, strategy="fsdp2")
-    micro_tokens = portions(share, work.micro_tokens)[0]
+    micro_tokens = micro_batch_sizes(share, work.micro_tokens)[0]
     keys: Overrides = {"parallel.devices": num_devices, "parallel.strategy": "fsdp2"}
     price = num_devices / work.num_devices
     changed = replace(here, workload=replace(share, micro_tokens=work.micro_tokens), overrides=keys, price=price)
-    return changed if micro_tokens == work.micro_tokens else _with_portion(changed, micro_tokens, work.recompute)
+    return (
+        changed
+        if micro_tokens == work.micro_tokens
+        else _with_batching(changed, micro_tokens, work.activation_checkpointing)
+    )
 
 
 def moved(work: Workload, device: Device) -> Workload:
     """The same step on another kind of device, in the type that it is fast at."""
     dtype: ComputeDtype = "bf16" if "bf16" in device.flops else "fp32"
-    return replace(work, compute_dtype=dtype, place="cpu" if device.kind == "cpu" else "gpu")
+    return replace(work, compute_dtype=dtype, device_type="cpu" if device.kind == "cpu" else "gpu")
 
 
 def _learning_less(here: Change) -> Iterator[list[Change]]:

@@ -1,23 +1,24 @@
-"""The most memory that a step needs on each device, item by item, in closed form.
+"""The peak memory of an optimizer step on each device, item by item, in closed form.
 
-Follows the engine tensor by tensor: what autograd keeps of a layer, what the loss holds, what a backward needs for a
-moment. The peak is the largest of a few instants. `engine/trace.py` runs the real step without values and is the
-referee; `bench/memory.py` measures both against the allocator. What several devices share is in `sharding.py`.
-Never imports torch.
+Follows the engine tensor by tensor: what autograd keeps of a layer, what the loss holds, what a backward allocates for
+a moment. The peak is the largest of a few instants. `measure/trace.py` runs the real step without values as a check,
+and `bench/memory.py` measures both against the allocator. What each of several devices holds is written from the
+documents of DDP, FSDP and ZeRO and not measured. Never imports torch.
 
 Shapes: T tokens of a micro-batch, M of them supervised, D hidden, F feed-forward, V vocabulary.
+
+Sources: Rajbhandari et al. 2020, arXiv:1910.02054 (ZeRO); Zhao et al. 2023, arXiv:2304.11277 (FSDP); Li et al. 2020,
+arXiv:2006.15704 (DDP).
 """
 
 from dataclasses import dataclass
 
-from trivium.plan.sharding import Share, share_of
+from trivium.data.batch.sizes import SUPERVISED_MULTIPLE
+from trivium.model.shape import CPU_SLICE_VALUES, loss_chunk_rows
+from trivium.plan.devices import MIB
 from trivium.plan.workload import FP32_BYTES as FP32
-from trivium.plan.workload import Place, Workload, moment_bytes, projections
+from trivium.plan.workload import DeviceType, Workload, moment_bytes
 
-MIB, GIB = 1 << 20, 1 << 30
-# As in engine/loss.py and data/pack.py, with which a test compares them.
-LOGITS_CHUNK_BYTES, FROZEN_HEAD_CHUNK_BYTES, LEAST_CHUNK_ROWS = 1 << 28, 1 << 26, 64
-CPU_SLICE_VALUES, SUPERVISED_MULTIPLE = 1 << 20, 64
 # What a process needs before it allocates a tensor: on a GPU the context, kernels and the workspace of its products,
 # on a CPU the libraries. Measured on the latter; on the former 0.3 to 1 GB by what is published (see docs/planner.md).
 FRAMEWORK_BYTES = {"cpu": 480 * MIB, "gpu": 900 * MIB}
@@ -25,6 +26,8 @@ FRAMEWORK_BYTES = {"cpu": 480 * MIB, "gpu": 900 * MIB}
 # the most back before it fails. A CPU's, where freed blocks go back to the system: bench/limits.py.
 GPU_SLACK_SHARE = 0.06
 CPU_SLACK_BYTES, CPU_SLACK_SHARE, MOST_CPU_SLACK_BYTES = 128 * MIB, 0.2, 256 * MIB
+DDP_BUCKET_BYTES = 25 << 20
+ZERO_BUCKET_BYTES = 500_000_000  # DeepSpeed's reduce and gather buckets, of 5e8 values by default, at half of that
 
 
 @dataclass(frozen=True)
@@ -59,25 +62,71 @@ class Memory:
         return self.total + self.slack
 
 
+@dataclass(frozen=True)
+class ShardedMemory:
+    """What one device holds.
+
+    Attributes:
+        weight_bytes: bytes of trained weights, for each parameter of the whole model.
+        frozen: share of the frozen weights.
+        gradient_bytes: bytes of gradients for each trained parameter.
+        moments: share of the moments.
+        buffer_bytes: gathered weights and buckets of the communication.
+    """
+
+    weight_bytes: float
+    frozen: float
+    gradient_bytes: float
+    moments: float
+    buffer_bytes: float
+
+
+def sharded_memory(w: Workload) -> ShardedMemory:
+    """The share of one device; all of it where there is one."""
+    size, fp32 = w.dtype_bytes, FP32
+    on_device = 0.0 if w.offload != "none" or (w.state_dtype == "paged-8bit" and w.device_type == "gpu") else 1.0
+    if w.num_devices == 1:
+        # With offload the masters go to the host, and what computes stays in the compute dtype.
+        weights = fp32 if w.offload == "none" else float(size)
+        return ShardedMemory(weights, 1.0, fp32 if w.offload == "none" else float(size), on_device, 0.0)
+    part = 1.0 / w.num_devices
+    if w.strategy == "ddp":
+        return ShardedMemory(fp32, 1.0, fp32, on_device, 2 * DDP_BUCKET_BYTES)
+    if w.strategy == "zero2":
+        masters = fp32 * part if w.offload == "none" else 0.0
+        return ShardedMemory(size + masters, 1.0, size * part, on_device * part, 2 * ZERO_BUCKET_BYTES)
+    # FSDP2 and ZeRO-3: two layers and the tables are whole at a time, and one layer's gradients.
+    shape = w.shape
+    trains_all = w.adapter is None
+    layer, tables = shape.num_layer_matmul_params, shape.num_embedding_params
+    gathered = size * (2 * layer + tables) + (fp32 * layer if trains_all else 0)
+    resident = 0.0 if w.offload == "all" else part
+    if w.strategy == "zero3":
+        masters = fp32 * part if w.offload == "none" else 0.0
+        return ShardedMemory(size * resident + masters, resident, size * part, on_device * part, gathered)
+    weights = 0.0 if w.offload != "none" else fp32 * part
+    return ShardedMemory(weights, resident, fp32 * part, on_device * part, gathered)
+
+
 def peak_memory(workload: Workload) -> Memory:
     """Predict the peak of one optimizer step, with as many micro-batches as it has."""
-    framework = FRAMEWORK_BYTES[workload.place]
+    framework = FRAMEWORK_BYTES[workload.device_type]
     found = instants(workload)
     name = max(found, key=lambda name: sum(found[name].values()))
     items = {key: round(size) for key, size in found[name].items() if size >= 1}
     allocated = sum(items.values())
-    return Memory({**items, "framework": framework}, name, framework, _slack(workload.place, allocated))
+    return Memory({**items, "framework": framework}, name, framework, _slack(workload.device_type, allocated))
 
 
-def _slack(place: Place, allocated: int) -> int:
-    if place == "gpu":
+def _slack(device_type: DeviceType, allocated: int) -> int:
+    if device_type == "gpu":
         return round(GPU_SLACK_SHARE * allocated)
     return CPU_SLACK_BYTES + min(round(CPU_SLACK_SHARE * allocated), MOST_CPU_SLACK_BYTES)
 
 
 def instants(workload: Workload) -> dict[str, dict[str, float]]:
     """What is there at each instant that can be the peak, in bytes by item."""
-    w, share = workload, share_of(workload)
+    w, share = workload, sharded_memory(workload)
     states: dict[str, float] = {
         "weights": 0 if w.adapter else w.num_trained_params * share.weight_bytes,
         "frozen weights": w.frozen_bytes * share.frozen,
@@ -96,21 +145,20 @@ def instants(workload: Workload) -> dict[str, dict[str, float]]:
     return {name: states | items for name, items in stages.items()}
 
 
-def _in_loss(w: Workload, share: Share) -> dict[str, float]:
+def _in_loss(w: Workload, share: ShardedMemory) -> dict[str, float]:
     """The last chunk of logits, while everything is kept for backward."""
     vocab, hidden, size, rows = w.shape.vocab_size, w.shape.hidden_size, w.dtype_bytes, num_supervised_rows(w)
     is_trained, is_wide = w.adapter is None, size == FP32
-    chunk_bytes = LOGITS_CHUNK_BYTES if is_trained else FROZEN_HEAD_CHUNK_BYTES
-    chunk = min(max(LEAST_CHUNK_ROWS, chunk_bytes // (vocab * size)), rows)
+    chunk = min(loss_chunk_rows(vocab, size, is_trained), rows)
     carried = FP32 * chunk * hidden if chunk < rows else 0  # the product of the chunk before
     # A GPU's softmax takes the chunk at once, a CPU's a slice at a time, with the one before still there.
-    slice_rows = 2 * max(1, CPU_SLICE_VALUES // vocab) if w.place == "cpu" else chunk
+    slice_rows = 2 * max(1, CPU_SLICE_VALUES // vocab) if w.device_type == "cpu" else chunk
     softmax = 0 if is_wide else FP32 * vocab * min(slice_rows, chunk)
     hidden_gradient = (FP32 + size + FP32) * chunk * hidden
     head_gradient = 0
     if is_trained and not is_wide:
         # The product in 16 bits, and on a CPU the same in fp32 before it is added.
-        product = (size + (FP32 if w.place == "cpu" else 0)) * vocab * hidden
+        product = (size + (FP32 if w.device_type == "cpu" else 0)) * vocab * hidden
         head_gradient = (FP32 + size) * chunk * hidden + product
     final_norm = w.micro_tokens * (_kept_by_norm(w, hidden, 1) + size * hidden)
     return {
@@ -122,9 +170,9 @@ def _in_loss(w: Workload, share: Share) -> dict[str, float]:
     }
 
 
-def _in_final_norm(w: Workload, share: Share) -> dict[str, float]:
+def _in_final_norm(w: Workload, share: ShardedMemory) -> dict[str, float]:
     """Everything is still kept but the logits."""
-    per_token = 20 if w.place == "cpu" else FP32 + 2 * w.dtype_bytes
+    per_token = 20 if w.device_type == "cpu" else FP32 + 2 * w.dtype_bytes
     hidden, size = w.shape.hidden_size, w.dtype_bytes
     return {
         "gradients": _earlier_gradients(w, share) + _waiting_head_gradient(w),
@@ -134,18 +182,18 @@ def _in_final_norm(w: Workload, share: Share) -> dict[str, float]:
     }
 
 
-def _in_last_layer(w: Workload, share: Share) -> dict[str, float]:
+def _in_last_layer(w: Workload, share: ShardedMemory) -> dict[str, float]:
     """The feed-forward of the last layer; where activations are computed again, they have just been."""
-    recomputed = _kept_by_layer(w) if w.recompute else 0
+    recomputed = _kept_by_layer(w) if w.activation_checkpointing else 0
     return {
         "gradients": _earlier_gradients(w, share) + _waiting_head_gradient(w),
         "activations": _kept_by_layers(w, w.shape.num_hidden_layers) + recomputed,
-        "16-bit copies": _copies_of_layers(w) + (_copies_of_layer(w) if w.recompute else 0),
+        "16-bit copies": _copies_of_layers(w) + (_copies_of_layer(w) if w.activation_checkpointing else 0),
         "temporaries": _feed_forward_temporaries(w),
     }
 
 
-def _in_first_layer(w: Workload, share: Share) -> dict[str, float]:
+def _in_first_layer(w: Workload, share: ShardedMemory) -> dict[str, float]:
     """The same in the first layer, with the gradients of all others."""
     shape = w.shape
     to_come = 0.0
@@ -159,14 +207,16 @@ def _in_first_layer(w: Workload, share: Share) -> dict[str, float]:
     pending = _waiting_head_gradient(w) if w.num_micro_batches > 1 and shape.tie_word_embeddings else 0
     return {
         "gradients": gradients + pending - to_come * share.gradient_bytes / FP32,
-        "activations": _kept_by_layers(w, 1) + (_kept_by_layer(w) if w.recompute else 0) - _never_kept(w),
+        "activations": _kept_by_layers(w, 1)
+        + (_kept_by_layer(w) if w.activation_checkpointing else 0)
+        - _never_kept(w),
         "16-bit copies": _copies_of_layer(w),
         "temporaries": _feed_forward_temporaries(w),
     }
 
 
-def _at_embedding(w: Workload, share: Share) -> dict[str, float]:
-    """The embedding's gradient is a table of its own, added to the head's where they are one."""
+def _at_embedding(w: Workload, share: ShardedMemory) -> dict[str, float]:
+    """The embedding's gradient is a separate table, added to the head's where the two are tied."""
     table = w.shape.vocab_size * w.shape.hidden_size * FP32 if w.adapter is None else 0
     tables = (1 if w.shape.tie_word_embeddings else 0) + (1 if w.num_micro_batches > 1 else 0)
     return {
@@ -175,10 +225,10 @@ def _at_embedding(w: Workload, share: Share) -> dict[str, float]:
     }
 
 
-def _in_optimizer(w: Workload, share: Share) -> dict[str, float]:
+def _in_optimizer(w: Workload, share: ShardedMemory) -> dict[str, float]:
     """AdamW itself needs nothing; bitsandbytes' on a CPU, which updates one tensor at a time, a few of that."""
     slack = 0
-    if w.state_dtype != "fp32" and w.place == "cpu":
+    if w.state_dtype != "fp32" and w.device_type == "cpu":
         table = w.shape.vocab_size if w.adapter is None else 0
         slack = 3 * FP32 * w.shape.hidden_size * max(table, w.shape.intermediate_size)
     return {"gradients": w.num_trained_params * share.gradient_bytes, "temporaries": slack}
@@ -190,7 +240,7 @@ def num_supervised_rows(w: Workload) -> int:
     return -(-rows // SUPERVISED_MULTIPLE) * SUPERVISED_MULTIPLE
 
 
-def _earlier_gradients(w: Workload, share: Share) -> float:
+def _earlier_gradients(w: Workload, share: ShardedMemory) -> float:
     """Gradients that are there before a backward begins: those of the micro-batches before."""
     return w.num_trained_params * share.gradient_bytes if w.num_micro_batches > 1 else 0
 
@@ -205,21 +255,21 @@ def _waiting_head_gradient(w: Workload) -> float:
 def _kept_by_layers(w: Workload, num_layers: int) -> float:
     """What is kept of layers from the first on, and the rotary cosines and sines."""
     rotary = w.micro_tokens * w.shape.head_dim * w.dtype_bytes
-    if w.recompute:
+    if w.activation_checkpointing:
         return num_layers * w.micro_tokens * w.shape.hidden_size * w.dtype_bytes + rotary
     return num_layers * _kept_by_layer(w) - (_never_kept(w) if num_layers > 1 else 0) + rotary
 
 
 def _never_kept(w: Workload) -> float:
     """The input of the first norm is not kept where nothing before it is trained."""
-    if w.adapter is None or w.num_token_rows or w.recompute:
+    if w.adapter is None or w.num_token_rows or w.activation_checkpointing:
         return 0
     return w.micro_tokens * _kept_by_norm(w, w.shape.hidden_size, 1)
 
 
 def _kept_by_norm(w: Workload, width: int, num_groups: int) -> float:
     """Bytes a token that an RMSNorm keeps: its input, on a CPU in fp32, there also normalised if its weight trains."""
-    if w.place == "gpu":
+    if w.device_type == "gpu":
         return w.dtype_bytes * width + FP32 * num_groups
     return FP32 * (width * (2 if w.adapter is None else 1) + num_groups)
 
@@ -239,10 +289,10 @@ def _kept_by_attention(w: Workload) -> float:
     if shape.qk_norm:
         kept += _kept_by_norm(w, query, shape.num_attention_heads)
         kept += _kept_by_norm(w, key_value, shape.num_key_value_heads)
-    in_attention = FP32 if w.place == "cpu" else size
+    in_attention = FP32 if w.device_type == "cpu" else size
     kept += in_attention * (2 * query + 2 * key_value) + FP32 * shape.num_attention_heads
     # On a CPU documents are attended to one by one and laid together again.
-    is_copied = w.place == "cpu" and (size != FP32 or w.micro_tokens > (w.document_tokens or w.seq_len))
+    is_copied = w.device_type == "cpu" and (size != FP32 or w.micro_tokens > (w.document_tokens or w.seq_len))
     return kept + (size * query if is_copied and "o_proj" in learns else 0)
 
 
@@ -259,20 +309,23 @@ def _kept_by_adapter(w: Workload) -> float:
     """Bytes a token: the low-rank inner values; DoRA's two outputs; dropout's masks and what they leave."""
     if w.adapter is None:
         return 0
-    sides, targets, size = projections(w.shape), set(w.adapter.targets), w.dtype_bytes
-    kept = size * w.adapter.rank * len(targets)
-    if w.adapter.dora:
-        kept += 2 * size * sum(sides[target][0] for target in targets)
-    if w.adapter.dropout:
-        mask_bytes = size if w.place == "cpu" else 1
-        kept += (mask_bytes + size) * sum(sides[target][1] for target in targets)
+    size, kept = w.dtype_bytes, 0
+    mask_bytes = size if w.device_type == "cpu" else 1
+    for matrix in w.shape.layer_matrices():
+        if matrix.name in w.adapter.targets:
+            of_one = size * w.adapter.rank
+            if w.adapter.dora:
+                of_one += 2 * size * matrix.out_features
+            if w.adapter.dropout:
+                of_one += (mask_bytes + size) * matrix.in_features
+            kept += matrix.active * of_one
     return kept
 
 
 def _learning_projections(w: Workload) -> set[str]:
     """Projections whose input is kept as it is; dropout keeps what it leaves of it instead."""
     if w.adapter is None:
-        return set(projections(w.shape))
+        return {matrix.name for matrix in w.shape.layer_matrices()}
     return set() if w.adapter.dropout else set(w.adapter.targets)
 
 
@@ -286,13 +339,13 @@ def _copies_of_layer(w: Workload) -> float:
 
 
 def _copies_of_layers(w: Workload) -> float:
-    return 0 if w.recompute else w.shape.num_hidden_layers * _copies_of_layer(w)
+    return 0 if w.activation_checkpointing else w.shape.num_hidden_layers * _copies_of_layer(w)
 
 
 def _feed_forward_temporaries(w: Workload) -> float:
     """What a feed-forward's backward needs for a moment beyond what was kept.
 
-    Two gradients as wide as the feed-forward beside that of the residual stream, or a weight's gradient in two types;
+    Two gradients as wide as the feed-forward next to that of the residual stream, or a weight's gradient in two types;
     a packed weight is unpacked, DoRA measures its rows.
     """
     size, hidden, wide = w.dtype_bytes, w.shape.hidden_size, w.shape.intermediate_size

@@ -1,4 +1,4 @@
-"""From what somebody asks to what the planner works on: the situation, the way where it is open, and the goal.
+"""From the user's request to what the planner works on: the situation, the method, and the goal of the search.
 
 A run file leaves open what it does not set; a model alone, or data alone, leaves open everything else. Reads the run
 file and a model's config.json; what needs torch or Arrow is brought by the caller. The verb `plan` imports this file.
@@ -12,36 +12,34 @@ from typing import Literal, cast
 from trivium.config.load import ResolvedRun, load_run, quote
 from trivium.config.run import COUNT_PATTERN, METHOD_DEFAULTS, Run, Source, parse_count
 from trivium.errors import ConfigError
+from trivium.model.resolve import hub_id, planned_shape, shape_of_name
 from trivium.model.shape import QwenShape
 from trivium.plan import calibration, devices
+from trivium.plan.decide import Decision, decide
 from trivium.plan.devices import Device
-from trivium.plan.facts import DataFacts
-from trivium.plan.goal import Goal
-from trivium.plan.network import hub_id, shape_of_name, shape_of_run
-from trivium.plan.path import Path as Way
-from trivium.plan.path import decide
-from trivium.plan.questions import Answers
+from trivium.plan.search import Goal
 from trivium.plan.situation import Situation
+from trivium.plan.workload import DataFacts
 
 NODE = (1, 2, 4, 8)
-"""How many rented devices may work together where nobody says: up to those of one machine."""
+"""Numbers of rented devices that are tried by default: up to those of one machine."""
 NO_DATA_YET = "data.jsonl"
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What is asked.
 
     Attributes:
-        target: a run file, a model's name or folder, or a size such as `25M`; None where the data alone is known.
+        target: a run file, a model's name or folder, or a size such as `25M`; None where only the data is known.
         overrides: `key=value`, laid over the run file.
         sources: files to learn from, instead of the run file's.
         facts: the data in numbers; None where there is none, or files are to be looked at.
-        device: a name, `any` for all that can be rented, None for this machine.
+        device: a name, `any` for every device that can be rented, None for this machine.
         num_devices: how many; None leaves it open where devices are rented.
         memory_bytes: of a device, instead of all of it.
-        method: the way, where it is not open.
-        prefer, purse, hours: see `Goal`.
+        method: the training method, where it is not open.
+        prefer, max_cost, max_hours: see `Goal`.
         adapter_only, is_general: see `Situation`.
         name: of the run, where no run file says it.
     """
@@ -55,8 +53,8 @@ class Request:
     memory_bytes: int | None = None
     method: str | None = None
     prefer: Literal["cheapest", "fastest"] = "cheapest"
-    purse: float | None = None
-    hours: float | None = None
+    max_cost: float | None = None
+    max_hours: float | None = None
     adapter_only: bool = False
     is_general: bool | None = None
     name: str = "plan"
@@ -78,16 +76,16 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Understood:
+class ResolvedRequest:
     """What a request comes to.
 
     Attributes:
-        way: which way and why, where that was open and the data is known.
+        decision: which method and why, where that was open and the data is known.
         goal: what to search for; None where nothing is to be trained.
     """
 
     situation: Situation
-    way: Way | None
+    decision: Decision | None
     goal: Goal | None
 
 
@@ -95,7 +93,7 @@ Survey = Callable[[Sequence[Source]], DataFacts]
 ReadHub = Callable[[str], QwenShape]
 
 
-def understand(request: Request, survey: Survey, read_hub: ReadHub) -> Understood:
+def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> ResolvedRequest:
     """What a request comes to; `survey` looks at files, `read_hub` fetches the shape of a model that no list has.
 
     Raises: ConfigError when the run file, the model, the device or the method is wrong.
@@ -105,29 +103,27 @@ def understand(request: Request, survey: Survey, read_hub: ReadHub) -> Understoo
     facts = request.facts or (survey([Source(path=path) for path in request.sources]) if request.sources else None)
     situation = _situation(request, facts)
     if request.method is None and (facts is not None or request.is_general):
-        way = decide(situation)
-        return Understood(situation, way, _goal_of_way(request, way, facts, read_hub))
+        decision = decide(situation)
+        return ResolvedRequest(situation, decision, _goal_of_decision(request, decision, facts, read_hub))
     if request.target is None:
-        raise ConfigError(f"Method {request.method} of what? Give a model too, such as Qwen/Qwen3-0.6B, or a run file.")
+        raise ConfigError(
+            f"--method {request.method} was given without a model. Give a model too, such as Qwen/Qwen3-0.6B, or a "
+            "run file."
+        )
     methods = (request.method,) if request.method else _usual_methods(request.target)
-    return Understood(situation, None, _goal(request, _runs(request, methods, request.target), facts, read_hub))
+    return ResolvedRequest(situation, None, _goal(request, _runs(request, methods, request.target), facts, read_hub))
 
 
-def of_answers(answers: Answers, request: Request, survey: Survey, read_hub: ReadHub) -> Understood:
-    """What the answers to the five questions come to."""
-    sources = (str(Path(answers.data).expanduser()),) if isinstance(answers.data, str) else ()
-    facts = survey([Source(path=path) for path in sources]) if sources else answers.data
-    assert not isinstance(facts, str)
-    hours = None if answers.days is None else 24 * answers.days
-    request = replace(request, sources=sources, num_devices=answers.num_devices, purse=answers.purse, hours=hours)
-    situation = answers.situation(facts)
-    way = decide(situation)
-    goal = _goal_of_way(request, way, facts, read_hub)
-    return Understood(situation, way, replace(goal, devices=(answers.device,)) if goal else None)
+def resolve_situation(situation: Situation, request: PlanRequest, read_hub: ReadHub) -> ResolvedRequest:
+    """What a situation and its one device ask for, where no model or run file is named."""
+    decision = decide(situation)
+    goal = _goal_of_decision(request, decision, situation.facts, read_hub)
+    device = situation.device
+    return ResolvedRequest(situation, decision, replace(goal, devices=(device,)) if goal and device else goal)
 
 
-def _of_run_file(request: Request, survey: Survey, read_hub: ReadHub) -> Understood:
-    """A run file has chosen its way; what it leaves open is searched."""
+def _of_run_file(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> ResolvedRequest:
+    """A run file sets the method; what it leaves open is searched."""
     method = (f"method={request.method}",) if request.method else ()
     resolved = load_run(request.run_file, [*request.overrides, *method])
     sources = [Source(path=path) for path in request.sources] or resolved.run.data.sources
@@ -137,17 +133,19 @@ def _of_run_file(request: Request, survey: Survey, read_hub: ReadHub) -> Underst
     situation = replace(_situation(request, facts), model=resolved.run.model.name, shape=goal.shape)
     if resolved.run.adapter is not None:
         situation = replace(situation, rank=resolved.run.adapter.rank)
-    return Understood(situation, None, goal)
+    return ResolvedRequest(situation, None, goal)
 
 
-def _goal_of_way(request: Request, way: Way, facts: DataFacts | None, read_hub: ReadHub) -> Goal | None:
-    """What to search for on a way; LoRA and QLoRA are the same way in different memory."""
-    if way.method is None or way.model is None:
+def _goal_of_decision(
+    request: PlanRequest, decision: Decision, facts: DataFacts | None, read_hub: ReadHub
+) -> Goal | None:
+    """What to search for after a decision; LoRA and QLoRA are searched together."""
+    if decision.method is None or decision.model is None:
         return None
-    methods = tuple(dict.fromkeys((way.method, "qlora"))) if way.name == "adapter" else (way.method,)
-    if way.budget_tokens is not None:
-        request = replace(request, overrides=(f"budget.tokens={way.budget_tokens}", *request.overrides))
-    return _goal(request, _runs(request, methods, request.target or way.model), facts, read_hub)
+    methods = tuple(dict.fromkeys((decision.method, "qlora"))) if decision.name == "adapter" else (decision.method,)
+    if decision.budget_tokens is not None:
+        request = replace(request, overrides=(f"budget.tokens={decision.budget_tokens}", *request.overrides))
+    return _goal(request, _runs(request, methods, request.target or decision.model), facts, read_hub)
 
 
 def _usual_methods(target: str) -> tuple[str, ...]:
@@ -156,7 +154,7 @@ def _usual_methods(target: str) -> tuple[str, ...]:
     return ("scratch",) if is_size or target.lower().startswith("ladder-") else ("lora", "qlora")
 
 
-def _runs(request: Request, methods: Sequence[str], model: str) -> list[ResolvedRun]:
+def _runs(request: PlanRequest, methods: Sequence[str], model: str) -> list[ResolvedRun]:
     """A run of each method on the model and the data."""
     paths = ", ".join(quote(path) for path in request.sources or (NO_DATA_YET,))
     given = [f"data=[{paths}]", f"name={request.name}", *request.overrides]
@@ -168,8 +166,8 @@ def _runs(request: Request, methods: Sequence[str], model: str) -> list[Resolved
     return runs
 
 
-def _goal(request: Request, resolved: Sequence[ResolvedRun], facts: DataFacts | None, read_hub: ReadHub) -> Goal:
-    """What to search for: everything that nobody has set."""
+def _goal(request: PlanRequest, resolved: Sequence[ResolvedRun], facts: DataFacts | None, read_hub: ReadHub) -> Goal:
+    """What to search for: everything that is not set."""
     run = resolved[0].run
     set_keys = {key for key, origin in resolved[0].origins.items() if not origin.startswith("default")}
     set_keys -= set() if request.run_file or request.method else {"method"}
@@ -184,14 +182,14 @@ def _goal(request: Request, resolved: Sequence[ResolvedRun], facts: DataFacts | 
         )
     return Goal(
         runs=tuple(entry.run for entry in resolved),
-        shape=shape_of_run(run) or _from_hub(run, read_hub),
+        shape=planned_shape(run) or _from_hub(run, read_hub),
         devices=there,
         num_devices=counts,
         set_keys=frozenset(set_keys),
         facts=facts,
         prefer=request.prefer,
-        purse=request.purse,
-        hours=request.hours,
+        max_cost=request.max_cost,
+        max_hours=request.max_hours,
         calibration=calibration.load(),
     )
 
@@ -201,7 +199,7 @@ def _from_hub(run: Run, read_hub: ReadHub) -> QwenShape:
     return read_hub(run.model.name)
 
 
-def _situation(request: Request, facts: DataFacts | None) -> Situation:
+def _situation(request: PlanRequest, facts: DataFacts | None) -> Situation:
     """What the decision stands on."""
     there, target = request.devices, None if request.run_file else request.target
     is_size = target is not None and COUNT_PATTERN.fullmatch(target.strip()) is not None
@@ -212,8 +210,8 @@ def _situation(request: Request, facts: DataFacts | None) -> Situation:
         num_devices=request.num_devices or 1,
         is_laptop=not request.device and there[0].kind != "gpu",
         adapter_only=request.adapter_only,
-        purse=request.purse,
-        days=None if request.hours is None else request.hours / 24,
+        max_cost=request.max_cost,
+        max_hours=request.max_hours,
         model=None if is_size else target,
         shape=shape_of_name(target) if target and not is_size else None,
         num_params=cast(int, parse_count(target)) if is_size else None,

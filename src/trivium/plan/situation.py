@@ -1,7 +1,7 @@
-"""What somebody has and wants, and what that can hold, compute and pay: the ground the decision stands on.
+"""What the user has and wants, and what the hardware can hold and compute within the limits.
 
-Memory and speed are those of the method's usual step; what is best once a way is chosen, `search.py` finds. Imported
-inside `plan` and by its verb; never imports torch.
+Memory and speed are those of the method's default step; `search.py` finds the best one once a method is chosen. Never
+imports torch.
 """
 
 import math
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from trivium.config.run import METHOD_DEFAULTS, Adapter, BatchSize, TrainTokenizer
 from trivium.errors import ConfigError
 from trivium.model import catalog
+from trivium.model.resolve import published_shape
 from trivium.model.shape import QwenShape
 from trivium.plan.calibration import Calibration
 from trivium.plan.devices import Device
-from trivium.plan.facts import DataFacts
-from trivium.plan.fit import fits, moved, portions
+from trivium.plan.fit import fits, micro_batch_sizes, moved
 from trivium.plan.memory import Memory, peak_memory
 from trivium.plan.speed import Cost, cost, predict_speed
-from trivium.plan.workload import Workload, with_batch
+from trivium.plan.workload import DataFacts, Workload, with_batching
 
-MAX_DAYS = 90.0
-"""Longer than this nobody waits who has not said so."""
+DEFAULT_MAX_HOURS = 90 * 24.0
+"""Limit on the length of a run when the user gives none."""
 ROW_TOKENS, MICRO_TOKENS = 1024, 8192
 
 
@@ -30,15 +30,15 @@ class Situation:
 
     Attributes:
         facts: the data; None when there is none yet.
-        is_general: whether an off-the-shelf model already does the task well enough; None when nobody has tried.
+        is_general: whether an existing model already does the task well enough; None when unknown.
         device: what training would run on.
         num_devices: how many of them.
         is_laptop: whether training has to fit on a laptop, or on a machine without a GPU that is worth the name.
-        adapter_only: whether only the adapter may be shared, apart from the model's weights and their licence.
-        purse: US dollars for the run; counts where the device has a price.
-        days: how long the run may take. Default: `MAX_DAYS`.
+        adapter_only: whether only the adapter may be published, because of the model's license.
+        max_cost: US dollars for the run; counts where the device has a price.
+        max_hours: how long the run may take. Default: `DEFAULT_MAX_HOURS`.
         model: the model wanted, as `model` in a run file names it.
-        shape: its shape, where the catalogue does not know it.
+        shape: its shape, where it is not in the catalog.
         num_params: the size wanted, where no model is.
         rank: of the adapter.
         calibration: what was measured of the machine at hand.
@@ -50,8 +50,8 @@ class Situation:
     num_devices: int = 1
     is_laptop: bool = False
     adapter_only: bool = False
-    purse: float | None = None
-    days: float | None = None
+    max_cost: float | None = None
+    max_hours: float | None = None
     model: str | None = None
     shape: QwenShape | None = None
     num_params: int | None = None
@@ -64,9 +64,9 @@ class Situation:
         return max(1, self.num_devices)
 
     @property
-    def max_days(self) -> float:
+    def hours(self) -> float:
         """How long the run may take."""
-        return MAX_DAYS if self.days is None else self.days
+        return DEFAULT_MAX_HOURS if self.max_hours is None else self.max_hours
 
     @property
     def has_data(self) -> bool:
@@ -75,13 +75,13 @@ class Situation:
 
     @property
     def starts_small(self) -> bool:
-        """Whether the smallest model is the one to begin with: on a laptop, or on nobody knows what."""
+        """Whether the smallest model is the one to begin with: on a laptop or an unknown device."""
         return self.is_laptop or self.device is None
 
     def workload(self, shape: QwenShape, method: str) -> Workload:
-        """The method's usual step, all sharded, in the largest portions that the device holds.
+        """The method's usual step, fully sharded, with the largest micro-batch that fits.
 
-        Where none fits it is the smallest, with activations recomputed.
+        Where none fits: the smallest, with activation checkpointing.
         """
         defaults = METHOD_DEFAULTS[method]
         step_tokens = defaults.get("batch", {}).get("tokens", BatchSize.model_fields["tokens"].default)
@@ -93,21 +93,25 @@ class Situation:
             seq_len=ROW_TOKENS,
             micro_tokens=ROW_TOKENS,
             step_tokens=max(step_tokens, ROW_TOKENS * self.devices),
-            recompute=False,
+            activation_checkpointing=False,
             compute_dtype="bf16",
-            place="gpu",
+            device_type="gpu",
             num_devices=self.devices,
         )
-        sizes = portions(work, MICRO_TOKENS)
+        sizes = micro_batch_sizes(work, MICRO_TOKENS)
         if self.device is None:
-            return with_batch(work, sizes[-1], True)
+            return with_batching(work, sizes[-1], True)
         work, memory_bytes = moved(work, self.device), self.device.memory_bytes
-        choices = [with_batch(work, size, recompute) for recompute in (False, True) for size in sizes]
+        choices = [
+            with_batching(work, size, activation_checkpointing)
+            for activation_checkpointing in (False, True)
+            for size in sizes
+        ]
         return next((choice for choice in choices if fits(peak_memory(choice), memory_bytes)), choices[-1])
 
     def least_memory(self, shape: QwenShape, method: str) -> Memory:
-        """What a device needs at the least: a row at a time, activations recomputed."""
-        return peak_memory(with_batch(self.workload(shape, method), ROW_TOKENS, True))
+        """What a device needs at the least: one sequence at a time, with checkpointing."""
+        return peak_memory(with_batching(self.workload(shape, method), ROW_TOKENS, True))
 
     def fits(self, shape: QwenShape, method: str) -> bool:
         """Whether the method can work on that model at all; an unknown device holds anything."""
@@ -121,22 +125,14 @@ class Situation:
         return cost(speed, num_tokens, self.device, self.devices)
 
     def affordable_tokens(self, shape: QwenShape, method: str) -> float:
-        """Tokens that time and purse allow to be read; infinity where no device is known."""
+        """Tokens that the limits allow to be read; infinity where no device is known."""
         million = self.cost(shape, method, 1_000_000)
         if million is None:
             return math.inf
-        shares = [self.max_days * 24 / million.hours]
-        if self.purse is not None and million.money:
-            shares.append(self.purse / million.money)
+        shares = [self.hours / million.hours]
+        if self.max_cost is not None and million.money:
+            shares.append(self.max_cost / million.money)
         return 1e6 * min(shares)
-
-
-def shape_of(name: str) -> QwenShape | None:
-    """The shape of a published model, with its owner before it or not; None for any other."""
-    try:
-        return catalog.get(name.rsplit("/", 1)[-1])
-    except ConfigError:
-        return None
 
 
 def shape_to_build(num_params: int) -> QwenShape | None:
@@ -150,11 +146,11 @@ def shape_to_build(num_params: int) -> QwenShape | None:
 def is_chat_model(name: str) -> bool | None:
     """Whether a published model was tuned for conversations, by its name; None for a model that is not published."""
     last = name.rsplit("/", 1)[-1].lower()
-    if last.startswith("ladder-") or shape_of(last) is None:
+    if last.startswith("ladder-") or published_shape(last) is None:
         return None
     return last.endswith("-instruct") or (last.startswith("qwen3") and not last.endswith("-base"))
 
 
 def num_epochs(method: str) -> float:
-    """Passes over the data where nobody says otherwise."""
+    """Passes over the data by default."""
     return METHOD_DEFAULTS[method].get("budget", {}).get("epochs", 1.0)

@@ -1,18 +1,51 @@
-"""How long a step takes, and what a run costs: the work of a step by kind, times what a unit of each kind takes.
+"""How long a step takes and what a run costs: the work of a step by kind, times what a unit of each kind takes.
 
-The work is counted in `work.py`. What a unit takes comes from a device's data sheet at the efficiencies below, or from
-a `Calibration` of the machine at hand; what several devices send each other, and what lies in the host's memory, comes
-on top. Measures nothing and never imports torch.
+The work follows the engine operation by operation: products of the layers, attention inside documents, the head over
+supervised tokens, what only moves bytes, the optimizer. What a unit takes comes from a device's data sheet at the
+efficiencies below, or from a `Calibration` of this machine. What several devices send each other, and what lies in the
+host's memory, is added. Measures nothing and never imports torch.
 
-Source: Williams et al. 2009, "Roofline", doi:10.1145/1498765.1498785.
+Sources: Williams et al. 2009, "Roofline", doi:10.1145/1498765.1498785; for the counts Chowdhery et al. 2022,
+arXiv:2204.02311, appendix B, and Dao 2023, arXiv:2307.08691 (attention).
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+from trivium.model.shape import loss_chunk_rows
 from trivium.plan.calibration import Calibration
 from trivium.plan.devices import Device
-from trivium.plan.work import Kind, optimizer_bytes, step_work
 from trivium.plan.workload import FP32_BYTES, Workload
+
+WorkKind = Literal[
+    "flops",
+    "head_flops",
+    "attention_flops",
+    "attention_scores",
+    "bytes",
+    "weight_bytes",
+    "logits",
+    "nf4_values",
+    "operations",
+]
+KINDS: tuple[WorkKind, ...] = get_args(WorkKind)
+"""Kinds of work by their units. FLOPs of the blocks' products, the head's and attention's own; scores of attention and
+logits of the head, each normalised and differentiated; bytes of activations and of weights, gradients and moments that
+are read or written; packed weights unpacked; operations begun."""
+
+# Of one layer, as the engine begins them: forward, backward, of each adapted projection, of each document on a CPU.
+FORWARD_OPERATIONS, BACKWARD_OPERATIONS, ADAPTER_OPERATIONS, DOCUMENT_OPERATIONS = 100, 160, 22, 21
+# Element-wise operations in passes over a tensor, one for each read and one for each write: forward, and backward.
+ROPE_PASSES, SWIGLU_PASSES, RESIDUAL_PASSES = (9, 12), (5, 9), (6, 15)
+NORM_PASSES = {"cpu": (10, 20), "gpu": (2, 4)}  # a CPU has no fused kernel for it
+ATTENTION_PASSES = {"cpu": (3, 3), "gpu": (0, 0)}  # to fp32 and back, and documents joined
+ADAPTER_PASSES = ((6, 1), (3, 5))  # over the outputs and the inputs of what is adapted
+CLIP_BYTES = 12  # the norm reads a gradient, the scale reads and writes it
+STEP_BYTES = {"fp32": 28, "8bit": 16, "paged-8bit": 16}  # weight, gradient and moments, read and but one written
+# Queries that a CPU takes together, by the least length of a document: their scores are all computed, masked or not.
+CPU_QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
 
 # Of a device's peak: dense products, attention, its memory's bandwidth. Source: traces of A100s, checked in the tests.
 PRODUCT_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.75, 0.6, 0.8
@@ -71,6 +104,22 @@ class Cost:
     money_high: float | None
 
 
+def time_and_money(cost: Cost) -> str:
+    """Hours and dollars with their bounds."""
+    text = f"{hours(cost.hours)} ({hours(cost.hours_low)} to {hours(cost.hours_high)})"
+    if cost.money is not None:
+        text += f", ${cost.money:,.2f} (${cost.money_low:,.2f} to ${cost.money_high:,.2f})"
+    return text
+
+
+def hours(count: float) -> str:
+    """Hours as people say them: 40 s, 12 min, 3.4 h, 12 days, 300 years."""
+    for unit, size, most in (("s", 1 / 3600, 90), ("min", 1 / 60, 90), ("h", 1.0, 48), ("days", 24.0, 730)):
+        if count / size < most:
+            return f"{count / size:,.2g} {unit}" if count / size < 10 else f"{count / size:,.0f} {unit}"
+    return f"{count / 8766:,.0f} years"
+
+
 def cost(speed: Speed, num_tokens: int, device: Device, num_devices: int) -> Cost:
     """What it takes to train on `num_tokens`, loading, evaluation and checkpoints included."""
     steps = num_tokens / speed.step_tokens
@@ -94,7 +143,7 @@ def predict_speed(workload: Workload, device: Device, calibration: Calibration |
     items: dict[str, float] = {}
     for term in step_work(workload):
         items[term.item] = items.get(term.item, 0.0) + term.amount * rates[term.kind]
-    if workload.place == "gpu":
+    if workload.device_type == "gpu":
         items["launches"] = max(0.0, 2 * items["launches"] - sum(items.values()))
     computing = sum(items.values())
     items |= {"communication": max(0.0, communication_seconds(workload, device) - OVERLAP_SHARE * computing)}
@@ -108,7 +157,7 @@ def predict_speed(workload: Workload, device: Device, calibration: Calibration |
     return Speed(total, low * total, high * total, workload.step_tokens, items)
 
 
-def seconds_per_unit(workload: Workload, device: Device) -> dict[Kind, float]:
+def seconds_per_unit(workload: Workload, device: Device) -> dict[WorkKind, float]:
     """What a unit of each kind takes by the device's data sheet.
 
     A dtype that the hardware lacks is emulated in fp32, at half its rate.
@@ -164,5 +213,171 @@ def offload_seconds(workload: Workload) -> dict[str, float]:
     moved = 2 * FP32_BYTES * trained
     if workload.offload == "all":
         weights = workload.dtype_bytes * workload.num_trained_params + workload.frozen_bytes
-        moved += (3 if workload.recompute else 2) * workload.num_micro_batches * weights
+        moved += (3 if workload.activation_checkpointing else 2) * workload.num_micro_batches * weights
     return {"offload": moved / HOST_LINK_BANDWIDTH + optimizer_bytes(workload) / HOST_MEMORY_BANDWIDTH}
+
+
+@dataclass(frozen=True)
+class Term:
+    """Some work of one step on one device: what it is for, of which kind, and how much."""
+
+    item: str
+    kind: WorkKind
+    amount: float
+
+
+def step_work(workload: Workload) -> Iterator[Term]:
+    """All work of a step on one device, but for what devices send each other."""
+    for term in _micro_batch_work(workload):
+        yield Term(term.item, term.kind, term.amount * workload.num_micro_batches)
+    if workload.offload == "none":
+        yield Term("optimizer", "weight_bytes", optimizer_bytes(workload))
+
+
+def optimizer_bytes(workload: Workload) -> float:
+    """Bytes that clipping and AdamW move on one device."""
+    is_sharded = workload.num_devices > 1 and workload.strategy != "ddp"
+    share = 1 / workload.num_devices if is_sharded else 1.0
+    return share * workload.num_trained_params * (CLIP_BYTES + STEP_BYTES[workload.state_dtype])
+
+
+def _micro_batch_work(workload: Workload) -> Iterator[Term]:
+    shape, tokens = workload.shape, workload.micro_tokens
+    layers, supervised = shape.num_hidden_layers, tokens * workload.supervised_share
+    yield Term("projections", "flops", projection_flops(workload))
+    yield Term("adapter", "flops", adapter_flops(workload))
+    yield Term("attention", "attention_flops", attention_flops(workload) * _masked_share(workload))
+    scores = layers * shape.num_attention_heads * tokens * _document_tokens(workload) / 2
+    yield Term(
+        "attention", "attention_scores", (2 + workload.activation_checkpointing) * scores * _masked_share(workload)
+    )
+    yield Term("head", "head_flops", head_flops(workload))
+    yield Term("head", "logits", supervised * shape.vocab_size)
+    yield Term("element-wise", "bytes", layers * _layer_bytes(workload))
+    yield Term("weights", "weight_bytes", _weight_bytes(workload))
+    if workload.weights == "nf4":
+        values = layers * shape.num_layer_matmul_params
+        yield Term("unpacking", "nf4_values", (2 + workload.activation_checkpointing) * values)
+    yield Term("launches", "operations", layers * _layer_operations(workload))
+
+
+def projection_flops(workload: Workload) -> float:
+    """Of the blocks' projections in a micro-batch: 2 a parameter and token, forward, again, and for each gradient.
+
+    Frozen weights get no gradient, and below the first layer's there is nothing that one would go to. What a layer ends
+    with is not computed again: its result is needed by no gradient.
+    """
+    shape, adapter = workload.shape, workload.adapter
+    params = shape.num_hidden_layers * shape.num_layer_active_params
+    passes = params * (2 if adapter else 3)
+    if workload.activation_checkpointing:
+        is_last = adapter is None or "down_proj" not in adapter.targets
+        last = shape.num_hidden_layers * shape.hidden_size * shape.intermediate_size
+        passes += params - (last if is_last else 0)
+    if adapter is not None and not workload.num_token_rows:
+        heads = shape.num_attention_heads + 2 * shape.num_key_value_heads
+        passes -= shape.hidden_size * heads * shape.head_dim
+    return 2.0 * passes * workload.micro_tokens
+
+
+def adapter_flops(workload: Workload) -> float:
+    """Of A and B in a micro-batch: forward, again, and two gradients; DoRA multiplies them with each other too."""
+    adapter, shape = workload.adapter, workload.shape
+    if adapter is None:
+        return 0.0
+    layers, again = shape.num_hidden_layers, 1 + workload.activation_checkpointing
+    adapted = [matrix for matrix in shape.layer_matrices() if matrix.name in adapter.targets]
+    sides = sum(matrix.active * (matrix.out_features + matrix.in_features) for matrix in adapted)
+    passes = sides * (2 + again) * layers
+    if workload.activation_checkpointing and "down_proj" in adapter.targets and not adapter.dora:
+        passes -= layers * shape.hidden_size  # B of what a layer ends with
+    if not workload.num_token_rows:
+        passes -= len({"q_proj", "k_proj", "v_proj"}.intersection(adapter.targets)) * shape.hidden_size
+    flops = 2.0 * adapter.rank * passes * workload.micro_tokens
+    if adapter.dora:
+        values = sum(matrix.active * matrix.num_values for matrix in adapted)
+        flops += 2.0 * adapter.rank * layers * again * values
+    return flops
+
+
+def attention_flops(workload: Workload) -> float:
+    """Of causal attention inside documents in a micro-batch: 2 products forward, 5 backward, 2 again.
+
+    A product costs 2 * heads * head_dim a pair of tokens, and a document of n tokens has about n * n / 2 pairs.
+    """
+    shape = workload.shape
+    width = shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    return (7.0 + 2 * workload.activation_checkpointing) * width * _document_tokens(workload) * workload.micro_tokens
+
+
+def _document_tokens(workload: Workload) -> float:
+    return workload.document_tokens or workload.seq_len
+
+
+def _masked_share(workload: Workload) -> float:
+    """Scores that are computed over those that count: a CPU's blocks of queries reach past the diagonal."""
+    length = _document_tokens(workload)
+    block = next(block for least, block in CPU_QUERY_BLOCKS if length >= least)
+    return 1.0 + block / length if workload.device_type == "cpu" else 1.0
+
+
+def head_flops(workload: Workload) -> float:
+    """Of the head and its gradients in a micro-batch, over supervised tokens only; never computed again."""
+    tokens = workload.micro_tokens * workload.supervised_share
+    return (6.0 if workload.adapter is None else 4.0) * tokens * workload.shape.vocab_size * workload.shape.hidden_size
+
+
+def _layer_bytes(workload: Workload) -> float:
+    """Bytes of activations that one layer reads and writes in a micro-batch, whatever it computes with them."""
+    shape, adapter, matrices = workload.shape, workload.adapter, workload.shape.layer_matrices()
+    query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    products = sum(matrix.active * (matrix.out_features + matrix.in_features) for matrix in matrices)
+    adapted = [matrix for matrix in matrices if adapter and matrix.name in adapter.targets]
+    normed = 2 * shape.hidden_size + (query + key_value if shape.qk_norm else 0)
+    passes = [0.0, 0.0]
+    for step in (0, 1):
+        passes[step] += NORM_PASSES[workload.device_type][step] * normed
+        passes[step] += ROPE_PASSES[step] * (query + key_value)
+        passes[step] += ATTENTION_PASSES[workload.device_type][step] * 2 * (query + key_value)
+        passes[step] += SWIGLU_PASSES[step] * shape.intermediate_size
+        passes[step] += RESIDUAL_PASSES[step] * shape.hidden_size
+        passes[step] += products * (2 if step and adapter is None else 1)
+        of_outputs, of_inputs = ADAPTER_PASSES[step]
+        passes[step] += sum(
+            matrix.active * (of_outputs * matrix.out_features + of_inputs * matrix.in_features) for matrix in adapted
+        )
+    forward, backward = passes
+    return workload.micro_tokens * workload.dtype_bytes * ((1 + workload.activation_checkpointing) * forward + backward)
+
+
+def _weight_bytes(workload: Workload) -> float:
+    """Bytes that a micro-batch moves for each weight, whatever its tokens: casts, gradients widened, summed, joined."""
+    shape, width, passes = workload.shape, workload.dtype_bytes, 2 + workload.activation_checkpointing
+    layers = shape.num_hidden_layers * shape.num_layer_matmul_params
+    table = shape.vocab_size * shape.hidden_size
+    cast = 0 if width == FP32_BYTES else FP32_BYTES + width
+    summed = 3 * FP32_BYTES * (workload.num_micro_batches - 1) / workload.num_micro_batches
+    if workload.adapter is not None:
+        trained = workload.num_trained_params
+        return trained * (FP32_BYTES + passes * cast + summed) + passes * width * layers
+    chunks = _head_chunks(workload)
+    head = cast + 3 * FP32_BYTES + chunks * (2 * FP32_BYTES + (0 if width == FP32_BYTES else 2 * width))
+    looked_up = FP32_BYTES + (3 * FP32_BYTES if shape.tie_word_embeddings else 0)
+    of_layers = passes * cast + (FP32_BYTES if width == FP32_BYTES else 0) + summed
+    return layers * of_layers + table * (head + looked_up) + shape.num_embedding_params * summed
+
+
+def _head_chunks(workload: Workload) -> int:
+    """Chunks of the logits of a trained head, each of which adds to the gradient of all of it."""
+    rows = loss_chunk_rows(workload.shape.vocab_size, workload.dtype_bytes, is_trained=True)
+    return math.ceil(workload.micro_tokens * workload.supervised_share / rows)
+
+
+def _layer_operations(workload: Workload) -> float:
+    """Operations of one layer in a micro-batch; a GPU takes all documents at once."""
+    targets = len(set(workload.adapter.targets)) if workload.adapter else 0
+    forward = FORWARD_OPERATIONS + ADAPTER_OPERATIONS / 3 * targets
+    backward = BACKWARD_OPERATIONS + ADAPTER_OPERATIONS * 2 / 3 * targets
+    documents = workload.micro_tokens / _document_tokens(workload) if workload.device_type == "cpu" else 0.0
+    again = 1 + workload.activation_checkpointing
+    return again * forward + backward + (again + 2) / 3 * DOCUMENT_OPERATIONS * documents

@@ -12,7 +12,7 @@ from typing import Any
 from trivium.engine.record import Record, read_record
 from trivium.files import atomic_write
 from trivium.plan.check import Figure
-from trivium.plan.memory import GIB
+from trivium.plan.devices import GIB
 from trivium.report import plots
 from trivium.report.style import CSS
 

@@ -1,7 +1,7 @@
-"""The planner's answer as a page in the terminal: which way, the memory in bars, time and money, every choice's reason.
+"""The planner's advice as a page in the terminal: method, memory as bars, time and cost, and the reason of each choice.
 
-Plain text where stdout is no terminal, and without colour where NO_COLOR is set. Formats only, what `plan/answer.py`
-says; the verb `plan` imports this file when it prints.
+Plain text where stdout is no terminal, and without color where NO_COLOR is set. Only formats what `plan/advice.py`
+contains.
 """
 
 import shutil
@@ -16,28 +16,27 @@ from rich.table import Table
 from rich.text import Text
 
 from trivium.config.load import flatten, to_yaml
-from trivium.plan.answer import Answer
+from trivium.plan.advice import Advice, time_and_money
+from trivium.plan.decide import Decision
+from trivium.plan.devices import GIB
 from trivium.plan.fit import FIT_SHARE
-from trivium.plan.goal import Plan
-from trivium.plan.memory import GIB
-from trivium.plan.path import Path
-from trivium.plan.write import time_and_money
+from trivium.plan.search import Plan
 
 MAX_COLUMNS = 100
 BAR_COLUMNS = 40
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def print_page(answer: Answer, next_commands: Iterable[str], trace: dict[str, Any] | None = None) -> None:
-    """Print all of it to stdout, with what a traced step took where there was one."""
+def print_page(advice: Advice, next_commands: Iterable[str]) -> None:
+    """Print all of it to stdout."""
     columns = min(shutil.get_terminal_size().columns, MAX_COLUMNS) if sys.stdout.isatty() else MAX_COLUMNS
     console = Console(width=columns, highlight=False)
-    plan = answer.plan
-    parts = [*_path(answer.path)] if answer.path else []
+    plan = advice.plan
+    parts = [*_decision(advice.decision)] if advice.decision else []
     if plan:
-        parts += [_title(plan), *_memory(plan), *_trace(trace), *_speed(plan), *_choices(plan)]
-    parts += _section("Settle before training", [(point.question, point.answer) for point in answer.checklist])
-    parts += _section("Beware", [("!", text) for text in answer.warnings])
+        parts += [_title(plan), *_memory(plan), *_speed(plan), *_choices(plan)]
+    parts += _section("Settle before training", [(point.question, point.answer) for point in advice.checklist])
+    parts += _section("Warnings", [("!", text) for text in advice.warnings])
     parts += _section("Next", [("$", command) for command in next_commands])
     with console.capture() as capture:
         console.print(Group(*parts))
@@ -63,13 +62,13 @@ def _section(title: str, rows: Iterable[tuple[str, ...]]) -> list[Any]:
     return [Text(title, style="bold"), Padding(grid, (0, 0, 1, 2))]
 
 
-def _path(path: Path) -> list[Any]:
-    rows = [("why", reason) for reason in path.reasons]
-    rows += [("unless", text) for text in path.would_change]
-    rows += [("rule of thumb", text) for text in path.rules_of_thumb]
+def _decision(decision: Decision) -> list[Any]:
+    rows = [("why", reason) for reason in decision.reasons]
+    rows += [("would change", text) for text in decision.would_change]
+    rows += [("rule of thumb", text) for text in decision.rules_of_thumb]
     seen: set[str] = set()
     labelled = [("" if label in seen or seen.add(label) else label, text) for label, text in rows]
-    return _section(f"The way: {path.title}", labelled)
+    return _section(f"Method: {decision.title}", labelled)
 
 
 def _title(plan: Plan) -> Text:
@@ -99,15 +98,6 @@ def _memory(plan: Plan) -> list[Any]:
     return [title, Padding(grid, (0, 0, 1, 2))]
 
 
-def _trace(trace: dict[str, Any] | None) -> list[Any]:
-    """How far the formula is from a step of the engine on tensors without values."""
-    if trace is None:
-        return []
-    traced, predicted = trace["peak_bytes"], trace["predicted_bytes"]
-    text = f"{_gib(traced)} in a step of the engine itself; the formula is {predicted / traced - 1:+.1%} off"
-    return [Padding(Text(f"traced  {text}"), (0, 0, 1, 2))]
-
-
 def _gib(size: float) -> str:
     return f"{size / GIB:,.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:,.1f} MiB"
 
@@ -117,17 +107,17 @@ def _speed(plan: Plan) -> list[Any]:
     between = f"{speed.step_tokens / speed.high:,.0f} to {speed.step_tokens / speed.low:,.0f}"
     rows = [
         ("speed", f"{speed.tokens_per_second:,.0f} tokens/s ({between})"),
-        ("a step", f"{speed.seconds_per_step:,.3g} s for {speed.step_tokens:,} tokens: {_shares(speed.items)}"),
+        ("step", f"{speed.seconds_per_step:,.3g} s for {speed.step_tokens:,} tokens: {_shares(speed.items)}"),
     ]
     if plan.cost and plan.num_tokens:
-        rows.append(("the run", f"{time_and_money(plan.cost)} for {plan.num_tokens:,} tokens"))
+        rows.append(("run", f"{time_and_money(plan.cost)} for {plan.num_tokens:,} tokens"))
     else:
-        rows.append(("the run", "as long as the data, which is not known: give --data, or --rows and --tokens"))
+        rows.append(("run", "unknown, because it depends on the data: give --data, or --rows and --tokens"))
     device = plan.device
     if device.price_per_hour is not None:
         seen = f", seen {device.price_date}" if device.price_date else ""
         rows.append(("price", f"${device.price_per_hour:.2f} an hour for one{seen}"))
-    return _section("Time and money", rows)
+    return _section("Time and cost", rows)
 
 
 def _shares(items: dict[str, float]) -> str:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from trivium.data.batch.order import Order
+from trivium.data.batch.sizes import SUPERVISED_MULTIPLE
 from trivium.data.columns import FULL_WEIGHT, LOSS_WEIGHTS, HasColumns
 
 NO_LABEL = -100
-SUPERVISED_MULTIPLE = 64
 NO_SPANS = np.empty((0, 4), dtype=np.int64)
 
 

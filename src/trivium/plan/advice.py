@@ -1,23 +1,28 @@
-"""A plan as a run file: all that was chosen explicit, each choice with its reason, the figures in a header.
+"""The planner's whole answer as one value, for programs as JSON, and a plan as a run file.
 
-What the method says by itself is left out, so that the file stays short and `method=qlora` still overrides it whole.
-Decides nothing. The verb `plan` and the generator of the recipes import this file; it never imports torch.
+The run file has everything that was chosen, each choice with its reason, and the figures in a header. What is the
+method's default is left out, so that the file stays short. Prints nothing and never imports torch.
 """
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trivium.config.load import quote, to_yaml
+from trivium.config.load import flatten, quote, to_yaml
 from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError
 from trivium.files import atomic_write
-from trivium.plan.goal import Plan
-from trivium.plan.memory import GIB
-from trivium.plan.speed import Cost
+from trivium.plan.checklist import ChecklistItem, checklist, warnings
+from trivium.plan.decide import Decision
+from trivium.plan.devices import GIB
+from trivium.plan.fit import FIT_SHARE
+from trivium.plan.search import Goal, Plan, search
+from trivium.plan.situation import Situation
+from trivium.plan.speed import time_and_money
 
-FIRST_LINE = "Planned by `trivium plan`; the figures are predictions, each choice has its reason beside it."
+FIRST_LINE = "Planned by `trivium plan`; the figures are predictions, each choice has its reason in a comment."
 ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
     "data": ("sources", "seq_len"),
     "optimizer": ("state_dtype",),
@@ -26,6 +31,104 @@ ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
     "parallel": ("devices", "strategy", "offload"),
 }
 """What a plan decides or stands on, also where it is the default."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What `trivium plan` says.
+
+    Attributes:
+        decision: which method and why; None where the data is unknown or the method was given.
+        plan: how, and what it takes; None where nothing is to be trained.
+        checklist: the seven points to settle, where there is a path.
+        warnings: common pitfalls of the method, a paragraph each.
+    """
+
+    decision: Decision | None
+    plan: Plan | None
+    checklist: tuple[ChecklistItem, ...]
+    warnings: tuple[str, ...]
+
+
+def advise(situation: Situation, decision: Decision | None, goal: Goal | None) -> Advice:
+    """Search a plan for the goal, and fill in what follows from it.
+
+    Raises: DoesNotFit as `search`.
+    """
+    plan = search(goal) if goal else None
+    method, model = (plan.run.method, plan.run.model.name) if plan else (None, None)
+    points = checklist(situation, decision, *_memory_and_time(plan)) if decision else []
+    cautions = (*_cautions(plan), *warnings(situation, method, model))
+    return Advice(decision, plan, tuple(points), cautions)
+
+
+def _memory_and_time(plan: Plan | None) -> tuple[str | None, str | None]:
+    """What the checklist says of both, where there is a plan."""
+    if plan is None:
+        return None, None
+    memory = f"{plan.memory.total / GIB:.1f} GiB of {plan.device.memory_bytes / GIB:.1f} on {plan.device.title}"
+    return memory, time_and_money(plan.cost) if plan.cost else None
+
+
+def _cautions(plan: Plan | None) -> tuple[str, ...]:
+    """What of the plan itself needs care."""
+    if plan is None:
+        return ()
+    cautions = []
+    if plan.workload.num_devices > 1:
+        cautions.append(
+            "Training on more than one device is planned here and not built yet; `trivium train` refuses it."
+        )
+    positions = plan.workload.shape.max_position_embeddings
+    if plan.run.weights != "random" and plan.run.data.seq_len > positions:
+        cautions.append(f"Rows of {plan.run.data.seq_len:,} tokens are longer than the {positions:,} the model knows.")
+    if plan.device.kind == "gpu" and plan.workload.compute_dtype == "fp32" and plan.run.precision != "fp32":
+        cautions.append(f"{plan.device.title} has no bf16, so the products run in fp32, which is several times slower.")
+    return tuple(cautions)
+
+
+def as_record(given: Advice) -> dict[str, Any]:
+    """All of it for programs: bytes, seconds, tokens a second, hours, US dollars."""
+    return {
+        "decision": asdict(given.decision) if given.decision else None,
+        "plan": _plan_record(given.plan) if given.plan else None,
+        "checklist": [point._asdict() for point in given.checklist],
+        "warnings": list(given.warnings),
+    }
+
+
+def _plan_record(plan: Plan) -> dict[str, Any]:
+    work, speed, device = plan.workload, plan.speed, plan.device
+    return {
+        "run": flatten(plan.run),
+        "reasons": plan.reasons,
+        "num_params": work.shape.num_params,
+        "num_trained_params": work.num_trained_params,
+        "device": {
+            "name": device.name,
+            "title": device.title,
+            "count": work.num_devices,
+            "memory_bytes": device.memory_bytes,
+            "price_per_hour": device.price_per_hour,
+            "price_date": device.price_date,
+        },
+        "memory": {
+            "bytes": plan.memory.total,
+            "allowed_bytes": plan.allowed_bytes,
+            "margin": 1 - FIT_SHARE,
+            "instant": plan.memory.instant,
+            "items": plan.memory.items,
+        },
+        "speed": {
+            "tokens_per_second": speed.tokens_per_second,
+            "low": speed.step_tokens / speed.high,
+            "high": speed.step_tokens / speed.low,
+            "seconds_per_step": speed.seconds_per_step,
+            "items": speed.items,
+        },
+        "num_tokens": plan.num_tokens,
+        "cost": asdict(plan.cost) if plan.cost else None,
+    }
 
 
 def write_run(plan: Plan, path: Path, notes: Sequence[str] = ()) -> None:
@@ -72,22 +175,6 @@ def _items(plan: Plan) -> str:
     """The peak by what it is for, largest first, in GiB."""
     largest = sorted(plan.memory.items.items(), key=lambda entry: -entry[1])
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size >= 0.01 * GIB)
-
-
-def time_and_money(cost: Cost) -> str:
-    """Hours and dollars with their bounds."""
-    text = f"{hours(cost.hours)} ({hours(cost.hours_low)} to {hours(cost.hours_high)})"
-    if cost.money is not None:
-        text += f", ${cost.money:,.2f} (${cost.money_low:,.2f} to ${cost.money_high:,.2f})"
-    return text
-
-
-def hours(count: float) -> str:
-    """Hours as people say them: 40 s, 12 min, 3.4 h, 12 days, 300 years."""
-    for unit, size, most in (("s", 1 / 3600, 90), ("min", 1 / 60, 90), ("h", 1.0, 48), ("days", 24.0, 730)):
-        if count / size < most:
-            return f"{count / size:,.2g} {unit}" if count / size < 10 else f"{count / size:,.0f} {unit}"
-    return f"{count / 8766:,.0f} years"
 
 
 def written_values(run: Run) -> dict[str, Any]:

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trivium.cli.main import VERBS
+from trivium.cli.plan_questions import ask, questions
 from trivium.config.run import METHOD_DEFAULTS
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.plan import devices
 from trivium.plan.checklist import checklist, warnings
-from trivium.plan.facts import DataFacts, given_facts
+from trivium.plan.decide import decide
 from trivium.plan.fit import FIT_SHARE
-from trivium.plan.path import decide
-from trivium.plan.questions import ask, questions
 from trivium.plan.situation import Situation
+from trivium.plan.workload import DataFacts, given_facts
 
 HEIGHTS = {"none": 0, "adapter": 1, "full": 2, "continue": 3, "scratch": 4}
 DEVICES = devices.catalog()
@@ -33,7 +33,7 @@ def text(num_tokens: int) -> DataFacts:
     return DataFacts(max(1, num_tokens // 1000), num_tokens, "documents", 1000.0)
 
 
-# The table of four paths: data needed, and what is taken where hardware, licence and purse forbid nothing.
+# The table of four paths: data needed, and what is taken where hardware, licence and max_cost forbid nothing.
 @pytest.mark.parametrize(
     ("facts", "name", "method"),
     [
@@ -48,10 +48,10 @@ def text(num_tokens: int) -> DataFacts:
         (text(10**11), "scratch", "scratch"),
     ],
 )
-def test_the_table_of_four_paths(facts, name, method):
-    path = decide(Situation(facts, **BIG))
-    assert (path.name, path.method) == (name, method)
-    assert not any("gap" in reason for reason in path.reasons)
+def test_decide_by_amount_of_data(facts, name, method):
+    decision = decide(Situation(facts, **BIG))
+    assert (decision.name, decision.method) == (name, method)
+    assert not any("gap" in reason for reason in decision.reasons)
 
 
 @pytest.mark.parametrize(
@@ -63,36 +63,36 @@ def test_the_table_of_four_paths(facts, name, method):
         (text(10**11 - 1), "continue"),
     ],
 )
-def test_between_the_tables_rows_it_is_said_that_there_is_a_gap(facts, name):
-    path = decide(Situation(facts, **BIG))
-    assert path.name == name and any("gap" in reason for reason in path.reasons)
+def test_decide_reports_gaps_between_approaches(facts, name):
+    decision = decide(Situation(facts, **BIG))
+    assert decision.name == name and any("gap" in reason for reason in decision.reasons)
 
 
 @pytest.mark.parametrize("num_pairs", [5_000, 20_000, 50_000])
-def test_the_teller_of_fairy_tales(num_pairs):
+def test_decide_fairy_tales_on_a_laptop(num_pairs):
     """Synthetic tales in Korean, trained on a laptop, of which only the adapter is published."""
-    path = decide(Situation(pairs(num_pairs), adapter_only=True, **LAPTOP))
-    assert (path.method, path.model) == ("lora", "Qwen/Qwen2.5-0.5B-Instruct")
+    decision = decide(Situation(pairs(num_pairs), adapter_only=True, **LAPTOP))
+    assert (decision.method, decision.model) == ("lora", "Qwen/Qwen2.5-0.5B-Instruct")
     if num_pairs >= 10_000:
-        assert any("laptop" in reason and "adapter may be shared" in reason for reason in path.reasons)
+        assert any("laptop" in reason and "adapter may be shared" in reason for reason in decision.reasons)
 
 
-def test_what_a_general_model_does_needs_no_training():
+def test_decide_no_training_if_general_model_works():
     for facts in (None, pairs(50_000), text(10**12)):
-        path = decide(Situation(facts, **{**BIG, "is_general": True}))
-        assert (path.name, path.method, path.model) == ("none", None, None)
+        decision = decide(Situation(facts, **{**BIG, "is_general": True}))
+        assert (decision.name, decision.method, decision.model) == ("none", None, None)
 
 
-def test_a_laptop_adapts_whatever_the_data():
+def test_decide_adapter_on_laptop():
     assert decide(Situation(text(10**12), **LAPTOP)).method == "lora"
 
 
 @pytest.mark.parametrize(("device", "method"), [("t4", "qlora"), ("a100-80", "lora")])
-def test_7b_is_adapted_as_the_memory_allows(device, method):
+def test_decide_lora_or_qlora_by_memory(device, method):
     """Taught as: 7B by QLoRA on 16 GB, by LoRA on 25 GB and more."""
     situation = Situation(pairs(5_000), False, DEVICES[device], model="Qwen/Qwen2.5-7B-Instruct")
-    path = decide(situation)
-    assert (path.method, path.model) == (method, "Qwen/Qwen2.5-7B-Instruct")
+    decision = decide(situation)
+    assert (decision.method, decision.model) == (method, "Qwen/Qwen2.5-7B-Instruct")
     shape = catalog.get("Qwen2.5-7B-Instruct")
     needed = situation.least_memory(shape, method).total
     assert needed <= FIT_SHARE * DEVICES[device].memory_bytes
@@ -100,7 +100,7 @@ def test_7b_is_adapted_as_the_memory_allows(device, method):
         assert 2 * shape.num_params > FIT_SHARE * DEVICES[device].memory_bytes
 
 
-def test_full_fine_tuning_of_7b_needs_more_than_one_a100():
+def test_decide_full_7b_needs_several_a100():
     situation = Situation(pairs(50_000), False, DEVICES["a100-80"], model="Qwen2.5-7B-Instruct")
     alone, eight = decide(situation), decide(replace(situation, num_devices=8))
     assert alone.method == "lora" and any("GiB" in reason for reason in alone.reasons)
@@ -108,37 +108,37 @@ def test_full_fine_tuning_of_7b_needs_more_than_one_a100():
     assert eight.method == "full"
 
 
-def test_the_purse_and_the_time_forbid_what_the_arithmetic_forbids():
+def test_decide_limits_cost_and_time():
     """From scratch takes 6 x parameters x tokens; what that costs at the full peak buys nobody a run."""
     device = DEVICES["h100-80"]
     assert device.price_per_hour is not None
     smallest = catalog.get("Qwen3-0.6B-Base").num_matmul_params
     hours = 6 * smallest * 1e11 / device.flops["bf16"] / 3600
     situation = Situation(text(10**11), False, device, 8)
-    poor = decide(replace(situation, purse=hours * device.price_per_hour))
+    poor = decide(replace(situation, max_cost=hours * device.price_per_hour))
     assert poor.name == "continue" and any("USD" in reason for reason in poor.reasons)
     assert poor.budget_tokens is not None and 10**9 <= poor.budget_tokens < 10**11
-    slow = decide(replace(situation, days=hours / 8 / 24))
+    slow = decide(replace(situation, max_hours=hours / 8))
     assert slow.name == "continue" and any("days" in reason for reason in slow.reasons)
-    rich = decide(replace(situation, purse=10 * hours * device.price_per_hour, days=10 * hours / 8 / 24))
+    rich = decide(replace(situation, max_cost=10 * hours * device.price_per_hour, max_hours=10 * hours / 8))
     assert rich.name == "scratch" and rich.budget_tokens is None
 
 
-def test_a_size_below_all_published_ones_is_built_from_nothing():
-    path = decide(Situation(text(2 * 10**8), num_params=10**7, **LAPTOP))
-    assert (path.method, path.model) == ("scratch", "10M")
+def test_decide_small_size_from_scratch():
+    decision = decide(Situation(text(2 * 10**8), num_params=10**7, **LAPTOP))
+    assert (decision.method, decision.model) == ("scratch", "10M")
     assert decide(Situation(text(2 * 10**8), num_params=10**7, adapter_only=True, **LAPTOP)).method == "lora"
     odd = decide(Situation(text(10**8), num_params=12_345_678)).model
     assert odd == "12345678"
 
 
-def test_conversations_that_reason_get_a_model_that_can():
+def test_decide_reasoning_model_for_reasoning_data():
     reasoning = decide(Situation(pairs(5_000, reasoning_share=0.8), **LAPTOP))
     assert reasoning.model == "Qwen/Qwen3-0.6B"
     assert decide(Situation(text(10**9), **BIG)).model == "Qwen/Qwen3-8B-Base"
 
 
-def test_what_commonly_goes_wrong_is_said_where_it_may():
+def test_warnings_of_common_pitfalls():
     few, little, instruct = pairs(5_000), text(10**8), "Qwen/Qwen2.5-7B-Instruct"
     assert any("below 10K LoRA" in text for text in warnings(Situation(few), "full", instruct))
     assert any("below 1B" in text and "2004.10964" in text for text in warnings(Situation(little), "continue", None))
@@ -150,7 +150,7 @@ def test_what_commonly_goes_wrong_is_said_where_it_may():
     assert warnings(Situation(pairs(50_000)), "lora", instruct) == ()
     situation = Situation(text(10**9), device=DEVICES["h100-80"])
     (cost,) = warnings(situation, "scratch", "Qwen3-0.6B-Base")
-    assert "FLOP" in cost and "1.7 for each parameter" in cost
+    assert "FLOP" in cost and "1.7 tokens for each parameter" in cost
 
 
 facts = st.none() | st.builds(
@@ -171,8 +171,8 @@ situations = st.builds(
     num_devices=st.integers(0, 4096),
     is_laptop=st.booleans(),
     adapter_only=st.booleans(),
-    purse=limits,
-    days=limits,
+    max_cost=limits,
+    max_hours=limits,
     model=st.none() | st.sampled_from(catalog.names()) | st.text(max_size=20),
     num_params=st.none() | st.integers(-1, 10**13),
     rank=st.integers(1, 512),
@@ -181,25 +181,25 @@ situations = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(situations)
-def test_every_situation_has_an_answer(situation):
-    path = decide(situation)
-    assert path.method is None or path.method in METHOD_DEFAULTS
-    assert (path.method is None) == (path.name == "none") == (path.model is None)
-    assert path.reasons and all(line.endswith(".") for line in (*path.reasons, *path.would_change))
-    warnings(situation, path.method, path.model)
-    points = checklist(situation, path)
+def test_decide_any_situation(situation):
+    decision = decide(situation)
+    assert decision.method is None or decision.method in METHOD_DEFAULTS
+    assert (decision.method is None) == (decision.name == "none") == (decision.model is None)
+    assert decision.reasons and all(line.endswith(".") for line in (*decision.reasons, *decision.would_change))
+    warnings(situation, decision.method, decision.model)
+    points = checklist(situation, decision)
     assert len(points) == 7 and all(point.answer for point in points)
     if situation.is_general:
-        assert path.name == "none"
+        assert decision.name == "none"
     if situation.adapter_only:
-        assert path.method in (None, "lora", "qlora")
-    if situation.is_laptop and path.model is not None and path.name not in ("adapter", "none"):
+        assert decision.method in (None, "lora", "qlora")
+    if situation.is_laptop and decision.model is not None and decision.name not in ("adapter", "none"):
         assert situation.num_params is not None  # too small to have been published, and so for a laptop
 
 
 @settings(max_examples=150, deadline=None)
 @given(situations, st.integers(2, 10**6))
-def test_more_data_never_leads_down_the_ladder(situation, times):
+def test_decide_more_data_never_lowers_approach(situation, times):
     if situation.facts is None:
         return
     more = replace(
@@ -210,16 +210,20 @@ def test_more_data_never_leads_down_the_ladder(situation, times):
 
 
 @settings(max_examples=100, deadline=None)
-@given(situations.filter(lambda situation: situation.purse is not None and situation.purse >= 0), st.floats(1, 1e6))
-def test_more_money_never_leads_down_the_ladder(situation, times):
-    richer = replace(situation, purse=situation.purse * times)
+@given(
+    situations.filter(lambda situation: situation.max_cost is not None and situation.max_cost >= 0), st.floats(1, 1e6)
+)
+def test_decide_more_money_never_lowers_approach(situation, times):
+    richer = replace(situation, max_cost=situation.max_cost * times)
     assert HEIGHTS[decide(richer).name] >= HEIGHTS[decide(situation).name]
 
 
-def test_the_checklist_takes_what_was_computed_and_names_commands_that_there_are():
+def test_checklist_uses_plan_and_names_existing_commands():
     situation = Situation(pairs(50_000), False, DEVICES["h100-80"])
-    path = decide(situation)
-    points = {point.question: point.answer for point in checklist(situation, path, "12 GiB of 80", "3 hours, 12 USD")}
+    decision = decide(situation)
+    points = {
+        point.question: point.answer for point in checklist(situation, decision, "12 GiB of 80", "3 hours, 12 USD")
+    }
     assert points["Memory"] == "12 GiB of 80" and points["Training time"] == "3 hours, 12 USD"
     assert "method=lora" in points["Comparison"]
     named = re.findall(r"`trivium (\w+) ", points["Evaluation"] + points["Comparison"])
@@ -232,18 +236,18 @@ def answering(answers):
     return lambda _text, default: next(left, "") or default
 
 
-def test_five_questions_are_enough():
+def test_ask_five_questions():
     assert len(questions()) <= 5
     found = ask(answering(["no", "20K conversations", "8x h100-80", "yes", "50 USD, 36 hours"]))
     assert found.data == given_facts("conversations", num_rows=20_000)
-    assert (found.is_general, found.adapter_only, found.purse, found.days) == (False, True, 50.0, 1.5)
+    assert (found.is_general, found.adapter_only, found.max_cost, found.max_hours) == (False, True, 50.0, 36.0)
     situation = found.situation(found.data)
     assert (situation.device, situation.num_devices, situation.is_laptop) == (DEVICES["h100-80"], 8, False)
 
 
-def test_empty_lines_take_the_defaults():
+def test_ask_empty_lines_take_defaults():
     found = ask(lambda _text, default: default)
-    assert (found.is_general, found.data, found.adapter_only, found.purse, found.days) == (
+    assert (found.is_general, found.data, found.adapter_only, found.max_cost, found.max_hours) == (
         None,
         None,
         False,
@@ -253,14 +257,14 @@ def test_empty_lines_take_the_defaults():
     assert found.is_laptop and found.num_devices == 1
 
 
-def test_a_path_is_handed_on(tmp_path):
+def test_ask_returns_path_as_typed(tmp_path):
     path = tmp_path / "5K tokens"
     path.touch()
     assert ask(answering(["", str(path)])).data == str(path)
     assert ask(answering(["", "2,000,000 tokens"])).data == given_facts("documents", num_tokens=2_000_000)
 
 
-def test_what_cannot_be_read_is_asked_again_and_then_refused():
+def test_ask_repeats_and_then_refuses():
     seen = []
 
     def prompt(text, default):
@@ -284,6 +288,6 @@ def test_what_cannot_be_read_is_asked_again_and_then_refused():
 @pytest.mark.parametrize(
     "known", [{}, {"num_rows": 0}, {"num_tokens": -1}, {"num_rows": 5, "mean_tokens": float("nan")}]
 )
-def test_facts_that_cannot_be_are_refused(known):
+def test_given_facts_refuses_impossible(known):
     with pytest.raises(ConfigError):
         given_facts("documents", **known)

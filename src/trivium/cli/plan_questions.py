@@ -1,7 +1,7 @@
-"""The five questions whose answers decide which way to train, and how an answer is read.
+"""The five questions that `trivium plan` asks on a terminal, and how an answer is read.
 
-Asking is a function that the caller brings, so that nothing here needs a terminal. Opens no data: a path is handed on
-as it was typed. Imported by the verb `plan`; never imports torch.
+The caller brings the function that asks, so that nothing here needs a terminal. A path is returned as it was typed.
+Never imports torch.
 """
 
 import re
@@ -14,8 +14,8 @@ from trivium.config.run import parse_count
 from trivium.errors import ConfigError
 from trivium.plan import devices
 from trivium.plan.devices import Device
-from trivium.plan.facts import DataFacts, given_facts
 from trivium.plan.situation import Situation
+from trivium.plan.workload import DataFacts, given_facts
 
 MAX_TRIES = 3
 AMOUNT = re.compile(r"(\d[\d,]*(?:\.\d+)?\s*(?:[KMBT]\b)?)\s*([a-z]*)", re.IGNORECASE)
@@ -24,21 +24,21 @@ TOKEN_WORDS = ("token", "tokens")
 NUMBERED = re.compile(r"(\d{1,6})\s*x\s*(\S.*)", re.IGNORECASE)
 LIMIT = re.compile(r"(\$?)\s*(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 DOLLAR_WORDS = ("usd", "dollar", "dollars")
-DAYS = {"hour": 1 / 24, "hours": 1 / 24, "h": 1 / 24, "day": 1.0, "days": 1.0, "d": 1.0, "week": 7.0, "weeks": 7.0}
+HOURS = {"hour": 1, "hours": 1, "h": 1, "day": 24, "days": 24, "d": 24, "week": 168, "weeks": 168}
 
 
 @dataclass(frozen=True)
-class Answers:
+class PlanAnswers:
     """What was answered.
 
     Attributes:
-        is_general: whether a general model already does it; None when nobody knows.
-        data: how much there will be, or a path as it was typed; None for none yet.
+        is_general: whether an existing model already does it; None when it is not known.
+        data: its amount, or a path as it was typed; None when there is none yet.
         device, num_devices: what to train on, and how many of them.
         is_laptop: whether that is the laptop at hand.
         adapter_only: whether only the adapter may be shared.
-        purse: US dollars; None for no limit.
-        days: how long it may take; None for no limit.
+        max_cost: US dollars; None for no limit.
+        max_hours: how long it may take; None for no limit.
     """
 
     is_general: bool | None
@@ -47,8 +47,8 @@ class Answers:
     num_devices: int
     is_laptop: bool
     adapter_only: bool
-    purse: float | None
-    days: float | None
+    max_cost: float | None
+    max_hours: float | None
 
     def situation(self, facts: DataFacts | None) -> Situation:
         """What to decide on, once the data has been measured where it was a path."""
@@ -59,24 +59,24 @@ class Answers:
             num_devices=self.num_devices,
             is_laptop=self.is_laptop,
             adapter_only=self.adapter_only,
-            purse=self.purse,
-            days=self.days,
+            max_cost=self.max_cost,
+            max_hours=self.max_hours,
         )
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question: its text, the answer that an empty line gives, and the fields of `Answers` that a text becomes."""
+class PlanQuestion:
+    """A question: its text, its default answer, and how an answer becomes fields of `PlanAnswers`."""
 
     text: str
     default: str
     read: Callable[[str], dict[str, Any]]
 
 
-def ask(prompt: Callable[[str, str], str]) -> Answers:
+def ask(prompt: Callable[[str, str], str]) -> PlanAnswers:
     """Ask every question by `prompt(text, default)`, again where an answer cannot be read.
 
-    Raises: ConfigError when a question was answered three times with what cannot be read.
+    Raises: ConfigError when three answers to a question could not be read.
     """
     answers: dict[str, Any] = {}
     for question in questions():
@@ -89,19 +89,23 @@ def ask(prompt: Callable[[str, str], str]) -> Answers:
                 if number == MAX_TRIES:
                     raise
                 text = f"{error}\n{question.text}"
-    return Answers(**answers)
+    return PlanAnswers(**answers)
 
 
-def questions() -> tuple[Question, ...]:
-    """In the order of the tree: is training needed, what is there to learn, and what forbids a way."""
+def questions() -> tuple[PlanQuestion, ...]:
+    """In the order of the decision: is training needed, on which data, and with which limits."""
     return (
-        Question(
-            "Does a general model, well prompted, already do it well enough (yes, no, unknown)?", "unknown", _general
+        PlanQuestion(
+            "Does an existing model with a good prompt already do it well enough (yes, no, unknown)?",
+            "unknown",
+            _general,
         ),
-        Question("What is there to learn from: a path, or such as 5K conversations, or 2B tokens?", "none", _data),
-        Question("What will it train on: laptop (this one), or such as rtx-4090, or 8x h100-80?", "laptop", _hardware),
-        Question("Must the adapter be shared apart from the model and its licence (yes, no)?", "no", _adapter_only),
-        Question("What may it cost, and how long may it take, such as 50 USD, 2 days?", "no limit", _limits),
+        PlanQuestion("What is the training data (a path, or an amount: 5K conversations, 2B tokens)?", "none", _data),
+        PlanQuestion("Which device (laptop for this one, or a name: rtx-4090, 8x h100-80)?", "laptop", _hardware),
+        PlanQuestion(
+            "May only an adapter be published, because of the license of the model (yes, no)?", "no", _adapter_only
+        ),
+        PlanQuestion("What is the limit on cost and time (for example: 50 USD, 2 days)?", "no limit", _limits),
     )
 
 
@@ -117,7 +121,7 @@ def _one_of(text: str, meanings: dict[str, bool | None]) -> bool | None:
     """The meaning of a word, or of its beginning."""
     found = [word for word in meanings if word.startswith(text.lower())]
     if len(found) != 1:
-        raise ConfigError(f"{text!r} is none of {', '.join(meanings)}.")
+        raise ConfigError(f"{text!r} is not an answer. Expected one of {', '.join(meanings)}.")
     return meanings[found[0]]
 
 
@@ -133,7 +137,7 @@ def _data(text: str) -> dict[str, Any]:
     if isinstance(count, int) and unit in TOKEN_WORDS:
         return {"data": given_facts("documents", num_tokens=count)}
     raise ConfigError(
-        f"{text!r} is no path that exists, and says no unit. Expected such as 5K conversations, 2B tokens."
+        f"{text!r} is not an existing path or an amount with a unit. Expected for example 5K conversations, 2B tokens."
     )
 
 
@@ -143,21 +147,21 @@ def _hardware(text: str) -> dict[str, Any]:
     match = NUMBERED.fullmatch(text)
     count, name = (int(match[1]), match[2]) if match else (1, text)
     if count < 1:
-        raise ConfigError(f"{text!r}: nothing trains on no device. Expected one or more.")
+        raise ConfigError(f"{text!r} is zero devices. Expected one or more, for example 1x t4.")
     return {"device": devices.get(name), "num_devices": count, "is_laptop": False}
 
 
 def _limits(text: str) -> dict[str, Any]:
-    limits: dict[str, Any] = {"purse": None, "days": None}
+    limits: dict[str, Any] = {"max_cost": None, "max_hours": None}
     if text.lower() in ("no limit", "none"):
         return limits
     for part in re.split(r"\s*[,;]\s*|\s+and\s+", text):
         match = LIMIT.fullmatch(part)
         unit = match[3].lower() if match else ""
         if match and (match[1] or unit in DOLLAR_WORDS):
-            limits["purse"] = float(match[2])
-        elif match and unit in DAYS:
-            limits["days"] = float(match[2]) * DAYS[unit]
+            limits["max_cost"] = float(match[2])
+        elif match and unit in HOURS:
+            limits["max_hours"] = float(match[2]) * HOURS[unit]
         else:
-            raise ConfigError(f"{part!r} is no limit of cost or time. Expected such as 50 USD, 36 hours, 2 days.")
+            raise ConfigError(f"{part!r} is not a limit. Expected for example 50 USD, 36 hours or 2 days.")
     return limits

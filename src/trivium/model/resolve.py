@@ -1,0 +1,170 @@
+"""The shape of the network that a run file describes: by name, in a folder, by its sizes, or by a parameter budget.
+
+The planner and the engine share these rules. The engine knows the real tokenizer and reads a Hub model's config.json;
+the planner reads local files only (`planned_shape`) and takes the size that an untrained tokenizer will have. Never
+imports torch.
+"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trivium.config.run import Run, TrainTokenizer
+from trivium.errors import ConfigError
+from trivium.model import catalog
+from trivium.model.shape import QwenShape
+
+VOCAB_MULTIPLE = 64
+
+
+def shape_of_sizes(run: Run) -> QwenShape | None:
+    """The network of `model.shape`; None for a parameter budget, whose shape depends on the vocabulary."""
+    given = run.model.shape
+    if given is None:
+        return None
+    heads = given.num_attention_heads
+    return QwenShape(
+        **given.model_dump(exclude={"num_key_value_heads", "head_dim"}),
+        num_key_value_heads=given.num_key_value_heads or heads,
+        head_dim=given.head_dim or given.hidden_size // heads,
+        vocab_size=run.model.vocab_size or VOCAB_MULTIPLE,
+        max_position_embeddings=run.data.seq_len,
+    )
+
+
+def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer: Path | str) -> QwenShape:
+    """The shape with its final vocabulary size: as pretrained, as set, or as the tokenizer needs.
+
+    Args:
+        run: the run.
+        shape: the network it names; None for a parameter budget.
+        num_tokens: tokens of the tokenizer.
+        tokenizer: what messages call the tokenizer.
+
+    Raises: ConfigError when the embedding table would be smaller than the tokenizer.
+    """
+    vocab_size = run.model.vocab_size or VOCAB_MULTIPLE * math.ceil(num_tokens / VOCAB_MULTIPLE)
+    if shape is not None and run.weights != "random":
+        if run.model.vocab_size not in (None, shape.vocab_size):
+            raise ConfigError(
+                f"model.vocab_size is {run.model.vocab_size:,} and the pretrained embedding table has "
+                f"{shape.vocab_size:,} entries. Remove model.vocab_size, or train with weights: random."
+            )
+        vocab_size = shape.vocab_size
+    elif shape is not None and run.model.name is not None and run.tokenizer is not None and run.tokenizer.path:
+        vocab_size = run.model.vocab_size or max(shape.vocab_size, vocab_size)
+    if vocab_size < num_tokens:
+        raise ConfigError(
+            f"The tokenizer in {tokenizer} has {num_tokens:,} tokens and the model's embedding table has "
+            f"{vocab_size:,} entries. Set model.vocab_size to at least {num_tokens}, or use the model's own tokenizer."
+        )
+    if shape is None:
+        assert run.model.params is not None
+        shape = catalog.size_for_budget(run.model.params, vocab_size)
+        return replace(shape, max_position_embeddings=run.data.seq_len)
+    return replace(shape, vocab_size=vocab_size)
+
+
+def planned_shape(run: Run) -> QwenShape | None:
+    """The network as far as local files tell; None for a model on the Hub that is not in the catalog.
+
+    Raises: ConfigError when the name is unknown, its folder has no config.json, or the sizes are not possible.
+    """
+    shape = shape_of_sizes(run)
+    if run.model.name is not None:
+        shape = shape_of_name(run.model.name)
+        if shape is None:
+            return None
+    path = run.tokenizer.path if run.tokenizer else None
+    return settle_shape(run, shape, _num_tokens(run, shape), path or run.model.name or "the run file")
+
+
+def shape_of_name(name: str) -> QwenShape | None:
+    """The shape of a published model, or of the model in a folder; None for any other id of the Hub.
+
+    Raises: ConfigError when there is no such folder or size, or the folder has no readable config.json.
+    """
+    if Path(name).is_dir():
+        file = Path(name) / "config.json"
+        if not file.is_file():
+            raise ConfigError(
+                f"{name} has no config.json, so it is not the folder of a Hugging Face model. Download the whole "
+                "model, or give its name, such as Qwen/Qwen3-0.6B."
+            )
+        return QwenShape.from_hf_config(read_json(file))
+    published = published_shape(name)
+    if published is not None:
+        return published
+    if "/" not in name:
+        return catalog.get(name)  # raises with the nearest name
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ConfigError(f"There is no folder {name!r}. Give the path of a model's folder, or the name of a model.")
+    return None
+
+
+def published_shape(name: str) -> QwenShape | None:
+    """The shape of a model in the catalog, with or without `Qwen/` before its name; None for any other name."""
+    owner, _, last = name.rpartition("/")
+    if owner.lower() not in ("", "qwen") or last.lower() not in {known.lower() for known in catalog.names()}:
+        return None
+    return catalog.get(last)
+
+
+def hub_id(name: str) -> str:
+    """The Hub id of a published model; any other name is returned as it is."""
+    if Path(name).is_dir() or published_shape(name) is None:
+        return name
+    published = {known.lower(): known for known in catalog.names() if known.startswith("Qwen")}
+    known = published.get(name.rpartition("/")[2].lower())
+    return f"Qwen/{known}" if known else name
+
+
+def _num_tokens(run: Run, shape: QwenShape | None) -> int:
+    """Tokens of the run's tokenizer: of the one named, of the model's own, or of the one that will be trained."""
+    if run.tokenizer is not None and run.tokenizer.path is not None:
+        return _tokenizer_size(run.tokenizer.path)
+    if run.tokenizer is None and shape is not None and run.model.name is not None and _has_tokenizer(run):
+        return shape.vocab_size
+    return ((run.tokenizer.train if run.tokenizer else None) or TrainTokenizer()).vocab_size
+
+
+def _has_tokenizer(run: Run) -> bool:
+    """Whether the model that is named comes with a tokenizer; a bare size such as `ladder-1m` does not."""
+    name = run.model.name or ""
+    if Path(name).is_dir():
+        return run.weights != "random" or (Path(name) / "tokenizer.json").is_file()
+    return run.weights != "random" or name.lower() not in {known.lower() for known in catalog.names()}
+
+
+def _tokenizer_size(path: str) -> int:
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        shape = shape_of_name(path)
+        if shape is None:
+            raise ConfigError(f"The size of the tokenizer {path!r} is not known here. Set model.vocab_size.")
+        return shape.vocab_size
+    content: Any = read_json(file)
+    try:
+        return max([*content["model"]["vocab"].values(), *(entry["id"] for entry in content["added_tokens"])]) + 1
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ConfigError(f"{file} does not list its tokens. Set model.vocab_size.") from None
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """One JSON object from a model folder.
+
+    Raises: ConfigError when the file is missing or is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; expected the folder of a Hugging Face model. Check the path."
+        ) from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON ({error}). Download the file again.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}; expected a JSON object. Download the file again.")
+    return content
