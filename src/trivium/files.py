@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from trivium.errors import TriviumError
 
-COPY_BYTES = 1 << 22
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def fsync_directory(folder: Path) -> None:

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from trivium.config.run import Source
 from trivium.data.source.corpus import open_corpus
+from trivium.data.store import build as module
 from trivium.data.store.build import BuiltStore, build_sources, sample_texts, train_tokenizer_from_sources
 from trivium.data.store.megatron import Store, StoreWriter
-from trivium.data.store import build as module
 from trivium.data.store.publish import (
     HASH_VALUES,
     HIGH_VALUES,

@@ -430,3 +430,10 @@ def test_untrained_rows_are_zeros_and_twins() -> None:
     assert adapter.untrained_rows(table, head, [8, 9], reserved) == [9]
     table[0] = table[10]  # the twin of a reserved row, though it is no reserved one itself
     assert adapter.untrained_rows(table.bfloat16(), head.bfloat16(), [0], reserved) == [0]
+
+
+def test_inject_keeps_trained_weights_in_fp32_on_a_bf16_base(base: Path) -> None:
+    model = load_base(base, torch.bfloat16)
+    adapter.inject(model, Adapter(rank=4), seed=1, token_ids=TOKEN_IDS)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and {parameter.dtype for parameter in trained} == {torch.float32}

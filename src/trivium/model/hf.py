@@ -90,6 +90,19 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
+def read_stop_ids(*folders: Path) -> list[int]:
+    """The ids at which generation stops, from the first of generation_config.json and config.json that names any.
+
+    Searches the folders in order, an adapter's before its base's. Empty where no file names any.
+    """
+    for folder in folders:
+        for name in ("generation_config.json", "config.json"):
+            eos = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+            if eos is not None:
+                return [int(token) for token in eos] if isinstance(eos, list) else [int(str(eos))]
+    return []
+
+
 def read_shape(folder: Path) -> QwenShape:
     """The shape of the model in `folder`, from its config.json.
 

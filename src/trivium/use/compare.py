@@ -14,9 +14,10 @@ from trivium.data.tokenizer import document_encoding
 from trivium.engine.record import read_record
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError, TriviumError
+from trivium.model import hf
 from trivium.use.answers import Answer, Question, Scores, answers, read_questions, score
 from trivium.use.held_out import HeldOut, Passage, measure, passages_of_file, passages_of_run
-from trivium.use.load import Loaded, Place, find, load, read_stop_ids, read_template, read_tokenizer
+from trivium.use.load import Loaded, Place, find, load, read_template, read_tokenizer
 
 Note = Callable[[str], None]
 Bar = Callable[[str], Callable[[int, int], None]]
@@ -98,7 +99,10 @@ class Language:
     def of(cls, place: Place) -> "Language":
         """The language of a model."""
         tokenizer = read_tokenizer(place)
-        template, stop_ids = read_template(tokenizer), read_stop_ids(place, tokenizer)
+        template, stop_ids = (
+            read_template(tokenizer),
+            hf.read_stop_ids(place.folder, place.model_folder) or [tokenizer.eos_token_id],
+        )
         converses = template is not None and template.end_of_turn_id in stop_ids
         stops = tokenizer.convert_ids_to_tokens(stop_ids)
         return cls(tokenizer, converses, stops, document_encoding(tokenizer).fingerprint)

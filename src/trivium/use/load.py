@@ -190,7 +190,7 @@ def load(
                 f"{place.folder} was trained against its base in NF4; here it works on the full-precision base, whose "
                 "weights differ a little."
             )
-    stop_ids = read_stop_ids(place, tokenizer)
+    stop_ids = hf.read_stop_ids(place.folder, place.model_folder) or [tokenizer.eos_token_id]
     _settle_generation(model, place, tokenizer, stop_ids)
     return Loaded(model.eval(), tokenizer, place, read_template(tokenizer), stop_ids)
 
@@ -267,16 +267,6 @@ def read_template(tokenizer: Any) -> ChatTemplate | None:
         return describe_template(tokenizer)
     except TriviumError:
         return None
-
-
-def read_stop_ids(place: Place, tokenizer: Any) -> list[int]:
-    """Where generation stops: the adapter's word before its base's, and the tokenizer's where all are silent."""
-    for folder in (place.folder, place.model_folder):
-        for name in ("generation_config.json", "config.json"):
-            eos = hf.read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-            if eos is not None:
-                return [int(token) for token in eos] if isinstance(eos, list) else [int(str(eos))]
-    return [tokenizer.eos_token_id]
 
 
 def _settle_generation(model: Any, place: Place, tokenizer: Any, stop_ids: list[int]) -> None:
