@@ -59,7 +59,7 @@ def _page(findings: "list[Finding]", allowed: frozenset[str]) -> str:
         mark = " (allowed)" if finding.severity == "error" and finding.id in allowed else ""
         label = click.style(f"{finding.severity}{mark}", fg=COLORS[finding.severity], bold=True)
         lines = [f"{label}  {click.style(finding.id, bold=True)} {finding.title}"]
-        for name, text in zip(("Found", "Expected", "Fix"), finding.problem[1:], strict=True):
+        for name, text in zip(("Found", "Expected", "Fix"), finding.violation[1:], strict=True):
             lines.append(
                 textwrap.fill(
                     f"{name + ':':<10}{text}",

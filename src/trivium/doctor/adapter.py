@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trivium.config.run import Run
-from trivium.doctor.findings import Problem, Rule
+from trivium.doctor.findings import Rule, Violation
 from trivium.model import hf
 from trivium.model.adapter import CONFIG
 
@@ -37,10 +37,10 @@ def given_adapter(run: Run) -> AdapterFacts | None:
     return AdapterFacts(folder, content, tied)
 
 
-def adapter_as_model(adapter: AdapterFacts) -> Problem | None:
+def adapter_as_model(adapter: AdapterFacts) -> Violation | None:
     """M06: an adapter where a model is expected."""
     base = adapter.content.get("base_model_name_or_path")
-    return Problem(
+    return Violation(
         "error",
         f"model.name {adapter.folder} holds an {CONFIG}: it is an adapter of {base}, not a model.",
         "the folder of a whole model.",
@@ -48,12 +48,12 @@ def adapter_as_model(adapter: AdapterFacts) -> Problem | None:
     )
 
 
-def on_tied_embeddings(adapter: AdapterFacts) -> Problem | None:
+def on_tied_embeddings(adapter: AdapterFacts) -> Violation | None:
     """Q06: low-rank updates of a tensor that is both embedding and head."""
     adapted = sorted(adapter.modules("target_modules") & {EMBEDDING, HEAD})
     if not adapter.tied or not adapted:
         return None
-    return Problem(
+    return Violation(
         "error",
         f"{adapter.folder} adapts {' and '.join(adapted)} of a model with tied embeddings.",
         "neither of them among target_modules: merging adds the update to the one shared tensor, so it acts at both "
@@ -62,13 +62,13 @@ def on_tied_embeddings(adapter: AdapterFacts) -> Problem | None:
     )
 
 
-def half_saved(adapter: AdapterFacts) -> Problem | None:
+def half_saved(adapter: AdapterFacts) -> Violation | None:
     """Q07: a full copy of only one end of a tied pair, or of both without weight tying."""
     saved = adapter.modules("modules_to_save") & {EMBEDDING, HEAD}
     if not adapter.tied or not saved or adapter.content.get("ensure_weight_tying"):
         return None
     what = f"only {saved.pop()}" if len(saved) == 1 else "both, without ensure_weight_tying"
-    return Problem(
+    return Violation(
         "warning",
         f"{adapter.folder} has modules_to_save with {what}, of a model with tied embeddings.",
         "embed_tokens and lm_head with ensure_weight_tying: true, or neither; otherwise the two drift apart.",
@@ -76,12 +76,12 @@ def half_saved(adapter: AdapterFacts) -> Problem | None:
     )
 
 
-def only_input_tokens(adapter: AdapterFacts) -> Problem | None:
+def only_input_tokens(adapter: AdapterFacts) -> Violation | None:
     """Q09: tokens trained in the embedding but not in the separate head."""
     indices = adapter.content.get("trainable_token_indices")
     if adapter.tied is not False or not indices or (isinstance(indices, dict) and {EMBEDDING, HEAD} <= set(indices)):
         return None
-    return Problem(
+    return Violation(
         "error",
         f"{adapter.folder} has trainable_token_indices {indices} of a model with a separate head.",
         f"the tokens under both {EMBEDDING} and {HEAD}; a list trains the embedding alone, so the model learns to read "
@@ -90,7 +90,7 @@ def only_input_tokens(adapter: AdapterFacts) -> Problem | None:
     )
 
 
-def of_given(check: Callable[[AdapterFacts], Problem | None]) -> Callable[[Run], Problem | None]:
+def of_given(check: Callable[[AdapterFacts], Violation | None]) -> Callable[[Run], Violation | None]:
     """The check, applied to the adapter that the run names as its model, if it names one."""
     return lambda run: None if (adapter := given_adapter(run)) is None else check(adapter)
 

@@ -11,7 +11,7 @@ import numpy as np
 from trivium.data.chat.formats import Conversation, Turn
 from trivium.data.chat.samples import ChatEncoder
 from trivium.data.source.records import Reason, RowError
-from trivium.doctor.findings import Problem, Rule
+from trivium.doctor.findings import Rule, Violation
 from trivium.doctor.prepared import PreparedRun
 from trivium.errors import BadData
 
@@ -21,7 +21,7 @@ UINT16_TOKENS = 1 << 16
 SMALL_CORPUS_TOKENS = 10_000_000
 
 
-def too_long(prepared: PreparedRun) -> Problem | None:
+def too_long(prepared: PreparedRun) -> Violation | None:
     """Q03: answers that were dropped, cut or rejected because they are longer than a packed sequence."""
     reports = [built.report for built in prepared.job.built if built.report.get("conversations")]
     records = sum(report["rows"] for report in reports)
@@ -29,7 +29,7 @@ def too_long(prepared: PreparedRun) -> Problem | None:
     dropped, cut = (sum(report[key] for report in reports) for key in ("dropped_turns", "cut_turns"))
     if rejected + dropped + cut <= SHORTENED_SHARE * records:
         return None
-    return Problem(
+    return Violation(
         "warning",
         f"of {records:,} records {rejected:,} were left out, {dropped:,} answers of the others were dropped, and "
         f"{cut:,} answers were cut, because they are longer than data.seq_len {prepared.run.data.seq_len:,}.",
@@ -38,12 +38,12 @@ def too_long(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def unknown_template(prepared: PreparedRun) -> Problem | None:
+def unknown_template(prepared: PreparedRun) -> Violation | None:
     """Q12: a chat template that is not a known one."""
     template = prepared.template
     if not prepared.job.has_conversations or template is None or template.known_as:
         return None
-    return Problem(
+    return Violation(
         "warning",
         f"the chat template of {prepared.job.tokenizer_folder} (SHA-256 {template.sha256[:12]}) is not a known one.",
         "a template that Qwen has published, or Trivium's own. Every answer was still checked against the prompt that "
@@ -59,7 +59,7 @@ def reasoning_of(turn: Turn) -> str:
     return turn.content.partition("</think>")[0].replace("<think>", "", 1).strip() if turn.thinks else ""
 
 
-def reasoning_lost(prepared: PreparedRun) -> Problem | None:
+def reasoning_lost(prepared: PreparedRun) -> Violation | None:
     """Q15: reasoning that the template leaves out, so that the model never learns it."""
     if prepared.run.loss_tokens == "all":
         lost, what = reasoning_lost_whole(prepared), "sampled answers"
@@ -67,7 +67,7 @@ def reasoning_lost(prepared: PreparedRun) -> Problem | None:
         lost, what = sum(built.report.get("lost_reasoning_turns", 0) for built in prepared.job.built), "answers"
     if not lost:
         return None
-    return Problem(
+    return Violation(
         "warning",
         f"the chat template strips the reasoning of {lost:,} {what}, so the model never learns it.",
         "every reasoning in some sample; with loss_tokens: assistant an answer gets a separate sample where needed.",
@@ -98,7 +98,7 @@ def _normal(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def tool_calls_garbled(prepared: PreparedRun) -> Problem | None:
+def tool_calls_garbled(prepared: PreparedRun) -> Violation | None:
     """Q16: tool calls that the template leaves out or encodes twice."""
     called = [one for one in prepared.conversations if any(turn.tool_calls for turn in one.turns)]
     if not called or prepared.template is None:
@@ -108,7 +108,7 @@ def tool_calls_garbled(prepared: PreparedRun) -> Problem | None:
     twice = sum(any(f'\\"{key}\\"' in text for _, keys in _calls(one) for key in keys[:1]) for one, text in texts)
     if not missing and not twice:
         return None
-    return Problem(
+    return Violation(
         "error",
         f"of {len(called):,} sampled conversations with tool calls, the chat template leaves the calls out of "
         f"{missing:,} and writes the arguments of {twice:,} as JSON inside a JSON string.",
@@ -128,14 +128,14 @@ def _calls(conversation: Conversation) -> list[tuple[str, list[str]]]:
     return [(function["name"], list(function["arguments"])) for function in functions]
 
 
-def control_tokens_in_text(prepared: PreparedRun) -> Problem | None:
+def control_tokens_in_text(prepared: PreparedRun) -> Violation | None:
     """Q17: conversations whose text spells out control tokens."""
     reports = [built.report for built in prepared.job.built if built.report.get("conversations")]
     taken = sum(report["control_token_rows"] for report in reports)
     rejected = sum(report["rejected_by_reason"].get(Reason.CONTROL_TOKEN.value, 0) for report in reports)
     if not taken and not rejected:
         return None
-    return Problem(
+    return Violation(
         "warning",
         f"{taken:,} records spell out a token like <think> or <tool_call> in their text, which tokenizes to the token "
         f"itself, and {rejected:,} were rejected for one like <|im_end|>.",
@@ -144,13 +144,13 @@ def control_tokens_in_text(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def tokens_wrapped(prepared: PreparedRun) -> Problem | None:
+def tokens_wrapped(prepared: PreparedRun) -> Violation | None:
     """Q27: a store of 16-bit tokens for a vocabulary of more than 65,536."""
     num_tokens = len(prepared.job.tokenizer)
     narrow = [built.name for built in prepared.job.built if built.open().dtype.itemsize < 4]
     if num_tokens <= UINT16_TOKENS or not narrow:
         return None
-    return Problem(
+    return Violation(
         "error",
         f"{', '.join(narrow)} stores 16-bit tokens, and the tokenizer has {num_tokens:,}.",
         "32-bit tokens: either larger ids wrapped around, or the store was made with another tokenizer.",
@@ -158,13 +158,13 @@ def tokens_wrapped(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def documents_on_chat_model(prepared: PreparedRun) -> Problem | None:
+def documents_on_chat_model(prepared: PreparedRun) -> Violation | None:
     """Q28: only documents, for a chat model."""
     is_tuned = prepared.template is not None and prepared.template.end_of_turn_id in prepared.model_stop_ids
     if prepared.job.has_conversations or not is_tuned:
         return None
     assert prepared.template is not None
-    return Problem(
+    return Violation(
         "warning",
         f"the data is documents, and {prepared.job.weights_folder} is a chat model: it stops at "
         f"{prepared.template.end_of_turn}.",
@@ -173,7 +173,7 @@ def documents_on_chat_model(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def default_system(prepared: PreparedRun) -> Problem | None:
+def default_system(prepared: PreparedRun) -> Violation | None:
     """Q30: a system prompt in every conversation, which serving must then send too."""
     if not prepared.conversations or prepared.template is None:
         return None
@@ -183,7 +183,7 @@ def default_system(prepared: PreparedRun) -> Problem | None:
     text = prepared.job.tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     default = "its own default" if "system" in text else "none"
     what = f"the same one, {given[0][:60]!r}" if len(set(given)) == 1 else f"{len(set(given)):,} different ones"
-    return Problem(
+    return Violation(
         "info",
         f"all {len(given):,} sampled conversations start with a system prompt ({what}); without one the template "
         f"writes {default}, which the model never sees in training.",
@@ -192,13 +192,13 @@ def default_system(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def small_corpus(prepared: PreparedRun) -> Problem | None:
+def small_corpus(prepared: PreparedRun) -> Violation | None:
     """Q33: few documents for a pretrained model."""
     num_tokens = sum(int(np.asarray(part.store.lengths).sum(dtype=np.int64)) for part in prepared.job.parts)
     if prepared.run.weights == "random" or prepared.job.has_conversations or num_tokens >= SMALL_CORPUS_TOKENS:
         return None
     epochs = prepared.job.rows.epoch(prepared.job.num_steps)
-    return Problem(
+    return Violation(
         "info",
         f"{num_tokens:,} tokens of documents are read {epochs:.1f} times.",
         "gains in style and vocabulary of a domain; new knowledge takes far more text.",

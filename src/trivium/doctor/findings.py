@@ -15,7 +15,7 @@ DOCUMENT = "docs/doctor.md"
 Subject = TypeVar("Subject")
 
 
-class Problem(NamedTuple):
+class Violation(NamedTuple):
     """What a rule says about a run that breaks it; each text is a sentence or two."""
 
     severity: Severity
@@ -30,7 +30,7 @@ class Rule(Generic[Subject]):
 
     id: str
     title: str
-    check: Callable[[Subject], Problem | None]
+    check: Callable[[Subject], Violation | None]
     stops_with: type[TriviumError] = ConfigError
     """The exception, and so the exit code, of an error of this rule."""
 
@@ -41,13 +41,13 @@ class Finding:
 
     id: str
     title: str
-    problem: Problem
+    violation: Violation
     stops_with: type[TriviumError]
 
     @property
     def severity(self) -> Severity:
-        """The problem's severity."""
-        return self.problem.severity
+        """The violation's severity."""
+        return self.violation.severity
 
     @property
     def anchor(self) -> str:
@@ -56,19 +56,19 @@ class Finding:
 
     def record(self) -> dict[str, Any]:
         """The finding as `--json` prints it."""
-        texts = self.problem._asdict()
+        texts = self.violation._asdict()
         return {"id": self.id, "severity": texts.pop("severity"), "title": self.title, **texts, "anchor": self.anchor}
 
     def paragraph(self) -> str:
         """The finding as one line of text."""
-        _, found, expected, fix = self.problem
+        _, found, expected, fix = self.violation
         return f"{self.id} {self.title}: {found} Expected: {expected} Fix: {fix} See {self.anchor}."
 
 
 def check(rules: Sequence[Rule[Subject]], subject: Subject) -> list[Finding]:
     """Check every rule; the findings are in the order of the rules."""
-    problems = ((rule, rule.check(subject)) for rule in rules)
-    return [Finding(rule.id, rule.title, problem, rule.stops_with) for rule, problem in problems if problem]
+    violations = ((rule, rule.check(subject)) for rule in rules)
+    return [Finding(rule.id, rule.title, violation, rule.stops_with) for rule, violation in violations if violation]
 
 
 def stopping(findings: Iterable[Finding], allowed: frozenset[str]) -> list[Finding]:

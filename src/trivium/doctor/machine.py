@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from trivium.config.run import Run
-from trivium.doctor.findings import Problem, Rule
+from trivium.doctor.findings import Rule, Violation
 from trivium.doctor.prepared import PreparedRun
 from trivium.engine.plan_record import suggest_fixes
 from trivium.engine.runfolder import RunFolder
@@ -33,7 +33,7 @@ def needed_packages(run: Run) -> dict[str, str]:
     return needed
 
 
-def installed_versions(run: Run) -> Problem | None:
+def installed_versions(run: Run) -> Violation | None:
     """M01: packages that are missing or whose version Trivium does not support."""
     from packaging.requirements import Requirement
 
@@ -52,7 +52,7 @@ def installed_versions(run: Run) -> Problem | None:
             found.append(f"{requirement.name} {state}, Trivium needs {requirement.specifier}")
     if not found:
         return None
-    return Problem(
+    return Violation(
         "error",
         f"{'; '.join(found)}.",
         "the packages that Trivium and the run's settings need.",
@@ -67,12 +67,12 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def several_processes(run: Run) -> Problem | None:
+def several_processes(run: Run) -> Violation | None:
     """Q23: started by a launcher, once per GPU, while this version trains on one device."""
     num_processes = os.environ.get("WORLD_SIZE", "1")
     if num_processes == "1":
         return None
-    return Problem(
+    return Violation(
         "error",
         f"WORLD_SIZE is {num_processes}: a launcher like torchrun has started this process as one of several.",
         "one process, since this version trains on one device; the others would train the same run again.",
@@ -80,7 +80,7 @@ def several_processes(run: Run) -> Problem | None:
     )
 
 
-def may_write(run: Run) -> Problem | None:
+def may_write(run: Run) -> Violation | None:
     """M03: folders in which nothing can be created."""
     found = []
     for key, folder in (("runs_dir", Path(run.runs_dir) / run.name), ("data.cache_dir", cache_folder(run))):
@@ -92,7 +92,7 @@ def may_write(run: Run) -> Problem | None:
             found.append(f"{key}: nothing can be written in {there} ({error.strerror})")
     if not found:
         return None
-    return Problem(
+    return Violation(
         "error",
         f"{'; '.join(found)}.",
         "folders where the run and its token stores can be written.",
@@ -106,14 +106,14 @@ def _existing_parent(folder: Path) -> Path:
     return next(path for path in (there, *there.parents) if path.exists())
 
 
-def memory(prepared: PreparedRun) -> Problem | None:
+def memory(prepared: PreparedRun) -> Violation | None:
     """Q21: a step needs more memory than the device has, or leaves less than the planner's margin."""
     needed, there = peak_memory(prepared.workload), prepared.machine.memory_bytes
     if fits(needed, there):
         return None
     items = sorted(needed.items.items(), key=lambda item: -item[1])
     table = ", ".join(f"{name} {size / GIB:,.2f}" for name, size in items if size >= GIB / 100)
-    return Problem(
+    return Violation(
         "error" if needed.total > there else "warning",
         f"a step needs {needed.total / GIB:,.2f} GiB at its peak, {needed.instant} ({table}), and "
         f"{prepared.machine.device} has {there / GIB:,.2f} GiB.",
@@ -134,7 +134,7 @@ def disk_parts(prepared: PreparedRun) -> dict[str, int]:
     return {f"{num_checkpoints} checkpoints": num_checkpoints * checkpoint, "the result": result}
 
 
-def disk(prepared: PreparedRun) -> Problem | None:
+def disk(prepared: PreparedRun) -> Violation | None:
     """M02: checkpoints and result need more than the free disk space. The token stores exist at this point."""
     folder = RunFolder(Path(prepared.run.runs_dir) / prepared.run.name)
     already = sum(path.stat().st_size for path in folder.checkpoints.rglob("*") if path.is_file())
@@ -145,7 +145,7 @@ def disk(prepared: PreparedRun) -> Problem | None:
     if needed <= free:
         return None
     table = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items())
-    return Problem(
+    return Violation(
         "error",
         f"the run will write {needed / MIB:,.0f} MiB in {there} ({table}), and {free / MIB:,.0f} MiB are free.",
         "space for one checkpoint more than checkpoint.keep and for the result; the token stores exist already.",

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from trivium.doctor.findings import Problem, Rule
+from trivium.doctor.findings import Rule, Violation
 from trivium.doctor.prepared import PreparedRun
 from trivium.engine.device import measure_flops
 
@@ -33,7 +33,7 @@ def rate_range(prepared: PreparedRun) -> RateRange:
     return RateRange(1e-7, 1e-4, "all weights of a pretrained model")
 
 
-def learning_rate_range(prepared: PreparedRun) -> Problem | None:
+def learning_rate_range(prepared: PreparedRun) -> Violation | None:
     """Q19: a learning rate that is unusual for this kind of training."""
     rate, usual = prepared.run.optimizer.lr, rate_range(prepared)
     if usual.above < rate < usual.below:
@@ -41,7 +41,7 @@ def learning_rate_range(prepared: PreparedRun) -> Problem | None:
     outcome = "the model is likely to forget what it knows" if rate >= usual.below else "the model will hardly learn"
     if rate >= usual.below and prepared.run.weights == "random":
         outcome = "the loss is likely to diverge"
-    return Problem(
+    return Violation(
         "warning",
         f"optimizer.lr is {rate:g}; {outcome}.",
         f"between {usual.above:g} and {usual.below:g} for {usual.what}.",
@@ -49,7 +49,7 @@ def learning_rate_range(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def adapter_scaling(prepared: PreparedRun) -> Problem | None:
+def adapter_scaling(prepared: PreparedRun) -> Violation | None:
     """Q20: alpha and rank that make the adapter's update unusually small or large."""
     adapter = prepared.run.adapter
     if adapter is None:
@@ -58,7 +58,7 @@ def adapter_scaling(prepared: PreparedRun) -> Problem | None:
     if low < adapter.scaling <= high:
         return None
     formula = "alpha / sqrt(rank)" if adapter.rslora else "alpha / rank"
-    return Problem(
+    return Violation(
         "info" if adapter.scaling == low else "warning",
         f"the adapter's update is scaled by {formula} = {adapter.scaling:g}, where the default is 2.",
         f"{low:g} to {high:g}, since the scaling acts like a second learning rate.",
@@ -66,7 +66,7 @@ def adapter_scaling(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def slow_precision(prepared: PreparedRun) -> Problem | None:
+def slow_precision(prepared: PreparedRun) -> Violation | None:
     """Q22: bf16 on a device that only emulates it."""
     machine = prepared.machine
     if prepared.run.precision != "bf16" or machine.compute_dtype != torch.bfloat16:
@@ -74,7 +74,7 @@ def slow_precision(prepared: PreparedRun) -> Problem | None:
     fp32_flops = measure_flops(machine.device, torch.float32)
     if fp32_flops <= machine.peak_flops:
         return None
-    return Problem(
+    return Violation(
         "warning",
         f"precision is bf16, and this device multiplies in bf16 at {machine.peak_flops / 1e9:,.0f} GFLOP/s, in fp32 at "
         f"{fp32_flops / 1e9:,.0f}.",
@@ -83,13 +83,13 @@ def slow_precision(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def unusual_shape(prepared: PreparedRun) -> Problem | None:
+def unusual_shape(prepared: PreparedRun) -> Violation | None:
     """Q26: values of a new network's shape that no Qwen model has."""
     if prepared.run.weights != "random":
         return None
     shape = prepared.job.shape
     if shape.rope_theta != QWEN_ROPE_THETA:
-        return Problem(
+        return Violation(
             "warning",
             f"rope_theta is {shape.rope_theta:g}; 10,000 is the default of transformers.",
             f"{QWEN_ROPE_THETA:,.0f}, as in all Qwen2.5 and Qwen3 models.",
@@ -97,7 +97,7 @@ def unusual_shape(prepared: PreparedRun) -> Problem | None:
         )
     if shape.intermediate_size % INTERMEDIATE_MULTIPLE:
         nearest = INTERMEDIATE_MULTIPLE * max(1, round(shape.intermediate_size / INTERMEDIATE_MULTIPLE))
-        return Problem(
+        return Violation(
             "info",
             f"intermediate_size is {shape.intermediate_size}, which is not a multiple of {INTERMEDIATE_MULTIPLE}.",
             "a multiple, which matrix kernels and quantization are made for.",
@@ -106,12 +106,12 @@ def unusual_shape(prepared: PreparedRun) -> Problem | None:
     return None
 
 
-def longer_than_positions(prepared: PreparedRun) -> Problem | None:
+def longer_than_positions(prepared: PreparedRun) -> Violation | None:
     """Q31: sequences longer than the model's positions. (The tokenizer's model_max_length is not reliable.)"""
     longest, seq_len = prepared.job.shape.max_position_embeddings, prepared.run.data.seq_len
     if prepared.run.weights == "random" or seq_len <= longest:
         return None
-    return Problem(
+    return Violation(
         "warning",
         f"data.seq_len is {seq_len:,}, and the model's config.json says max_position_embeddings {longest:,}.",
         "sequences within the positions that the model was trained on.",

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from trivium.doctor.findings import Problem, Rule
+from trivium.doctor.findings import Rule, Violation
 from trivium.doctor.prepared import LoadedRun
 from trivium.engine.device import is_out_of_memory
 from trivium.engine.engine import Engine, NonFinite
@@ -13,7 +13,7 @@ from trivium.errors import TriviumError
 from trivium.plan.memory import peak_memory
 
 
-def one_step(loaded: LoadedRun) -> Problem | None:
+def one_step(loaded: LoadedRun) -> Violation | None:
     """M04: a forward and backward pass over the first micro-batch."""
     batch, engine = loaded.prepared.job.rows.step(0)[0], loaded.engine
     try:
@@ -24,7 +24,7 @@ def one_step(loaded: LoadedRun) -> Problem | None:
             raise
         workload, machine = loaded.prepared.workload, loaded.prepared.machine
         limit = min(machine.memory_bytes, peak_memory(workload).total)
-        return Problem(
+        return Violation(
             "error",
             f"the first micro-batch does not fit in the memory of {engine.device} "
             f"({(str(error) or type(error).__name__).splitlines()[0][:200]}).",
@@ -43,8 +43,8 @@ def one_step(loaded: LoadedRun) -> Problem | None:
     return None
 
 
-def _no_step(found: str, fix: str) -> Problem:
-    return Problem("error", found, "a finite loss and a gradient norm above zero.", fix)
+def _no_step(found: str, fix: str) -> Violation:
+    return Violation("error", found, "a finite loss and a gradient norm above zero.", fix)
 
 
 def gradients(engine: Engine) -> dict[str, torch.Tensor]:

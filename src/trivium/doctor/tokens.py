@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trivium.doctor.findings import Problem, Rule
+from trivium.doctor.findings import Rule, Violation
 from trivium.doctor.prepared import PreparedRun, StoredSample
 from trivium.engine.setup import untrained_tokens
 from trivium.errors import BadData
@@ -19,14 +19,14 @@ THINK, END_THINK = "<think>", "</think>"
 MAX_EMPTY_THINK_TOKENS = 4
 
 
-def end_not_supervised(prepared: PreparedRun) -> Problem | None:
+def end_not_supervised(prepared: PreparedRun) -> Violation | None:
     """Q02: samples whose last supervised token is not the end of a turn or of a document."""
     supervised = [sample for sample in prepared.samples if len(sample.supervised)]
     endless = [sample for sample in supervised if _last_supervised(prepared, sample) not in prepared.job.stop_ids]
     if len(endless) <= (1 - MIN_ENDED_SHARE) * len(supervised):
         return None
     ready_made = all(sample.is_ready_made for sample in endless)
-    return Problem(
+    return Violation(
         "warning" if ready_made and not prepared.job.has_conversations else "error",
         f"{len(endless):,} of {len(supervised):,} sampled samples do not teach the model to stop; one ends with "
         f"{prepared.show(_last_supervised(prepared, endless[0]))!r}.",
@@ -46,7 +46,7 @@ def _last_supervised(prepared: PreparedRun, sample: StoredSample) -> int:
     return before[0]
 
 
-def untrained_and_frozen(prepared: PreparedRun) -> Problem | None:
+def untrained_and_frozen(prepared: PreparedRun) -> Violation | None:
     """Q04: control tokens in the data whose embedding rows were never trained, and that this run keeps frozen."""
     adapter, folder = prepared.run.adapter, prepared.job.weights_folder
     if adapter is None or adapter.train_tokens is None or folder is None:
@@ -56,7 +56,7 @@ def untrained_and_frozen(prepared: PreparedRun) -> Problem | None:
     frozen = [token for token in untrained_tokens(prepared.job, used) if token not in named]
     if not frozen:
         return None
-    return Problem(
+    return Violation(
         "error",
         f"the data uses {', '.join(map(prepared.show, frozen))}. Their embedding rows in {folder} are zero or equal "
         "another unused token's, so they were never trained, and adapter.train_tokens leaves them frozen.",
@@ -65,14 +65,14 @@ def untrained_and_frozen(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def generation_never_ends(prepared: PreparedRun) -> Problem | None:
+def generation_never_ends(prepared: PreparedRun) -> Violation | None:
     """Q05: an adapter whose base, which servers read, does not stop at the end of a turn."""
     template = prepared.template
     if not prepared.job.has_conversations or template is None:
         return None
     if prepared.run.adapter is None or template.end_of_turn_id in prepared.model_stop_ids:
         return None
-    return Problem(
+    return Violation(
         "warning",
         "the base's generation_config.json stops at "
         f"{', '.join(map(prepared.show, prepared.model_stop_ids)) or 'nothing'}, not at {template.end_of_turn}. The "
@@ -83,12 +83,12 @@ def generation_never_ends(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def fewer_rows(prepared: PreparedRun) -> Problem | None:
+def fewer_rows(prepared: PreparedRun) -> Violation | None:
     """Q10: an embedding with fewer rows than the published one."""
     published = prepared.model_config.get("vocab_size")
     if not isinstance(published, int) or prepared.job.shape.vocab_size >= published:
         return None
-    return Problem(
+    return Violation(
         "error",
         f"the run's embedding has {prepared.job.shape.vocab_size:,} rows and the model's {published:,}: "
         f"{published - prepared.job.shape.vocab_size:,} would be deleted.",
@@ -97,12 +97,12 @@ def fewer_rows(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def foreign_tokenizer(prepared: PreparedRun) -> Problem | None:
+def foreign_tokenizer(prepared: PreparedRun) -> Violation | None:
     """Q11: token ids beyond the embedding, or a tokenizer that the model was not trained with."""
     job, num_tokens = prepared.job, len(prepared.job.tokenizer)
     largest = max(int(sample.ids.max()) for sample in prepared.samples if len(sample.ids))
     if largest >= job.shape.vocab_size:
-        return Problem(
+        return Violation(
             "error",
             f"the data holds token {largest:,}, and the model's embedding has {job.shape.vocab_size:,} rows.",
             "ids below the number of rows.",
@@ -114,7 +114,7 @@ def foreign_tokenizer(prepared: PreparedRun) -> Problem | None:
         return None
     size = f"the tokenizer has {num_tokens:,} tokens; Qwen2.5's has {QWEN_TOKENS[0]:,} and Qwen3's {QWEN_TOKENS[1]:,}"
     shown = ", ".join(f"{token} ({prepared.show(token)})" if token < num_tokens else str(token) for token in foreign)
-    return Problem(
+    return Violation(
         "warning",
         f"{size}." if is_odd else f"the model stops at {shown}, which is not a control token of the run's tokenizer.",
         "the tokenizer that the model was trained with.",
@@ -122,7 +122,7 @@ def foreign_tokenizer(prepared: PreparedRun) -> Problem | None:
     )
 
 
-def not_after_prompt(prepared: PreparedRun) -> Problem | None:
+def not_after_prompt(prepared: PreparedRun) -> Violation | None:
     """Q13: supervised answers that do not follow the prompt that serving sends before an answer."""
     masked = [sample for sample in prepared.samples if len(sample.weights) and not sample.weights[0]]
     if not masked or prepared.template is None:
@@ -136,7 +136,7 @@ def not_after_prompt(prepared: PreparedRun) -> Problem | None:
     ]
     if not wrong:
         return None
-    return Problem(
+    return Violation(
         "error" if prepared.template.known_as else "warning",
         f"{len(wrong):,} supervised answers do not start where the model starts to write in serving, for example in "
         f"{prepared.job.tokenizer.decode(wrong[0])!r}.",
@@ -166,7 +166,7 @@ def supervised_starts(sample: StoredSample) -> list[int]:
     return np.flatnonzero(np.diff(np.concatenate([[0], sample.weights > 0]).astype(np.int8)) == 1).tolist()
 
 
-def empty_think_supervised(prepared: PreparedRun) -> Problem | None:
+def empty_think_supervised(prepared: PreparedRun) -> Violation | None:
     """Q14: the empty think block of answers without reasoning among the supervised tokens."""
     control = prepared.job.tokenizer.get_added_vocab()
     if prepared.template is None or not prepared.template.has_thinking_switch or THINK not in control:
@@ -174,7 +174,7 @@ def empty_think_supervised(prepared: PreparedRun) -> Problem | None:
     count = sum(_supervises_empty_think(prepared, sample, control[THINK]) for sample in prepared.samples)
     if not count:
         return None
-    return Problem(
+    return Violation(
         "warning",
         f"{count:,} of {len(prepared.samples):,} sampled samples teach the model to write an empty think block.",
         "the block in the prompt, where serving with enable_thinking=False puts it; when it is supervised, the model "
@@ -192,11 +192,11 @@ def _supervises_empty_think(prepared: PreparedRun, sample: StoredSample, begin: 
     return False
 
 
-def nothing_or_all_supervised(prepared: PreparedRun) -> Problem | None:
+def nothing_or_all_supervised(prepared: PreparedRun) -> Violation | None:
     """Q18: samples without a supervised token, or conversations in which the user's messages are supervised too."""
     nothing = [sample for sample in prepared.samples if not len(sample.supervised)]
     if nothing:
-        return Problem(
+        return Violation(
             "warning" if all(sample.is_ready_made for sample in nothing) else "error",
             f"{len(nothing):,} of {len(prepared.samples):,} sampled samples have no supervised token.",
             "at least one in each; the others cost time and teach nothing.",
@@ -208,7 +208,7 @@ def nothing_or_all_supervised(prepared: PreparedRun) -> Problem | None:
     whole = sum(bool(sample.weights.all() and (sample.ids == turn_end).sum() > 1) for sample in prepared.samples)
     if not whole:
         return None
-    return Problem(
+    return Violation(
         "warning",
         f"in {whole:,} of {len(prepared.samples):,} sampled samples, which look like conversations "
         f"({prepared.template.end_of_turn}), every token is supervised, the user's messages included.",
