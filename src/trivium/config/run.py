@@ -240,7 +240,7 @@ class Data(Part):
     reasoning_share: Share | None = None
     """Share of the training tokens from conversations with reasoning. Default: as in the data."""
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
-    """Share of the documents kept out of training for evaluation. Chosen by content, so copies are held out together."""
+    """Share of the documents kept out of training for evaluation. Chosen by content, so copies stay together."""
     max_reject_share: Share = 0.01
     """Stop with exit code 4 if a larger share of the records is rejected."""
     max_document_mib: Annotated[float, Field(gt=0)] = 16.0
