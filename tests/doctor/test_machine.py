@@ -137,7 +137,7 @@ def test_weights_are_counted_as_the_engine_holds_them(method, base, chats, tmp_p
     engine = load(prepared).engine
     num_trained = sum(parameter.numel() for parameter in engine.parameters.values())
     assert prepared.workload.num_trained_params == num_trained
-    frozen = quantize.quantised_bytes(engine.model) - 4 * num_trained
+    frozen = quantize.quantized_bytes(engine.model) - 4 * num_trained
     assert prepared.workload.frozen_bytes == pytest.approx(frozen, rel=0.02)
 
 

@@ -31,7 +31,7 @@ TEXT_TOKENS, ANSWER_TOKENS = 200, 2048
 
 @click.command()
 @click.argument("model")
-@click.option("-p", "--prompt", help="Answer or continue this and end; without it, ask line by line.")
+@click.option("-p", "--prompt", help="ModelAnswer or continue this and end; without it, ask line by line.")
 @click.option("--chat", "mode", flag_value="chat", help="Converse, whatever the model was made for.")
 @click.option("--complete", "mode", flag_value="complete", help="Go on with a text, whatever the model was made for.")
 @click.option("--system", default="", help="The system prompt of a conversation.")
@@ -66,7 +66,7 @@ def chat(
 
     \b
     Examples:
-      trivium chat runs/tuned --system "Answer in one sentence."
+      trivium chat runs/tuned --system "ModelAnswer in one sentence."
       trivium chat runs/quickstart -p "Once upon a time" --temperature 0
     """
     if prompt is None and mode != "chat" and not sys.stdin.isatty():
@@ -112,7 +112,7 @@ def _complete(writer: "Writer", prompt: str) -> None:
 
 
 def _converse(dialogue: "Dialogue", name: str) -> None:
-    """Answer and obey line after line until /quit or the end of the input."""
+    """ModelAnswer and obey line after line until /quit or the end of the input."""
     click.echo(f"Talking with {name}. /help lists the commands; Ctrl-C stops an answer, /quit ends.", err=True)
     with suppress(EOFError):
         while True:

@@ -15,7 +15,7 @@ from trivium.config.run import Data
 from trivium.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trivium.use.answers import Answer, Question
+    from trivium.use.answers import EvalPrompt, ModelAnswer
 
 FILE = click.Path(path_type=Path)
 SEQ_LEN: int = Data.model_fields["seq_len"].default
@@ -24,7 +24,7 @@ SEQ_LEN: int = Data.model_fields["seq_len"].default
 @click.command()
 @click.argument("model")
 @click.option("--held-out", type=FILE, help="Loss and perplexity on this file of documents or conversations.")
-@click.option("--prompts", type=FILE, help="Answer this file's prompts: exact match, JSON validity, stop rate.")
+@click.option("--prompts", type=FILE, help="ModelAnswer this file's prompts: exact match, JSON validity, stop rate.")
 @click.option("--answers", "answers_file", type=FILE, help="Write every answer to this .jsonl file.")
 @click.option("--lm-eval", "tasks", help="Tasks of lm-evaluation-harness, with commas between.")
 @click.option(
@@ -96,7 +96,7 @@ def eval(
         _print(found)
 
 
-def write_answers(path: Path, questions: "list[Question]", given: "list[Answer]") -> None:
+def write_answers(path: Path, questions: "list[EvalPrompt]", given: "list[ModelAnswer]") -> None:
     """One line an answer: what was asked, what was expected, what came."""
     from trivium.files import atomic_write
     from trivium.use.answers import matches

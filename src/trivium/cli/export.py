@@ -58,10 +58,10 @@ def _remarks(done: "Export") -> list[str]:
     ]
     if done.rounding is not None:
         lines.append(f"rounding to {done.dtype} moved a logit by at most {done.rounding:.2g}")
-    if done.quantised_difference is not None:
+    if done.quantized_difference is not None:
         lines.append(
             f"trained against the NF4 base: on the full-precision base a logit moves by at most "
-            f"{done.quantised_difference:.2g}, and the loss on these prompts is {done.loss:.4f} instead of "
-            f"{done.quantised_loss:.4f}"
+            f"{done.quantized_difference:.2g}, and the loss on these prompts is {done.loss:.4f} instead of "
+            f"{done.quantized_loss:.4f}"
         )
     return lines

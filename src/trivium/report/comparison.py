@@ -15,8 +15,8 @@ from typing import Literal
 
 from trivium.files import atomic_write
 from trivium.report.style import CSS
-from trivium.use.answers import Answer, Question, matches
-from trivium.use.compare import Comparison, Contender
+from trivium.use.answers import EvalPrompt, ModelAnswer, matches
+from trivium.use.compare import ComparedModel, Comparison
 
 SHOWN_QUESTIONS = 20
 TABLE_CSS = """
@@ -49,7 +49,7 @@ mark {
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of the table: a figure of every model.
 
     Attributes:
@@ -85,7 +85,7 @@ class Row:
         return self.form.format(value)
 
 
-def table(comparison: Comparison) -> list[Row]:
+def table(comparison: Comparison) -> list[TableRow]:
     """The figures, a line each; lines that nobody has a value for are left out."""
     models = comparison.models
 
@@ -93,21 +93,21 @@ def table(comparison: Comparison) -> list[Row]:
         return [getattr(getattr(model, part), figure, None) for model in models]
 
     rows = [
-        Row("Quality", "held-out loss", of("held_out", "loss"), "{:.4f}", "low"),
-        Row("Quality", "exact match", of("scores", "exact_match"), "{:.1%}", "high"),
-        Row("Quality", "valid JSON", of("scores", "json_valid"), "{:.1%}", "high"),
-        Row("Quality", "stop rate", of("scores", "stop_rate"), "{:.1%}", "high"),
-        Row("Forgetting", "general loss", of("general", "loss"), "{:.4f}"),
-        Row("Forgetting", "rise of general loss", [comparison.forgotten(m) for m in models], "{:+.4f}", "low"),
-        Row("Cost", "parameters trained", [m.num_trained_params for m in models], "{:,.0f}"),
-        Row("Cost", "training time", [m.train_seconds for m in models], "seconds"),
-        Row("Cost", "tokens a second", [m.tokens_per_second for m in models], "{:,.0f}"),
-        Row("Cost", "peak memory, GiB", [m.peak_memory_gib for m in models], "{:.2f}"),
-        Row("Cost", "size on disk", [m.size_bytes for m in models], "bytes"),
+        TableRow("Quality", "held-out loss", of("held_out", "loss"), "{:.4f}", "low"),
+        TableRow("Quality", "exact match", of("scores", "exact_match"), "{:.1%}", "high"),
+        TableRow("Quality", "valid JSON", of("scores", "json_valid"), "{:.1%}", "high"),
+        TableRow("Quality", "stop rate", of("scores", "stop_rate"), "{:.1%}", "high"),
+        TableRow("Forgetting", "general loss", of("general", "loss"), "{:.4f}"),
+        TableRow("Forgetting", "rise of general loss", [comparison.forgotten(m) for m in models], "{:+.4f}", "low"),
+        TableRow("Cost", "parameters trained", [m.num_trained_params for m in models], "{:,.0f}"),
+        TableRow("Cost", "training time", [m.train_seconds for m in models], "seconds"),
+        TableRow("Cost", "tokens a second", [m.tokens_per_second for m in models], "{:,.0f}"),
+        TableRow("Cost", "peak memory, GiB", [m.peak_memory_gib for m in models], "{:.2f}"),
+        TableRow("Cost", "size on disk", [m.size_bytes for m in models], "bytes"),
     ]
     if not comparison.one_language:
         bits = of("held_out", "bits_per_byte")
-        rows.insert(1, Row("Quality", "held-out bits a byte", bits, "{:.4f}", "low"))
+        rows.insert(1, TableRow("Quality", "held-out bits a byte", bits, "{:.4f}", "low"))
     return [row for row in rows if any(value is not None for value in row.values)]
 
 
@@ -194,14 +194,14 @@ def _figures(comparison: Comparison) -> str:
     )
 
 
-def _heading(model: Contender, comparison: Comparison) -> str:
+def _heading(model: ComparedModel, comparison: Comparison) -> str:
     """A model's name, how it came about, and whether others came from it."""
     is_base = any(other.base == model.name for other in comparison.models)
     kind = ", ".join(word for word in (model.method or "", "the base" if is_base else "") if word)
     return f"{escape(model.name)}<small>{escape(kind) or '&nbsp;'}</small>"
 
 
-def _cells(row: Row) -> Iterator[str]:
+def _cells(row: TableRow) -> Iterator[str]:
     """Values with a bar as long as their share of the line's largest; a rise or fall has none."""
     largest = max(abs(value) for value in row.values if value is not None) or 1
     for value in row.values:
@@ -235,7 +235,7 @@ def _answers(comparison: Comparison) -> str:
     )
 
 
-def _prompt(question: Question) -> str:
+def _prompt(question: EvalPrompt) -> str:
     """The turns; only a lone question needs no roles."""
     if len(question.turns) == 1:
         return f'<p class="prompt">{escape(question.text)}</p>'
@@ -246,7 +246,7 @@ def _prompt(question: Question) -> str:
     return f'<p class="prompt">{"".join(lines)}</p>'
 
 
-def _card(name: str, question: Question, answer: Answer, reference: str) -> str:
+def _card(name: str, question: EvalPrompt, answer: ModelAnswer, reference: str) -> str:
     state = ""
     if matches(question, answer):
         state = '<span class="right">exact</span>'

@@ -24,7 +24,7 @@ PROMPT_ROWS = (
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalPrompt:
     """What is asked.
 
     Attributes:
@@ -49,7 +49,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelAnswer:
     """What a model said.
 
     Attributes:
@@ -82,7 +82,7 @@ class Scores:
     stop_rate: float
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path) -> list[EvalPrompt]:
     """The prompts of a .jsonl or .txt file.
 
     Raises: ConfigError when there is no such file, BadData naming the first line that cannot be used.
@@ -99,7 +99,7 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             questions.append(
-                Question([_turn("user", line.strip())]) if path.suffix == ".txt" else question_of(json.loads(line))
+                EvalPrompt([_turn("user", line.strip())]) if path.suffix == ".txt" else question_of(json.loads(line))
             )
         except ValueError as error:
             raise BadData(f"{path}:{number}: {error}. {PROMPT_ROWS}") from None
@@ -108,7 +108,7 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def question_of(row: object) -> Question:
+def question_of(row: object) -> EvalPrompt:
     """One row of a file of prompts.
 
     Raises: ValueError saying what is wrong with it.
@@ -123,20 +123,20 @@ def question_of(row: object) -> Question:
         asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
         if not asked or asked[-1]["role"] not in ("user", "tool"):
             raise ValueError("messages does not end with a user's turn and perhaps an assistant's")
-        return Question(asked, split_reasoning(answer)[1] if isinstance(answer, str) else None, row.get("tools"))
+        return EvalPrompt(asked, split_reasoning(answer)[1] if isinstance(answer, str) else None, row.get("tools"))
     prompt, answer, system = row.get("prompt"), row.get("answer"), row.get("system")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError("there is no text in prompt")
     if not isinstance(answer, str | None) or not isinstance(system, str | None):
         raise ValueError("answer and system are text or absent")
-    return Question([*([_turn("system", system)] if system else []), _turn("user", prompt)], answer)
+    return EvalPrompt([*([_turn("system", system)] if system else []), _turn("user", prompt)], answer)
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def prompt_text(tokenizer: Any, question: Question, as_chat: bool, thinking: bool | None) -> str:
+def prompt_text(tokenizer: Any, question: EvalPrompt, as_chat: bool, thinking: bool | None) -> str:
     """What a model reads: the turns in its chat template with the answer's header, or their plain text.
 
     `thinking` is the template's `enable_thinking`; None leaves it to the template.
@@ -162,14 +162,14 @@ def prompt_text(tokenizer: Any, question: Question, as_chat: bool, thinking: boo
 @torch.inference_mode()
 def answers(
     loaded: Loaded,
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     *,
     as_chat: bool | None = None,
     stop_ids: Sequence[int] | None = None,
     max_new_tokens: int = 256,
     thinking: bool = False,
     every: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Answer]:
+) -> list[ModelAnswer]:
     """A model's likeliest answer to each question, token by token, in the order of the questions.
 
     Args:
@@ -193,7 +193,7 @@ def answers(
     stops = list(loaded.stop_ids if stop_ids is None else stop_ids)
     texts = [prompt_text(tokenizer, question, as_chat, thinking) for question in questions]
     prompts = tokenizer(texts, add_special_tokens=not as_chat).input_ids if texts else []
-    given: dict[int, Answer] = {}
+    given: dict[int, ModelAnswer] = {}
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(by_length), BATCH_ROWS):
         rows = by_length[start : start + BATCH_ROWS]
@@ -245,10 +245,10 @@ def _greedy(stop_ids: Sequence[int], max_new_tokens: int) -> Any:
     )
 
 
-def _answer(tokenizer: Any, ids: list[int], stop_ids: Sequence[int]) -> Answer:
+def _answer(tokenizer: Any, ids: list[int], stop_ids: Sequence[int]) -> ModelAnswer:
     stopped = bool(ids) and ids[-1] in stop_ids
     reasoning, text = split_reasoning(tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True))
-    return Answer(text, reasoning, stopped, len(ids))
+    return ModelAnswer(text, reasoning, stopped, len(ids))
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
@@ -259,7 +259,7 @@ def split_reasoning(text: str) -> tuple[str, str]:
     return "", text
 
 
-def score(questions: Sequence[Question], given: Sequence[Answer]) -> Scores:
+def score(questions: Sequence[EvalPrompt], given: Sequence[ModelAnswer]) -> Scores:
     """How good the answers are."""
     pairs = list(zip(questions, given, strict=True))
     return Scores(
@@ -270,7 +270,7 @@ def score(questions: Sequence[Question], given: Sequence[Answer]) -> Scores:
     )
 
 
-def matches(question: Question, answer: Answer) -> bool:
+def matches(question: EvalPrompt, answer: ModelAnswer) -> bool:
     """Whether the answer is the expected one, blanks around both aside."""
     return question.answer is not None and answer.text.strip() == question.answer.strip()
 

@@ -16,7 +16,7 @@ import torch
 
 from trivium.engine.sample import choice_of_tokens
 from trivium.errors import ConfigError
-from trivium.use.answers import Question, prompt_text, split_reasoning
+from trivium.use.answers import EvalPrompt, prompt_text, split_reasoning
 from trivium.use.load import Loaded
 
 
@@ -120,7 +120,7 @@ class Dialogue:
 
     def _answer(self) -> Generator[str]:
         """Pieces of an answer, which becomes a turn whole or not; leaving early leaves what came until then."""
-        question = Question([{k: v for k, v in turn.items() if k != "train"} for turn in self.messages])
+        question = EvalPrompt([{k: v for k, v in turn.items() if k != "train"} for turn in self.messages])
         prompt = prompt_text(self.writer.loaded.tokenizer, question, as_chat=True, thinking=self.thinking)
         pieces: list[str] = []
         try:

@@ -15,16 +15,16 @@ from trivium.engine.record import read_record
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError, TriviumError
 from trivium.model import hf
-from trivium.use.answers import Answer, Question, Scores, answers, read_questions, score
+from trivium.use.answers import EvalPrompt, ModelAnswer, Scores, answers, read_questions, score
 from trivium.use.held_out import HeldOut, Passage, measure, passages_of_file, passages_of_run
-from trivium.use.load import Loaded, Place, find, load, read_template, read_tokenizer
+from trivium.use.load import FoundModel, Loaded, find, load, read_template, read_tokenizer
 
 Note = Callable[[str], None]
 Bar = Callable[[str], Callable[[int, int], None]]
 
 
 @dataclass(frozen=True)
-class Contender:
+class ComparedModel:
     """One model of a comparison.
 
     Attributes:
@@ -51,7 +51,7 @@ class Contender:
     held_out: HeldOut | None = None
     general: HeldOut | None = None
     scores: Scores | None = None
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[ModelAnswer] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Comparison:
         notes: what a reader should know.
     """
 
-    models: list[Contender]
-    questions: list[Question]
+    models: list[ComparedModel]
+    questions: list[EvalPrompt]
     held_out: str | None
     general: str | None
     one_language: bool
     notes: list[str]
 
-    def forgotten(self, model: Contender) -> float | None:
+    def forgotten(self, model: ComparedModel) -> float | None:
         """By how much the loss on the general set rose over the base's; None where one of them is missing."""
         before = next((other.general for other in self.models if other.name == model.base), None)
         return None if before is None or model.general is None else model.general.loss - before.loss
@@ -96,20 +96,18 @@ class Language:
     tokens: str
 
     @classmethod
-    def of(cls, place: Place) -> "Language":
+    def of(cls, place: FoundModel) -> "Language":
         """The language of a model."""
         tokenizer = read_tokenizer(place)
-        template, stop_ids = (
-            read_template(tokenizer),
-            hf.read_stop_ids(place.folder, place.model_folder) or [tokenizer.eos_token_id],
-        )
+        template = read_template(tokenizer)
+        stop_ids = hf.read_stop_ids(place.folder, place.model_folder) or [tokenizer.eos_token_id]
         converses = template is not None and template.end_of_turn_id in stop_ids
         stops = tokenizer.convert_ids_to_tokens(stop_ids)
         return cls(tokenizer, converses, stops, document_encoding(tokenizer).fingerprint)
 
 
 @dataclass
-class Examination:
+class Evaluation:
     """What every model is put through.
 
     Attributes:
@@ -122,7 +120,7 @@ class Examination:
         note, bar: see `compare`.
     """
 
-    questions: list[Question]
+    questions: list[EvalPrompt]
     as_chat: bool
     stops: list[str]
     max_new_tokens: int
@@ -134,18 +132,18 @@ class Examination:
     bar: Bar
     _passages: dict[Any, list[Passage]] = field(default_factory=dict)
 
-    def examine(self, contender: Contender, place: Place) -> Contender:
-        """The contender with its losses, answers and scores; its weights are let go of again."""
+    def examine(self, model: ComparedModel, place: FoundModel) -> ComparedModel:
+        """The model with its losses, answers and scores; its weights are let go of again."""
         loaded = load(place, self.note)
         held_out = self._read(self.held_out, loaded) if self.held_out else self.own
         general = self._read(self.general, loaded) if self.general else None
         result = replace(
-            contender,
-            held_out=measure(loaded, held_out, self.bar(f"{contender.name}: held-out loss")) if held_out else None,
-            general=measure(loaded, general, self.bar(f"{contender.name}: general loss")) if general else None,
+            model,
+            held_out=measure(loaded, held_out, self.bar(f"{model.name}: held-out loss")) if held_out else None,
+            general=measure(loaded, general, self.bar(f"{model.name}: general loss")) if general else None,
         )
         if self.questions:
-            given = self._ask(loaded, self.bar(f"{contender.name}: answers"))
+            given = self._ask(loaded, self.bar(f"{model.name}: answers"))
             result = replace(result, scores=score(self.questions, given), answers=given)
         del loaded
         gc.collect()
@@ -158,7 +156,7 @@ class Examination:
             self._passages[key] = passages_of_file(path, loaded.tokenizer, note=self.note)
         return self._passages[key]
 
-    def _ask(self, loaded: Loaded, every: Callable[[int, int], None]) -> list[Answer]:
+    def _ask(self, loaded: Loaded, every: Callable[[int, int], None]) -> list[ModelAnswer]:
         vocabulary = loaded.tokenizer.get_vocab()
         return answers(
             loaded,
@@ -203,11 +201,11 @@ def compare(
             notes.append(text)
             note(text)
 
-    entries = find_contenders(names, remember)
+    entries = find_models(names, remember)
     languages = [Language.of(place) for _, place in entries]
     one_language = len({language.tokens for language in languages}) == 1
     own, own_name = (None, None) if held_out else own_held_out(entries, one_language, remember)
-    examination = Examination(
+    examination = Evaluation(
         questions=read_questions(prompts) if prompts else [],
         as_chat=any(language.converses for language in languages),
         stops=list(dict.fromkeys(token for language in languages for token in language.stops)),
@@ -223,7 +221,7 @@ def compare(
         how = "through the chat template" if examination.as_chat else "as plain text"
         notes.append(f"Prompts are given {how}. Answers of every model end at {' or '.join(examination.stops)}.")
     return Comparison(
-        models=[examination.examine(contender, place) for contender, place in entries],
+        models=[examination.examine(model, place) for model, place in entries],
         questions=examination.questions,
         held_out=str(held_out) if held_out else own_name,
         general=str(general) if general else None,
@@ -232,12 +230,12 @@ def compare(
     )
 
 
-def find_contenders(names: Sequence[str], note: Note) -> list[tuple[Contender, Place]]:
+def find_models(names: Sequence[str], note: Note) -> list[tuple[ComparedModel, FoundModel]]:
     """The bases of what is named, then what is named, each once; a run that is a base of another goes first.
 
     Raises: ConfigError when one cannot be found.
     """
-    places: dict[str, Place] = {}
+    places: dict[str, FoundModel] = {}
     for name in names:
         place = find(name)
         short = place.run_folder.resolve().name if place.run_folder else Path(name).name
@@ -251,10 +249,10 @@ def find_contenders(names: Sequence[str], note: Note) -> list[tuple[Contender, P
     base_names = {name: folder_names[base.folder.resolve()] for name, base in bases.items()}
     first = list(dict.fromkeys(base_names.values()))
     ordered = first + [name for name in places if name not in first]
-    return [(_contender(name, base_names.get(name), places[name]), places[name]) for name in ordered]
+    return [(_known_of(name, base_names.get(name), places[name]), places[name]) for name in ordered]
 
 
-def _base_of(place: Place, note: Note) -> Place | None:
+def _base_of(place: FoundModel, note: Note) -> FoundModel | None:
     """The model that a run or an adapter began with; None for scratch, for strangers, and where it is gone."""
     if place.base_folder is not None:
         return find(str(place.base_folder))
@@ -270,7 +268,7 @@ def _base_of(place: Place, note: Note) -> Place | None:
         return None
 
 
-def _base_name(base: Place, taken: dict[str, Place]) -> str:
+def _base_name(base: FoundModel, taken: dict[str, FoundModel]) -> str:
     """A base's run or folder, or its Hub id where it came from there."""
     folder = (base.run_folder or base.folder).resolve()
     snapshot = next((part for part in folder.parts if part.startswith("models--")), None)
@@ -278,19 +276,19 @@ def _base_name(base: Place, taken: dict[str, Place]) -> str:
     return name if name not in taken else str(base.folder)
 
 
-def _contender(name: str, base: str | None, place: Place) -> Contender:
+def _known_of(name: str, base: str | None, place: FoundModel) -> ComparedModel:
     """What is known of a model before it is loaded."""
     size_bytes = sum(file.stat().st_size for file in place.folder.iterdir() if file.is_file())
-    contender = Contender(name, base, None, str(place.folder), size_bytes)
+    model = ComparedModel(name, base, None, str(place.folder), size_bytes)
     if place.run_folder is None:
-        return contender
+        return model
     record = read_record(place.run_folder)
     finished = RunFolder(place.run_folder).read("finished.json") or {}
-    model = record.provenance.get("model")
+    made = record.provenance.get("model")
     return replace(
-        contender,
+        model,
         method=record.config.get("method"),
-        num_trained_params=model.get("num_trained_params") if isinstance(model, dict) else None,
+        num_trained_params=made.get("num_trained_params") if isinstance(made, dict) else None,
         train_seconds=finished.get("train_seconds", record.curve("train/seconds").last),
         tokens_per_second=record.curve("train/tokens_per_second").typical,
         peak_memory_gib=record.curve("train/peak_memory_gib").highest,
@@ -298,10 +296,10 @@ def _contender(name: str, base: str | None, place: Place) -> Contender:
 
 
 def own_held_out(
-    entries: Sequence[tuple[Contender, Place]], one_language: bool, note: Note
+    entries: Sequence[tuple[ComparedModel, FoundModel]], one_language: bool, note: Note
 ) -> tuple[list[Passage] | None, str | None]:
     """What the first run that is no base of the others held out, and its name; (None, None) where there is none."""
-    bases = {contender.base for contender, _ in entries}
+    bases = {model.base for model, _ in entries}
     runs = [(one.name, place.run_folder) for one, place in entries if place.run_folder and one.name not in bases]
     if not runs:
         return None, None

@@ -22,9 +22,9 @@ from trivium.engine.record import read_record
 from trivium.errors import ConfigError, TriviumError
 from trivium.files import fsync_directory, require_free_space
 from trivium.model import hf
-from trivium.use.answers import Question, prompt_text
+from trivium.use.answers import EvalPrompt, prompt_text
 from trivium.use.held_out import Passage, passages_of_run
-from trivium.use.load import Loaded, Place, find, load, load_network
+from trivium.use.load import FoundModel, Loaded, find, load, load_network
 
 MAX_DIFFERENCE = 1e-4
 # All logits of a prompt are kept to be compared: 8 prompts of 128 tokens are 0.6 GB with Qwen's vocabulary.
@@ -51,9 +51,9 @@ class Export:
         dtype: of the weights that were written.
         max_difference: largest difference of a logit between what was reloaded and what it should compute.
         rounding: largest difference of a logit that `dtype` made to the fp32 sum of base and adapter; None where none.
-        quantised_difference: largest difference of a logit to the NF4 base with the adapter; None where it was not
+        quantized_difference: largest difference of a logit to the NF4 base with the adapter; None where it was not
             trained on one.
-        quantised_loss, loss: mean loss on the prompts with the NF4 base, and of what was written; None likewise.
+        quantized_loss, loss: mean loss on the prompts with the NF4 base, and of what was written; None likewise.
     """
 
     folder: str
@@ -62,8 +62,8 @@ class Export:
     dtype: str
     max_difference: float
     rounding: float | None = None
-    quantised_difference: float | None = None
-    quantised_loss: float | None = None
+    quantized_difference: float | None = None
+    quantized_loss: float | None = None
     loss: float | None = None
 
 
@@ -102,7 +102,7 @@ def export(name: str, out: Path, merge: bool, dtype: torch.dtype | None, note: N
     return Export(folder=str(out), **done)
 
 
-def _merged(place: Place, beside: Path, dtype: torch.dtype | None, note: Note) -> dict[str, Any]:
+def _merged(place: FoundModel, beside: Path, dtype: torch.dtype | None, note: Note) -> dict[str, Any]:
     """Base plus adapter in fp32, rounded to `dtype`, written and compared."""
     config = hf.read_json(place.model_folder / "config.json")
     dtype = dtype or getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
@@ -125,7 +125,7 @@ def _merged(place: Place, beside: Path, dtype: torch.dtype | None, note: Note) -
         "max_difference": _require_equal(rounded, reloaded, f"{place.folder} and its merged model"),
         "rounding": None if dtype == torch.float32 else difference(adapted, reloaded),
     }
-    return done | (_against_quantised(place, prompts, reloaded, note) if place.was_quantised else {})
+    return done | (_against_quantized(place, prompts, reloaded, note) if place.was_quantized else {})
 
 
 def _cast(network: Any, dtype: torch.dtype) -> Any:
@@ -135,7 +135,7 @@ def _cast(network: Any, dtype: torch.dtype) -> Any:
     return network
 
 
-def _against_quantised(place: Place, prompts: list[Passage], merged: Logits, note: Note) -> dict[str, Any]:
+def _against_quantized(place: FoundModel, prompts: list[Passage], merged: Logits, note: Note) -> dict[str, Any]:
     """How far the merged model is from what was trained: the adapter on its NF4 base."""
     note(f"{place.folder} was trained against its base in NF4, which no merged model holds; measuring the difference")
     try:
@@ -144,13 +144,13 @@ def _against_quantised(place: Place, prompts: list[Passage], merged: Logits, not
         note(f"the difference to the NF4 base was not measured: {error}")
         return {}
     return {
-        "quantised_difference": difference(trained, merged),
-        "quantised_loss": mean_loss(trained, prompts),
+        "quantized_difference": difference(trained, merged),
+        "quantized_loss": mean_loss(trained, prompts),
         "loss": mean_loss(merged, prompts),
     }
 
 
-def _copied(place: Place, beside: Path, note: Note) -> dict[str, Any]:
+def _copied(place: FoundModel, beside: Path, note: Note) -> dict[str, Any]:
     """The folder as it is, but for what belongs to nobody, reloaded and compared."""
     loaded = load(place)
     prompts, prompts_from = check_prompts(loaded, note)
@@ -164,7 +164,7 @@ def _copied(place: Place, beside: Path, note: Note) -> dict[str, Any]:
     beside.mkdir()
     for file in files:
         shutil.copyfile(file, beside / file.name)
-    again = Place(place.kind, beside, place.base_folder, None, False)
+    again = FoundModel(place.kind, beside, place.base_folder, None, False)
     reloaded = logits_of(load(again).network, prompts)
     return {
         "num_prompts": len(prompts),
@@ -174,7 +174,7 @@ def _copied(place: Place, beside: Path, note: Note) -> dict[str, Any]:
     }
 
 
-def _copy_tokenizer(place: Place, beside: Path) -> None:
+def _copy_tokenizer(place: FoundModel, beside: Path) -> None:
     """Tokenizer, chat template and generation defaults, byte for byte: the adapter's own before its base's."""
     owner = place.folder if (place.folder / "tokenizer.json").is_file() else place.model_folder
     for name in hf.TOKENIZER_FILES:
@@ -197,7 +197,7 @@ def check_prompts(loaded: Loaded, note: Note) -> tuple[list[Passage], str]:
     given = read_record(run_folder).config.get("sample") if run_folder is not None else None
     prompts = (given.get("prompts") if isinstance(given, dict) else None) or []
     source = "sample prompts" if prompts else "built-in prompts"
-    questions = [Question([{"role": "user", "content": prompt}]) for prompt in prompts or BUILT_IN_PROMPTS]
+    questions = [EvalPrompt([{"role": "user", "content": prompt}]) for prompt in prompts or BUILT_IN_PROMPTS]
     texts = [prompt_text(loaded.tokenizer, question, loaded.converses, thinking=False) for question in questions]
     return [Passage.of(ids).end(MAX_PROMPT_TOKENS) for ids in loaded.tokenizer(texts).input_ids], source
 

@@ -19,13 +19,13 @@ from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError, TriviumError
 from trivium.model import hf
-from trivium.model.quantize import quantise_projections
+from trivium.model.quantize import quantize_projections
 
 SAFELY: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 @dataclass(frozen=True)
-class Place:
+class FoundModel:
     """Where a model lies.
 
     Attributes:
@@ -33,14 +33,14 @@ class Place:
         folder: the Hugging Face or PEFT folder.
         base_folder: the folder of an adapter's base.
         run_folder: the run that made it, where that is known.
-        was_quantised: whether it was trained against its base in NF4.
+        was_quantized: whether it was trained against its base in NF4.
     """
 
     kind: Literal["base", "model", "adapter"]
     folder: Path
     base_folder: Path | None
     run_folder: Path | None
-    was_quantised: bool
+    was_quantized: bool
 
     @property
     def model_folder(self) -> Path:
@@ -62,7 +62,7 @@ class Loaded:
 
     model: Any
     tokenizer: Any
-    place: Place
+    place: FoundModel
     template: ChatTemplate | None
     stop_ids: list[int]
 
@@ -82,7 +82,7 @@ class Loaded:
         return self.template is not None and self.template.end_of_turn_id in self.stop_ids
 
 
-def find(name: str) -> Place:
+def find(name: str) -> FoundModel:
     """Where the model that a user names lies; loads no weights.
 
     Args:
@@ -106,13 +106,13 @@ def find(name: str) -> Place:
                 f"{folder} has no {hf.ADAPTER_WEIGHTS}. Expected an adapter in safetensors; other formats are not "
                 "read, since they can run code. Save the adapter again with safetensors."
             )
-        return Place("adapter", folder, _base_of(folder), run_folder, _weights_of(run_folder) == "nf4")
+        return FoundModel("adapter", folder, _base_of(folder), run_folder, _weights_of(run_folder) == "nf4")
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{name} holds no model: {folder} has neither a config.json nor an {hf.ADAPTER_CONFIG}. Name the folder of "
             "a finished run, of a Hugging Face model or of an adapter."
         )
-    return Place("model" if run_folder else "base", folder, None, run_folder, False)
+    return FoundModel("model" if run_folder else "base", folder, None, run_folder, False)
 
 
 def _result_of(run_folder: Path) -> Path:
@@ -155,7 +155,7 @@ def _weights_of(run_folder: Path | None) -> str | None:
 
 
 def load(
-    name: str | Place,
+    name: str | FoundModel,
     note: Callable[[str], None] = lambda text: None,
     dtype: torch.dtype | Literal["auto"] = "auto",
     nf4: bool = False,
@@ -185,7 +185,7 @@ def load(
         )
     if place.kind == "adapter":
         model = load_adapter(model, place)
-        if place.was_quantised and not nf4:
+        if place.was_quantized and not nf4:
             note(
                 f"{place.folder} was trained against its base in NF4; here it works on the full-precision base, whose "
                 "weights differ a little."
@@ -195,7 +195,7 @@ def load(
     return Loaded(model.eval(), tokenizer, place, read_template(tokenizer), stop_ids)
 
 
-def read_tokenizer(place: Place) -> Any:
+def read_tokenizer(place: FoundModel) -> Any:
     """The adapter's or model's own tokenizer; an adapter without one speaks its base's language.
 
     Raises: ConfigError when neither has one.
@@ -233,11 +233,11 @@ def load_network(folder: Path, dtype: torch.dtype | Literal["auto"] = "auto", nf
             "safetensors files. Fetch the folder again."
         )
     if nf4:
-        quantise_projections(model, model.dtype)
+        quantize_projections(model, model.dtype)
     return model.to(device)
 
 
-def load_adapter(model: Any, place: Place) -> Any:
+def load_adapter(model: Any, place: FoundModel) -> Any:
     """The PeftModel of an adapter around its base.
 
     Raises: ConfigError when the adapter does not fit, or lacks weights, which PEFT would make up.
@@ -269,7 +269,7 @@ def read_template(tokenizer: Any) -> ChatTemplate | None:
         return None
 
 
-def _settle_generation(model: Any, place: Place, tokenizer: Any, stop_ids: list[int]) -> None:
+def _settle_generation(model: Any, place: FoundModel, tokenizer: Any, stop_ids: list[int]) -> None:
     """How the model chooses tokens is the adapter's word before its base's, too."""
     from transformers import GenerationConfig
 

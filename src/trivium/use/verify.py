@@ -19,7 +19,7 @@ from trivium.files import sha256_file
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """What was proven of a run.
 
     Attributes:
@@ -35,7 +35,7 @@ class Proof:
     checkpoints: list[str]
 
 
-def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], None]) -> Proof:
+def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], None]) -> Verification:
     """Replay the ledger of a run against its data.
 
     Args:
@@ -77,4 +77,4 @@ def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], 
         if step > len(records) or state["ledger"] != records[step - 1]["digest"]:
             raise TriviumError(f"The checkpoint of step {step:,} belongs to another history than the ledger of {path}.")
         verified.append(checkpoint.step_folder(folder.checkpoints, step).name)
-    return Proof(len(records), num_tokens, finished is not None, verified)
+    return Verification(len(records), num_tokens, finished is not None, verified)
