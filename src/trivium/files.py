@@ -1,6 +1,7 @@
 """Files that survive a crash: atomic writes, hashes, locks, free space, streamed safetensors.
 
-Knows nothing of models or data and never imports torch. Everybody may import this file.
+
+Never imports torch.
 """
 
 import errno

@@ -83,7 +83,7 @@ def test_a_conversation_on_a_terminal(workplace: Path):
         terminal.type("/clear\n")
         terminal.until("begun anew")
         terminal.type("/save other.jsonl\n")
-        terminal.until("No answer came to its end")
+        terminal.until("No answer is complete")
         terminal.type("/quit\n")
         assert terminal.process.wait(timeout=60) == 0
     finally:
@@ -143,7 +143,7 @@ def test_what_does_not_go_together_is_refused(workplace: Path, monkeypatch):
         (["base", "-p", "x", "--system", "Be short."], "Add --chat"),
         (["base", "-p", "x", "--no-thinking"], "Add --chat"),
         (["base", "-p", ""], "prompt is empty"),
-        (["nothing", "-p", "x"], "holds no model"),
+        (["nothing", "-p", "x"], "is not a model"),
     ):
         refused = CliRunner().invoke(cli, ["chat", *arguments])
         assert refused.exit_code == 2 and words in " ".join(refused.stderr.split())

@@ -34,4 +34,4 @@ def test_a_run_beside_its_base(tmp_path: Path, monkeypatch):
     assert found == json.loads((tmp_path / "elsewhere" / "comparison.json").read_text())
     assert f"{found['models'][1]['held_out']['loss']:.4f}" == figures["held-out loss"][1]
     nothing = CliRunner().invoke(cli, ["compare", "runs/nothing/there", "--out", "never"])
-    assert nothing.exit_code == 2 and "holds no model" in nothing.stderr and not (tmp_path / "never").exists()
+    assert nothing.exit_code == 2 and "is not a model" in nothing.stderr and not (tmp_path / "never").exists()

@@ -49,7 +49,7 @@ def test_the_table_holds_every_figure_and_picks_the_best(compared: Comparison):
     rows = {row.label: row for row in table(compared)}
     assert list(rows) == [
         "held-out loss", "exact match", "stop rate", "general loss", "rise of general loss",
-        "parameters trained", "training time", "tokens a second", "peak memory, GiB", "size on disk",
+        "parameters trained", "training time", "tokens/s", "peak memory, GiB", "size on disk",
     ]  # fmt: skip
     assert [rows["held-out loss"].text(value) for value in rows["held-out loss"].values] == [
         "3.0000",
@@ -66,7 +66,7 @@ def test_the_table_holds_every_figure_and_picks_the_best(compared: Comparison):
     assert rows["size on disk"].text(4_000_000) == "3.8 MiB" and rows["size on disk"].text(80_000) == "78.1 KiB"
     assert rows["parameters trained"].best is None
     other = {row.label for row in table(replace(compared, one_language=False))}
-    assert other - set(rows) == {"held-out bits a byte"}
+    assert other - set(rows) == {"held-out bits per byte"}
 
 
 def test_a_row_without_choice_has_no_best():
@@ -78,7 +78,7 @@ def test_the_page_is_self_contained_and_escapes_what_models_say(compared: Compar
     path = write_comparison(compared, tmp_path / "new" / "place")
     page = read(path)
     text = " ".join(page.text.split())
-    for words in ("lora, full beside their base", "the base", "A note & a half.", "94,592", "50.0%"):
+    for words in ("lora, full and base", "the base", "A note & a half.", "94,592", "50.0%"):
         assert words in text
     assert "<script>alert(1)</script>" in text and "Be <short>." in text  # as words, not as tags
     assert page.tags.count("table") == 1 and page.tags.count("blockquote") == 7

@@ -78,7 +78,7 @@ def test_without_a_template_the_text_itself_is_continued(base: Path):
     ids = loaded.tokenizer("Lily", return_tensors="pt", return_token_type_ids=False)
     output = loaded.model.generate(**ids, do_sample=False, max_new_tokens=5)[0, 4:]
     assert answer.text == loaded.tokenizer.decode(output, skip_special_tokens=True)
-    with pytest.raises(ConfigError, match="no chat template"):
+    with pytest.raises(ConfigError, match="no usable chat template"):
         answers(replace(loaded, template=None), [ask("Lily")], as_chat=True)
 
 
@@ -139,10 +139,10 @@ def test_rows_of_prompts():
     [
         ("{", "Expecting property name"),
         ("[]", "list instead of an object"),
-        ('{"answer": "x"}', "no text in prompt"),
-        ('{"prompt": "x", "answer": 3}', "answer and system are text"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "does not end with"),
-        ('{"messages": "x"}', "no list of objects"),
+        ('{"answer": "x"}', "prompt is missing"),
+        ('{"prompt": "x", "answer": 3}', "answer and system must be text"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "must end with"),
+        ('{"messages": "x"}', "not a list of objects"),
     ],
 )
 def test_a_broken_row_is_named_by_file_and_line(line: str, words: str, tmp_path: Path):
@@ -157,9 +157,9 @@ def test_text_files_hold_a_prompt_a_line(tmp_path: Path):
     (tmp_path / "prompts.txt").write_text("\ufeffWho?\n\n Where? \n", encoding="utf-8")
     assert [question.text for question in read_questions(tmp_path / "prompts.txt")] == ["Who?", "Where?"]
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(BadData, match="holds no prompt"):
+    with pytest.raises(BadData, match="contains no prompt"):
         read_questions(tmp_path / "empty.txt")
-    with pytest.raises(ConfigError, match="There is no file"):
+    with pytest.raises(ConfigError, match="does not exist"):
         read_questions(tmp_path / "gone.jsonl")
 
 

@@ -51,7 +51,7 @@ def test_base_first_then_the_runs_as_named(compared: Comparison, workplace: Path
         ("lora", "base", "lora"),
         ("full", "base", "full"),
     ]
-    assert compared.one_language and compared.held_out == "what lora held out"
+    assert compared.one_language and compared.held_out == "held-out set of lora"
     assert compared.general == str(workplace / "general.jsonl")
     assert any("chat template" in note and "<|im_end|>" in note for note in compared.notes)
 

@@ -158,7 +158,7 @@ def break_own_code(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (break_nothing_there, "holds no model: there is no such folder"),
+        (break_nothing_there, "is not a model: there is no such folder"),
         (lambda folder: folder, "neither a config.json nor an adapter_config.json"),
         (break_unfinished, "is not finished"),
         (break_unfinished_with_model, "is not finished"),

@@ -1,7 +1,6 @@
-"""Runs and their base side by side: the same prompts and held-out sets, one way of asking, and what each run cost.
+"""Compares runs and their base models on the same prompts and held-out sets, with the cost of each run.
 
-Quality is computed here and now, one model in memory at a time; costs are what the runs recorded, None where they did
-not. Drawing is `report.comparison`, printing the command line's business. Used by those two and the quickstart.
+Quality is computed here, one model in memory at a time; costs come from the runs' records.
 """
 
 import gc
@@ -28,15 +27,15 @@ class ComparedModel:
     """One model of a comparison.
 
     Attributes:
-        name: what it is called in the comparison.
-        base: name of the model it was made from, where that is compared too; None for a base and for scratch.
-        method: as its run file says; None for a model that no run made.
-        folder: where it lies.
+        name: its name in the comparison.
+        base: name of its base model, if that is compared too; None for a base and for scratch.
+        method: from its run file; None for a model without a run.
+        folder: its folder.
         size_bytes: of the model or adapter on disk.
-        num_trained_params, train_seconds, tokens_per_second, peak_memory_gib: what its run recorded.
-        held_out, general: losses on the held-out set, and on the one that tells what was forgotten.
+        num_trained_params, train_seconds, tokens_per_second, peak_memory_gib: from its run's records.
+        held_out, general: losses on the held-out set, and on the general set, which shows forgetting.
         scores: of its answers.
-        answers: one a prompt.
+        answers: one per prompt.
     """
 
     name: str
@@ -56,14 +55,14 @@ class ComparedModel:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared.
+    """The result of a comparison.
 
     Attributes:
-        models: bases first, then the runs in the order they were named.
-        questions: the prompts; empty for none.
-        held_out, general: where the two sets come from; None for none.
-        one_language: whether all models have the same tokens, so that a loss a token means the same.
-        notes: what a reader should know.
+        models: bases first, then the runs in the order given.
+        questions: the prompts; may be empty.
+        held_out, general: sources of the two sets; None for none.
+        one_language: whether all models have the same tokens, so that losses per token can be compared.
+        notes: remarks for the reader.
     """
 
     models: list[ComparedModel]
@@ -74,20 +73,20 @@ class Comparison:
     notes: list[str]
 
     def forgotten(self, model: ComparedModel) -> float | None:
-        """By how much the loss on the general set rose over the base's; None where one of them is missing."""
+        """The rise of the general loss over the base's; None if either is missing."""
         before = next((other.general for other in self.models if other.name == model.base), None)
         return None if before is None or model.general is None else model.general.loss - before.loss
 
 
 @dataclass(frozen=True)
 class Language:
-    """What a model reads and writes, known without its weights.
+    """A model's tokenizer and chat settings, read without its weights.
 
     Attributes:
         tokenizer: a transformers tokenizer.
-        converses: whether the model was made for conversations, see `Loaded.converses`.
-        stops: the tokens that end its texts, as text.
-        tokens: the same for tokenizers that give every document the same ids.
+        converses: whether it is a chat model, see `Loaded.converses`.
+        stops: its stop tokens, as text.
+        tokens: fingerprint, equal for tokenizers that encode every document to the same ids.
     """
 
     tokenizer: Any
@@ -108,15 +107,15 @@ class Language:
 
 @dataclass
 class Evaluation:
-    """What every model is put through.
+    """The evaluation that every model gets.
 
     Attributes:
         questions: the prompts.
-        as_chat: whether they are asked through the chat template: as soon as one of the models converses.
-        stops: tokens that end an answer, the same for all: any at which one of the models stops.
+        as_chat: whether to use the chat template: if any of the models is a chat model.
+        stops: tokens that end an answer: the stop tokens of all models.
         max_new_tokens, thinking: see `answers`.
         held_out, general: files; None for none.
-        own: the held-out set of a run, where there is no file.
+        own: the held-out set of a run, if there is no file.
         note, bar: see `compare`.
     """
 
@@ -133,7 +132,7 @@ class Evaluation:
     _passages: dict[Any, list[Passage]] = field(default_factory=dict)
 
     def examine(self, model: ComparedModel, place: FoundModel) -> ComparedModel:
-        """The model with its losses, answers and scores; its weights are let go of again."""
+        """The model with its losses, answers and scores; its weights are released."""
         loaded = load(place, self.note)
         held_out = self._read(self.held_out, loaded) if self.held_out else self.own
         general = self._read(self.general, loaded) if self.general else None
@@ -150,7 +149,7 @@ class Evaluation:
         return result
 
     def _read(self, path: Path, loaded: Loaded) -> list[Passage]:
-        """A file in the model's own tokens and template; models of one language share it."""
+        """A file in the model's tokens and template, cached for models that share them."""
         key = (path, document_encoding(loaded.tokenizer).fingerprint, loaded.template)
         if key not in self._passages:
             self._passages[key] = passages_of_file(path, loaded.tokenizer, note=self.note)
@@ -180,19 +179,19 @@ def compare(
     note: Note = lambda text: None,
     bar: Bar = lambda name: lambda done, total: None,
 ) -> Comparison:
-    """Put models and the bases of those that are runs side by side.
+    """Compare models, including the bases of runs.
 
     Args:
-        names: runs first of all, but any model that `find` understands.
-        prompts: a file of prompts, with answers or without.
-        held_out: a file to measure the loss on; None takes the first named run's own held-out set.
-        general: a file of something else, whose loss tells what was forgotten.
+        names: runs, or any other name that `find` accepts.
+        prompts: a file of prompts, with or without answers.
+        held_out: a file to measure the loss on; None uses the held-out set of the first run.
+        general: a file of other text, whose loss shows forgetting.
         max_new_tokens: of an answer.
         thinking: the template's `enable_thinking`.
-        note: is told in one line what a reader should know.
-        bar: begins a progress bar with a name, and is then told (done, total).
+        note: called with a remark for the reader.
+        bar: starts a progress bar with a name, and returns what to call with (done, total).
 
-    Raises: ConfigError or BadData when a model or a file is not what it should be.
+    Raises: ConfigError or BadData when a model or a file cannot be used.
     """
     notes: list[str] = []
 
@@ -231,7 +230,7 @@ def compare(
 
 
 def find_models(names: Sequence[str], note: Note) -> list[tuple[ComparedModel, FoundModel]]:
-    """The bases of what is named, then what is named, each once; a run that is a base of another goes first.
+    """The bases of the named models, then the models, each once; a run that is another's base comes first.
 
     Raises: ConfigError when one cannot be found.
     """
@@ -253,7 +252,7 @@ def find_models(names: Sequence[str], note: Note) -> list[tuple[ComparedModel, F
 
 
 def _base_of(place: FoundModel, note: Note) -> FoundModel | None:
-    """The model that a run or an adapter began with; None for scratch, for strangers, and where it is gone."""
+    """The base model of a run or adapter; None for scratch, for published models, and if it is missing."""
     if place.base_folder is not None:
         return find(str(place.base_folder))
     config = read_record(place.run_folder).config if place.run_folder is not None else {}
@@ -269,7 +268,7 @@ def _base_of(place: FoundModel, note: Note) -> FoundModel | None:
 
 
 def _base_name(base: FoundModel, taken: dict[str, FoundModel]) -> str:
-    """A base's run or folder, or its Hub id where it came from there."""
+    """A base's run name or folder name, or its Hub id."""
     folder = (base.run_folder or base.folder).resolve()
     snapshot = next((part for part in folder.parts if part.startswith("models--")), None)
     name = snapshot.removeprefix("models--").replace("--", "/") if snapshot else folder.name
@@ -277,7 +276,7 @@ def _base_name(base: FoundModel, taken: dict[str, FoundModel]) -> str:
 
 
 def _known_of(name: str, base: str | None, place: FoundModel) -> ComparedModel:
-    """What is known of a model before it is loaded."""
+    """The facts about a model before it is loaded."""
     size_bytes = sum(file.stat().st_size for file in place.folder.iterdir() if file.is_file())
     model = ComparedModel(name, base, None, str(place.folder), size_bytes)
     if place.run_folder is None:
@@ -298,17 +297,17 @@ def _known_of(name: str, base: str | None, place: FoundModel) -> ComparedModel:
 def own_held_out(
     entries: Sequence[tuple[ComparedModel, FoundModel]], one_language: bool, note: Note
 ) -> tuple[list[Passage] | None, str | None]:
-    """What the first run that is no base of the others held out, and its name; (None, None) where there is none."""
+    """The held-out set of the first run that is not a base of another, and its name; (None, None) without one."""
     bases = {model.base for model, _ in entries}
     runs = [(one.name, place.run_folder) for one, place in entries if place.run_folder and one.name not in bases]
     if not runs:
         return None, None
     if not one_language:
-        note("The models' tokenizers differ, so they cannot read one run's held-out set. Name one: --held-out FILE.")
+        note("The models' tokenizers differ, so they cannot share a run's held-out set. Give a file: --held-out FILE.")
         return None, None
     name, run_folder = runs[0]
     try:
-        return passages_of_run(run_folder, note), f"what {name} held out"
+        return passages_of_run(run_folder, note), f"held-out set of {name}"
     except (TriviumError, OSError) as error:
-        note(f"No held-out loss, since the set of {name} is not to be had: {error}")
+        note(f"No held-out loss, because the set of {name} cannot be read: {error}")
         return None, None

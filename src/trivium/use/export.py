@@ -1,7 +1,7 @@
-"""Exports: the result of a run as a folder for others, reloaded by its consumer and compared before it is called done.
+"""Exports the result of a run to a folder, and verifies it by loading it with stock transformers (and PEFT).
 
-An adapter is merged into its base in fp32 or copied as it is, a model is copied. The folder is written beside its place
-and renamed into it only when stock transformers (and PEFT) compute from it what they should. Used by the command line.
+An adapter is merged into its base in fp32 or copied, a model is copied. The folder is written under another name and
+renamed only after its logits were compared.
 """
 
 import gc
@@ -42,18 +42,18 @@ Logits = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and how far its logits are from those they should equal.
+    """What was written, and the differences of its logits.
 
     Attributes:
-        folder: where it lies.
-        num_prompts: prompts compared, and where they came from.
+        folder: the written folder.
+        num_prompts: number of prompts compared.
         prompts_from: `held-out documents`, `sample prompts` or `built-in prompts`.
-        dtype: of the weights that were written.
-        max_difference: largest difference of a logit between what was reloaded and what it should compute.
-        rounding: largest difference of a logit that `dtype` made to the fp32 sum of base and adapter; None where none.
-        quantized_difference: largest difference of a logit to the NF4 base with the adapter; None where it was not
-            trained on one.
-        quantized_loss, loss: mean loss on the prompts with the NF4 base, and of what was written; None likewise.
+        dtype: of the written weights.
+        max_difference: largest difference of a logit between the reloaded model and the expected one.
+        rounding: largest difference of a logit from rounding to `dtype`; None without rounding.
+        quantized_difference: largest difference of a logit to the adapter on the NF4 base; None if it was not trained
+            on one.
+        quantized_loss, loss: mean loss on the prompts on the NF4 base, and of the written model; None likewise.
     """
 
     folder: str
@@ -68,25 +68,29 @@ class Export:
 
 
 def export(name: str, out: Path, merge: bool, dtype: torch.dtype | None, note: Note) -> Export:
-    """Write a model or adapter for others, verified.
+    """Write a model or adapter and verify it.
 
     Args:
         name: a run folder, or the folder of a model or an adapter.
-        out: the folder to make; nothing that stands there is touched.
-        merge: put an adapter into its base.
-        dtype: of the merged weights; None for the base's own.
-        note: is told in one line what is going on.
+        out: the folder to create; it must not contain files.
+        merge: merge an adapter into its base.
+        dtype: of the merged weights; None for the base's.
+        note: called with a line about the progress.
 
-    Raises: ConfigError when there is nothing to export or something stands at `out`; TriviumError when what was
-        written does not compute what it should. Nothing is left behind then.
+    Raises: ConfigError when there is nothing to export or `out` is in use; TriviumError when the written model does
+        not compute the same. Nothing is left behind then.
     """
     place = find(name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"Something stands at {out}, and an export never overwrites. Choose another place.")
+        raise ConfigError(f"{out} exists, and an export never overwrites. Choose another folder.")
     if merge and place.kind != "adapter":
-        raise ConfigError(f"{place.folder} is no adapter, so there is nothing to merge. Leave out --merge to copy it.")
+        raise ConfigError(
+            f"{place.folder} is not an adapter, so there is nothing to merge. Leave out --merge to copy it."
+        )
     if dtype is not None and not merge:
-        raise ConfigError("--dtype is for merged weights; a copy keeps what it has. Add --merge, or leave it out.")
+        raise ConfigError(
+            "--dtype applies to merged weights; a copy keeps its dtype. Add --merge, or leave --dtype out."
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
@@ -113,7 +117,7 @@ def _merged(place: FoundModel, beside: Path, dtype: torch.dtype | None, note: No
     network = _cast(loaded.model.merge_and_unload(safe_merge=True), dtype)
     network.save_pretrained(beside)
     _copy_tokenizer(place, beside)
-    # What was written must compute what is in memory: the same rounded weights, in the same fp32 arithmetic.
+    # The written model must compute what the one in memory does: the same rounded weights in the same fp32 arithmetic.
     rounded = adapted if dtype == torch.float32 else logits_of(_cast(network, torch.float32), prompts)
     del loaded, network
     gc.collect()
@@ -136,8 +140,8 @@ def _cast(network: Any, dtype: torch.dtype) -> Any:
 
 
 def _against_quantized(place: FoundModel, prompts: list[Passage], merged: Logits, note: Note) -> dict[str, Any]:
-    """How far the merged model is from what was trained: the adapter on its NF4 base."""
-    note(f"{place.folder} was trained against its base in NF4, which no merged model holds; measuring the difference")
+    """The difference of the merged model from what was trained: the adapter on its NF4 base."""
+    note(f"{place.folder} was trained on its base in NF4, unlike the merged model; measuring the difference")
     try:
         trained = logits_of(load(place, dtype=torch.float32, nf4=True).network, prompts)
     except ConfigError as error:
@@ -151,7 +155,7 @@ def _against_quantized(place: FoundModel, prompts: list[Passage], merged: Logits
 
 
 def _copied(place: FoundModel, beside: Path, note: Note) -> dict[str, Any]:
-    """The folder as it is, but for what belongs to nobody, reloaded and compared."""
+    """The folder's known files, reloaded and compared."""
     loaded = load(place)
     prompts, prompts_from = check_prompts(loaded, note)
     original = logits_of(loaded.network, prompts)
@@ -187,10 +191,10 @@ def _copy_tokenizer(place: FoundModel, beside: Path) -> None:
 
 
 def check_prompts(loaded: Loaded, note: Note) -> tuple[list[Passage], str]:
-    """What to compare logits on, the realest to be had: held-out documents, sample prompts, else built-in ones."""
+    """Prompts to compare logits on: held-out documents if available, else sample prompts, else built-in ones."""
     run_folder = loaded.place.run_folder
     if run_folder is not None:
-        with suppress(TriviumError, OSError):  # a run whose data is gone can still be exported
+        with suppress(TriviumError, OSError):  # a run without its data can still be exported
             passages = passages_of_run(run_folder, note)
             chosen = passages[:: max(1, len(passages) // NUM_PROMPTS)][:NUM_PROMPTS]
             return [passage.end(MAX_PROMPT_TOKENS) for passage in chosen], "held-out documents"
@@ -225,22 +229,22 @@ def mean_loss(logits: Logits, prompts: Sequence[Passage]) -> float:
 
 
 def _require_equal(expected: Logits, reloaded: Logits, what: str) -> float:
-    """The largest difference, once it is known to be small enough.
+    """The largest difference of a logit.
 
-    Raises: TriviumError.
+    Raises: TriviumError when it is too large.
     """
     found = difference(expected, reloaded)
     if math.isnan(found) or found > MAX_DIFFERENCE:
         raise TriviumError(
             f"{what} do not compute the same: their logits differ by up to {found:.3g} on {len(expected)} prompts, and "
             f"{MAX_DIFFERENCE:g} is allowed. Nothing was kept. An adapter of tied embeddings cannot be merged; serve "
-            "it beside its base instead."
+            "it unmerged instead."
         )
     return found
 
 
 def _sync(folder: Path) -> None:
-    """Make every file durable before the folder gets its name."""
+    """Fsync every file before the folder is renamed."""
     for file in folder.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
