@@ -34,6 +34,6 @@ def verify(run: Path, as_json: bool) -> None:
         return
     state = "finished" if result.is_finished else "unfinished"
     click.echo(
-        f"Verified: the {result.num_steps:,} steps of this {state} run read {result.num_tokens:,} tokens in the planned "
-        f"order, none skipped, none repeated. {len(result.checkpoints)} checkpoints are intact."
+        f"Verified: the {result.num_steps:,} steps of this {state} run read {result.num_tokens:,} tokens in the "
+        f"planned order, none skipped, none repeated. {len(result.checkpoints)} checkpoints are intact."
     )

@@ -1,8 +1,8 @@
 """A seeded grammar that generates short stories and knows the exact probability of each.
 
 So a language model trained on them can be compared with the lowest possible loss: the grammar's entropy. Generating a
-story and scoring a text walk the same tables (`tales.py`): the writer draws each choice at random, the reader follows the
-text.
+story and scoring a text walk the same tables (`tales.py`): the writer draws each choice at random, the reader follows
+the text.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Questions about the quickstart's stories, each with one exact answer taken from the facts the story was told from.
 
 The stories come from a separate random stream, so the model has not seen them, and each story is in one record only.
-Nothing can be answered without the story. Answers start with "It was", because the model knows words with a space before
-them; at the start of an answer a word would be an unknown sequence of tokens.
+Nothing can be answered without the story. Answers start with "It was", because the model knows words with a space
+before them; at the start of an answer a word would be an unknown sequence of tokens.
 """
 
 import json

@@ -1,8 +1,9 @@
 """The quickstart: trains small models with every method and compares them, offline, in minutes.
 
-Generates stories of known entropy (or uses the user's text), trains a tokenizer and a model of about a million parameters
-from scratch, and reports the distance to the lowest possible loss. Then LoRA, QLoRA and full fine-tuning teach the model
-to answer questions about stories, and a comparison shows quality and cost. Uses the code of `trivium train` and `compare`.
+Generates stories of known entropy (or uses the user's text), trains a tokenizer and a model of about a million
+parameters from scratch, and reports the distance to the lowest possible loss. Then LoRA, QLoRA and full fine-tuning
+teach the model to answer questions about stories, and a comparison shows quality and cost. Uses the code of `trivium
+train` and `compare`.
 """
 
 import re
