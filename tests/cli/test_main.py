@@ -120,7 +120,7 @@ def test_debug_shows_where_a_foreseen_error_came_from(tmp_path: Path):
     assert (
         done.returncode == 2
         and "Traceback" in done.stderr
-        and "trivium: absent.yaml: there is no such file" in done.stderr
+        and "trivium: absent.yaml: no such file" in done.stderr
     )
 
 
