@@ -152,6 +152,6 @@ def test_what_does_not_go_together_is_refused(workplace: Path, monkeypatch):
     template.unlink()
     try:
         refused = CliRunner().invoke(cli, ["chat", "base", "-p", "x", "--chat"])
-        assert refused.exit_code == 2 and "no chat template" in refused.stderr
+        assert refused.exit_code == 2 and "no usable chat template" in refused.stderr
     finally:
         template.write_text(written)
