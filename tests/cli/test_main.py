@@ -117,11 +117,7 @@ def test_an_unforeseen_error_is_one_paragraph_and_a_traceback_only_with_debug(ve
 def test_debug_shows_where_a_foreseen_error_came_from(tmp_path: Path):
     assert "Traceback" not in run("config", "show", "absent.yaml", folder=tmp_path).stderr
     done = run("--debug", "config", "show", "absent.yaml", folder=tmp_path)
-    assert (
-        done.returncode == 2
-        and "Traceback" in done.stderr
-        and "trivium: absent.yaml: no such file" in done.stderr
-    )
+    assert done.returncode == 2 and "Traceback" in done.stderr and "trivium: absent.yaml: no such file" in done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_error_message(tmp_path: Path):

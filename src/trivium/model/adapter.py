@@ -377,7 +377,7 @@ def _folded(module: Any) -> Tensor:
 def untrained_rows(
     embedding: Tensor, head: Tensor | None, ids: Collection[int], reserved_ids: Collection[int]
 ) -> list[int]:
-    """Which of `ids` the model never learnt: a row of zeros, or one that points where another reserved token's does.
+    """Which of `ids` were never trained: a row of zeros, or one in the same direction as another reserved token's.
 
     What training never shows is only ever pushed away, all such rows alike: in a model that began at random their
     cosines are above 0.999. embedding, head: (V, D); `head` is None where it is the embedding. The size of a row says
