@@ -1,7 +1,6 @@
 """The errors a user sees, each with the exit code the command line ends with.
 
-A message is one paragraph: what was found, what was expected, what to do. Anything that is not one of
-these is a fault of Trivium itself. Everybody may import this file; it imports nothing.
+A message is one paragraph: what was found, what was expected, what to do. Any other exception is a bug.
 """
 
 
@@ -24,12 +23,12 @@ class DoesNotFit(TriviumError):
 
 
 class BadData(TriviumError):
-    """Too many rows are unusable, or the data cannot be what it claims to be."""
+    """Too many records are rejected, or the data is not what it claims to be."""
 
     exit_code = 4
 
 
 class Stopped(TriviumError):
-    """The run was asked to stop, has saved itself, and goes on when the same command runs again."""
+    """The run was asked to stop and has saved a checkpoint; the same command resumes it."""
 
     exit_code = 75

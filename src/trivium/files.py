@@ -1,6 +1,7 @@
 """Files that survive a crash: atomic writes, hashes, locks, free space, streamed safetensors.
 
-Knows nothing of models or data and never imports torch. Everybody may import this file.
+
+Never imports torch.
 """
 
 import errno
@@ -18,7 +19,7 @@ from typing import BinaryIO
 
 from trivium.errors import TriviumError
 
-COPY_BYTES = 1 << 22
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def fsync_directory(folder: Path) -> None:

@@ -94,15 +94,15 @@ def test_a_conversation_on_a_terminal(workplace: Path):
         terminal.type("/save saved.jsonl\n")
         terminal.until("appended to saved.jsonl")
         terminal.type("/think\n")
-        terminal.until("no switch for reasoning")
+        terminal.until("no thinking switch")
         terminal.type("/nonsense\n")
-        terminal.until("is no command")
+        terminal.until("is not a command")
         terminal.type("/system Be short.\n")
         terminal.until("system prompt: Be short.")
         terminal.type("/clear\n")
-        terminal.until("begun anew")
+        terminal.until("new conversation")
         terminal.type("/save other.jsonl\n")
-        terminal.until("No answer came to its end")
+        terminal.until("No answer is complete")
         terminal.type("/quit\n")
         assert terminal.process.wait(timeout=60) == 0
     finally:
@@ -126,7 +126,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(workplace: Path):
         terminal.until("> ")
         terminal.wait_until_idle()
         terminal.type("\x03")
-        terminal.until("/quit ends.")
+        terminal.until("/quit quits.")
         terminal.type("/quit\n")
         assert terminal.process.wait(timeout=60) == 0
     finally:
@@ -164,7 +164,7 @@ def test_what_does_not_go_together_is_refused(workplace: Path, monkeypatch):
         (["base", "-p", "x", "--system", "Be short."], "Add --chat"),
         (["base", "-p", "x", "--no-thinking"], "Add --chat"),
         (["base", "-p", ""], "prompt is empty"),
-        (["nothing", "-p", "x"], "holds no model"),
+        (["nothing", "-p", "x"], "is not a model"),
     ):
         refused = CliRunner().invoke(cli, ["chat", *arguments])
         assert refused.exit_code == 2 and words in " ".join(refused.stderr.split())
@@ -173,6 +173,6 @@ def test_what_does_not_go_together_is_refused(workplace: Path, monkeypatch):
     template.unlink()
     try:
         refused = CliRunner().invoke(cli, ["chat", "base", "-p", "x", "--chat"])
-        assert refused.exit_code == 2 and "no chat template" in refused.stderr
+        assert refused.exit_code == 2 and "no usable chat template" in refused.stderr
     finally:
         template.write_text(written)

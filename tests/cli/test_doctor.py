@@ -46,7 +46,7 @@ def test_a_sound_run_leaves_stdout_empty(workplace):
     command = [sys.executable, "-m", "trivium.cli", "doctor", "lora.yaml"]
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert "Nothing to mend" in done.stderr
+    assert "Nothing to fix" in done.stderr
     assert not (workplace / "runs" / "lora").exists() and not list((workplace / "runs").glob(".doctor*"))
 
 
@@ -61,7 +61,7 @@ def test_json_is_a_list_of_records(workplace):
     done = run(workplace, "doctor", "lora.yaml", FROZEN, "--json")
     (finding,) = json.loads(done.stdout)
     assert done.exit_code == 2
-    assert set(finding) == {"id", "severity", "title", "found", "expected", "todo", "anchor"}
+    assert set(finding) == {"id", "severity", "title", "found", "expected", "fix", "anchor"}
     assert (finding["id"], finding["severity"], finding["anchor"]) == ("Q04", "error", "docs/doctor.md#q04")
 
 
@@ -108,7 +108,7 @@ def test_an_unknown_id_is_refused_with_the_nearest(workplace, verb):
 def test_every_rule_has_its_section(workplace):
     text = (ROOT / "docs" / "doctor.md").read_text()
     sections = dict(re.findall(r"^### (\w+)\n\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL))
-    rules = [rule for rules in (examine.RUN_RULES, examine.CASE_RULES, *examine.TRIAL_ROUNDS) for rule in rules]
+    rules = [rule for rules in (examine.RUN_RULES, examine.PREPARED_RULES, examine.LOADED_RULES) for rule in rules]
     assert set(sections) == {rule.id for rule in rules} == examine.IDS
     for rule in rules:
         assert sections[rule.id].startswith(f"**{rule.title}**"), rule.id

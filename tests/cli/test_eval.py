@@ -57,8 +57,8 @@ def test_a_table_without_json(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     ("arguments", "exit_code", "words"),
     [
         (["taught"], 2, "taught is no run"),
-        (["nothing", "--held-out", "texts.jsonl"], 2, "nothing holds no model"),
-        (["taught", "--prompts", "gone.jsonl"], 2, "There is no file gone.jsonl"),
+        (["nothing", "--held-out", "texts.jsonl"], 2, "nothing is not a model"),
+        (["taught", "--prompts", "gone.jsonl"], 2, "gone.jsonl does not exist"),
         (["taught", "--held-out", "gone.jsonl"], 2, "gone.jsonl"),
         (["taught", "--answers", "out.jsonl"], 2, "name that file too"),
         pytest.param(

@@ -275,7 +275,7 @@ def test_the_quickstart_takes_a_text_of_ones_own(workplace):
     settings = ("-s", "budget.tokens=4096", "-s", "tokenizer.train.vocab_size=300", "-s", "sample.max_new_tokens=8")
     done = invoke(workplace, "quickstart", "poem.txt", *settings)
     assert done.exit_code == 0, done.stderr
-    assert "Held-out loss" in done.stdout and "best possible" not in done.stdout
+    assert "Held-out loss" in done.stdout and "lowest possible" not in done.stdout
     assert (workplace / "runs" / "quickstart-poem" / "report.html").is_file()
     missing = invoke(workplace, "quickstart", "nothing.txt")
     assert missing.exit_code == 2 and "no file nothing.txt" in missing.stderr

@@ -42,8 +42,8 @@ def test_malformed_is_refused(case: Case, folder: Path):
     assert [path.name for path in folder.iterdir()] == ["run.yaml"]
 
 
-def test_there_are_over_a_hundred_cases_and_no_two_share_a_name():
-    assert len({case.name for case in CASES}) == len(CASES) > 100
+def test_malformed_cases_have_unique_names():
+    assert len({case.name for case in CASES}) == len(CASES) > 60
 
 
 def test_all_problems_are_listed_in_the_order_of_the_file(folder: Path):

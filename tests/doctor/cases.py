@@ -10,9 +10,9 @@ import torch
 from tests.support.qwen_tokenizers import real_tokenizer
 from trivium.config.run import Run, with_method_defaults
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
-from trivium.doctor.case import Case, Trial, build_trial, read_conversations
-from trivium.doctor.examine import CASE_RULES, RUN_RULES, try_out
-from trivium.doctor.findings import Finding, look
+from trivium.doctor.examine import LOADED_RULES, PREPARED_RULES, RUN_RULES
+from trivium.doctor.findings import Finding, check
+from trivium.doctor.prepared import LoadedRun, PreparedRun, prepare_checks
 from trivium.engine.device import Machine
 from trivium.engine.prepare import prepare
 from trivium.model import hf
@@ -74,7 +74,7 @@ def write_base(
 
 
 def zero_rows(*tokens: int) -> Callable[[Qwen], object]:
-    """Make these tokens look as base models have them that never met them."""
+    """Make these tokens look as in base models that were never trained on them."""
 
     def edit(model: Qwen) -> None:
         model.model.embed_tokens.weight[list(tokens)] = 0.0
@@ -114,27 +114,22 @@ def run_of(folder: Path, source: Any, **values: Any) -> Run:
     return Run.model_validate(with_method_defaults(defaults | values))
 
 
-def case_of(run: Run) -> Case:
-    return Case(prepare(run, lambda text: None), MACHINE, read_conversations(run, with_hub=True))
+def prepared_of(run: Run) -> PreparedRun:
+    return prepare_checks(prepare(run, lambda text: None), MACHINE, with_hub=True)
 
 
-def trial_of(case: Case, folder: Path) -> Trial:
-    folder.mkdir(parents=True, exist_ok=True)
-    return build_trial(case, folder)
-
-
-def found_in(subject: Run | Case | Trial) -> dict[str, Finding]:
+def found_in(subject: Run | PreparedRun | LoadedRun) -> dict[str, Finding]:
     """What the doctor finds, by id."""
     if isinstance(subject, Run):
-        findings = look(RUN_RULES, subject)
-    elif isinstance(subject, Case):
-        findings = look(CASE_RULES, subject)
+        findings = check(RUN_RULES, subject)
+    elif isinstance(subject, PreparedRun):
+        findings = check(PREPARED_RULES, subject)
     else:
-        findings = list(try_out(subject, frozenset()))
+        findings = check(LOADED_RULES, subject)
     return {finding.id: finding for finding in findings}
 
 
-def severity_of(subject: Run | Case | Trial, name: str) -> str | None:
+def severity_of(subject: Run | PreparedRun | LoadedRun, name: str) -> str | None:
     """How severe one rule's finding is; None when it has none."""
     found = found_in(subject)
     return found[name].severity if name in found else None

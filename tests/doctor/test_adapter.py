@@ -1,9 +1,8 @@
-"""Rules about adapters: such as PEFT saves them, and mutants of Trivium's own."""
+"""Rules about adapters: as PEFT saves them."""
 
 import pytest
 
-from tests.doctor.cases import case_of, found_in, run_of, severity_of, trial_of, write_base
-from trivium.doctor.case import Trial
+from tests.doctor.cases import found_in, run_of, write_base
 
 
 @pytest.fixture(scope="module")
@@ -51,33 +50,5 @@ def test_adapters_that_a_user_brings(tied, options, expected, base, untied, chat
 
 def test_m06_says_which_base_to_begin_from(base, chats, tmp_path):
     adapter = peft_adapter(tmp_path / "adapter", base)
-    trouble = found_in(run_of(tmp_path, chats, method="lora", model=str(adapter)))["M06"].trouble
-    assert str(base) in trouble.todo and "export" in trouble.todo
-
-
-def mutated(trial: Trial, **settings) -> Trial:
-    for name, value in settings.items():
-        setattr(trial.engine.model.peft_config["default"], name, value)
-    return trial
-
-
-@pytest.mark.parametrize(
-    ("tied", "settings", "name"),
-    [
-        (True, {"target_modules": {"q_proj", "lm_head"}}, "Q06"),
-        (True, {"modules_to_save": ["lm_head"]}, "Q07"),
-        (False, {"trainable_token_indices": [258]}, "Q09"),
-    ],
-)
-def test_an_engine_that_would_save_such_an_adapter_is_caught(tied, settings, name, base, untied, chats, tmp_path):
-    case = case_of(run_of(tmp_path, chats, method="lora", model=str(base if tied else untied)))
-    trial = trial_of(case, tmp_path / "trial")
-    assert severity_of(trial, name) is None
-    assert severity_of(mutated(trial, **settings), name) is not None
-
-
-def test_trained_token_rows_of_untied_models_are_at_both_ends(untied, chats, tmp_path):
-    run = run_of(tmp_path, chats, method="lora", model=str(untied), adapter={"train_tokens": ["<|im_end|>"]})
-    trial = trial_of(case_of(run), tmp_path / "trial")
-    assert set(trial.engine.model.peft_config["default"].trainable_token_indices) == {"embed_tokens", "lm_head"}
-    assert found_in(trial) == {}
+    trouble = found_in(run_of(tmp_path, chats, method="lora", model=str(adapter)))["M06"].violation
+    assert str(base) in trouble.fix and "export" in trouble.fix

@@ -10,9 +10,9 @@ import pytest
 from tests.doctor.cases import (
     PAIRS,
     byte_tokenizer,
-    case_of,
     chat_rows,
     found_in,
+    prepared_of,
     real_tokenizer,
     run_of,
     severity_of,
@@ -45,117 +45,121 @@ TWICE = CHATML_TEMPLATE.replace(
 )
 
 
-def case_with(rows, base, tmp_path, method="full", **values):
+def prepared_with(rows, base, tmp_path, method="full", **values):
     source = write_rows(tmp_path / "rows.jsonl", rows)
-    return case_of(run_of(tmp_path, source, method=method, model=str(base), **values))
+    return prepared_of(run_of(tmp_path, source, method=method, model=str(base), **values))
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate"])
 def test_q03_answers_that_do_not_fit(overlong, base, tmp_path):
     rows = chat_rows([*PAIRS, ("Tell me all.", "Well, " * 99)])
     data = {"overlong": overlong, "max_reject_share": 0.1, "held_out": 0.0}
-    found = found_in(case_with(rows, base, tmp_path, data=data))["Q03"]
-    assert found.severity == "warning" and "of 41 rows" in found.trouble.found
+    found = found_in(prepared_with(rows, base, tmp_path, data=data))["Q03"]
+    assert found.severity == "warning" and "of 41 records" in found.violation.found
     one_in_many = chat_rows([*PAIRS * 4, ("Tell me all.", "Well, " * 99)])
     (tmp_path / "many").mkdir()
-    assert severity_of(case_with(one_in_many, base, tmp_path / "many", data=data), "Q03") is None
+    assert severity_of(prepared_with(one_in_many, base, tmp_path / "many", data=data), "Q03") is None
 
 
 def test_q12_a_template_that_nobody_knows(chats, tmp_path):
     own = CHATML_TEMPLATE.replace("message['role'] + ", "message['role'] + ' says' + ")
     own = own.replace("assistant\\n", "assistant says\\n")
     base = write_base(tmp_path / "base", byte_tokenizer(tmp_path / "bytes", own))
-    case = case_of(run_of(tmp_path, chats, method="full", model=str(base)))
-    assert {name: finding.severity for name, finding in found_in(case).items()} == {"Q12": "warning"}
+    prepared = prepared_of(run_of(tmp_path, chats, method="full", model=str(base)))
+    assert {name: finding.severity for name, finding in found_in(prepared).items()} == {"Q12": "warning"}
 
 
 def test_q15_a_template_without_reasoning(base, tmp_path):
-    found = found_in(case_with([{"messages": REASONED}] * 9, base, tmp_path))["Q15"]
-    assert found.severity == "warning" and "of 18 answers" in found.trouble.found
+    found = found_in(prepared_with([{"messages": REASONED}] * 9, base, tmp_path))["Q15"]
+    assert found.severity == "warning" and "of 18 answers" in found.violation.found
 
 
 def test_q15_a_conversation_rendered_once(thinker, tmp_path):
     rows = [{"messages": REASONED}] * 9
-    assert severity_of(case_with(rows, thinker, tmp_path), "Q15") is None
-    once = case_with(rows, thinker, tmp_path, loss_tokens="all")
-    assert "of 9 answers looked at" in found_in(once)["Q15"].trouble.found
+    assert severity_of(prepared_with(rows, thinker, tmp_path), "Q15") is None
+    once = prepared_with(rows, thinker, tmp_path, loss_tokens="all")
+    assert "of 9 sampled answers" in found_in(once)["Q15"].violation.found
 
 
 def test_q16_calls_that_the_template_leaves_out_or_encodes_twice(base, tmp_path):
-    left_out = found_in(case_with([{"messages": CALLED}] * 9, base, tmp_path))["Q16"]
+    left_out = found_in(prepared_with([{"messages": CALLED}] * 9, base, tmp_path))["Q16"]
     assert left_out.severity == "error" and left_out.stops_with is BadData
-    assert "out of 9" in left_out.trouble.found and "of 0 as JSON" in left_out.trouble.found
+    assert "out of 9" in left_out.violation.found and "of 0 as JSON" in left_out.violation.found
     twice = write_base(tmp_path / "twice", byte_tokenizer(tmp_path / "bytes", TWICE))
-    found = found_in(case_with([{"messages": CALLED}] * 9, twice, tmp_path))["Q16"]
-    assert "out of 0" in found.trouble.found and "of 9 as JSON" in found.trouble.found
+    found = found_in(prepared_with([{"messages": CALLED}] * 9, twice, tmp_path))["Q16"]
+    assert "out of 0" in found.violation.found and "of 9 as JSON" in found.violation.found
 
 
 def test_q16_string_arguments_are_read_before_the_template_sees_them(tmp_path):
     """Qwen2.5's template would encode them twice."""
     template = json.loads((real_tokenizer("qwen2.5-instruct") / "tokenizer_config.json").read_text())["chat_template"]
     base = write_base(tmp_path / "base", byte_tokenizer(tmp_path / "bytes", template))
-    case = case_with([{"messages": CALLED}] * 9, base, tmp_path, data={"seq_len": 512})
-    assert len(case.conversations) == 9 and severity_of(case, "Q16") is None
+    prepared = prepared_with([{"messages": CALLED}] * 9, base, tmp_path, data={"seq_len": 512})
+    assert len(prepared.conversations) == 9 and severity_of(prepared, "Q16") is None
 
 
 def test_q17_control_tokens_written_out(base, thinker, tmp_path):
     taken = [*PAIRS[:9], ("What does <think> mean?", "To reason.")]
-    found = found_in(case_with(chat_rows(taken), thinker, tmp_path))["Q17"]
-    assert found.severity == "warning" and found.trouble.found.startswith("1 rows")
+    found = found_in(prepared_with(chat_rows(taken), thinker, tmp_path))["Q17"]
+    assert found.severity == "warning" and found.violation.found.startswith("1 records")
     (tmp_path / "refused").mkdir()
     refused = [*PAIRS[:9], ("What is <|im_end|>?", "An end.")]
     data = {"max_reject_share": 0.5}
-    found = found_in(case_with(chat_rows(refused), base, tmp_path / "refused", data=data))["Q17"]
-    assert "1 were refused" in found.trouble.found
+    found = found_in(prepared_with(chat_rows(refused), base, tmp_path / "refused", data=data))["Q17"]
+    assert "1 were rejected" in found.violation.found
 
 
 def test_q17_documents_are_plain_text_whatever_they_spell(base, tmp_path):
     rows = [*text_rows(), {"text": "The token <|im_end|> ends a turn."}]
-    assert severity_of(case_with(rows, base, tmp_path, method="continue"), "Q17") is None
+    assert severity_of(prepared_with(rows, base, tmp_path, method="continue"), "Q17") is None
 
 
 def test_q27_sixteen_bits_for_a_large_vocabulary(base, tmp_path):
     tokenizer = load_tokenizer(real_tokenizer("qwen3"))
     for dtype, expected in ((np.uint16, "error"), (np.int32, None)):
         sources = write_store(tmp_path / dtype.__name__, [np.array([7, 8, 9, 256])] * 9, dtype=dtype)
-        case = case_of(run_of(tmp_path, sources, method="continue", model=str(base)))
-        assert severity_of(case, "Q27") is None
-        assert severity_of(replace(case, job=replace(case.job, tokenizer=tokenizer)), "Q27") == expected
+        prepared = prepared_of(run_of(tmp_path, sources, method="continue", model=str(base)))
+        assert severity_of(prepared, "Q27") is None
+        assert severity_of(replace(prepared, job=replace(prepared.job, tokenizer=tokenizer)), "Q27") == expected
 
 
 def test_q28_documents_on_a_chat_model(base, texts, chats, tmp_path):
-    documents = case_of(run_of(tmp_path, texts, method="continue", model=str(base)))
+    documents = prepared_of(run_of(tmp_path, texts, method="continue", model=str(base)))
     assert severity_of(documents, "Q28") == "warning"
-    mixed = case_of(run_of(tmp_path, [str(texts), str(chats)], method="continue", model=str(base)))
+    mixed = prepared_of(run_of(tmp_path, [str(texts), str(chats)], method="continue", model=str(base)))
     assert severity_of(mixed, "Q28") is None
 
 
 def test_q30_a_system_turn_in_every_conversation(base, tmp_path):
-    always = case_with(chat_rows(system="You are a fox."), base, tmp_path)
+    always = prepared_with(chat_rows(system="You are a fox."), base, tmp_path)
     found = found_in(always)["Q30"]
-    assert found.severity == "info" and "You are a fox." in found.trouble.found and "writes none" in found.trouble.found
+    assert (
+        found.severity == "info"
+        and "You are a fox." in found.violation.found
+        and "writes none" in found.violation.found
+    )
     (tmp_path / "half").mkdir()
     half = chat_rows(PAIRS[:20], system="You are a fox.") + chat_rows(PAIRS[20:])
-    assert severity_of(case_with(half, base, tmp_path / "half"), "Q30") is None
+    assert severity_of(prepared_with(half, base, tmp_path / "half"), "Q30") is None
 
 
 def test_q33_little_text_for_a_pretrained_model(base, texts, tmp_path):
     run = run_of(tmp_path, texts, method="continue", model=str(base), budget={"epochs": 3.0})
-    found = found_in(case_of(run))["Q33"]
-    assert found.severity == "info" and "3.0 times" in found.trouble.found
+    found = found_in(prepared_of(run))["Q33"]
+    assert found.severity == "info" and "3.0 times" in found.violation.found
 
 
 def test_examine_reads_every_byte_of_the_stores(base, tmp_path):
     run = run_of(tmp_path, write_rows(tmp_path / "rows.jsonl", text_rows()), method="full", model=str(base))
-    (built,) = case_of(run).job.built
+    (built,) = prepared_of(run).job.built
     for path in built.path.iterdir():
         os.utime(path, (1e9, 1e9))  # long ago, so that its hash is remembered
-    case_of(run)
+    prepared_of(run)
     tokens = built.path / "tokens.bin"
     content = bytearray(tokens.read_bytes())
     content[len(content) // 2] ^= 1
     tokens.write_bytes(content)
     os.utime(tokens, (1e9, 1e9))  # as if the disk had flipped it
-    case_of(run)
+    prepared_of(run)
     with pytest.raises(BadData, match=r"tokens\.bin.*not what was built"):
         list(examine(run, frozenset(), lambda text: None))

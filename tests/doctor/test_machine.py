@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.doctor.cases import case_of, found_in, run_of, severity_of, trial_of
+from tests.doctor.cases import found_in, prepared_of, run_of, severity_of
 from trivium.config.load import dump_run, load_run
 from trivium.doctor.machine import disk_parts
+from trivium.doctor.prepared import load
 from trivium.engine.device import memory_bytes
 from trivium.engine.prepare import settle_batching
 from trivium.errors import ConfigError, DoesNotFit
@@ -24,7 +25,7 @@ def huge(texts, tmp_path_factory):
     """A model of 72 billion parameters from nothing; preparing it makes no weights."""
     folder = tmp_path_factory.mktemp("huge")
     run = run_of(folder, texts, method="scratch", model="Qwen2.5-72B", tokenizer=TINY_TOKENIZER)
-    return case_of(run)
+    return prepared_of(run)
 
 
 def test_m01_names_packages_that_a_setting_needs(base, chats, tmp_path):
@@ -33,7 +34,7 @@ def test_m01_names_packages_that_a_setting_needs(base, chats, tmp_path):
     except metadata.PackageNotFoundError:
         run = run_of(tmp_path, chats, method="lora", model=str(base), log={"trackers": ["wandb"]})
         found = found_in(run)["M01"]
-        assert found.severity == "error" and "wandb" in found.trouble.found
+        assert found.severity == "error" and "wandb" in found.violation.found
     else:
         pytest.skip("wandb is installed here")
 
@@ -43,7 +44,7 @@ def test_m01_names_versions_that_do_not_fit(base, chats, tmp_path, monkeypatch):
     assert "M01" not in found_in(run)
     asked = metadata.requires
     monkeypatch.setattr(metadata, "requires", lambda name: [*(asked(name) or []), "torch<2"])
-    found = found_in(run)["M01"].trouble.found
+    found = found_in(run)["M01"].violation.found
     assert "torch" in found and "<2" in found and metadata.version("torch") in found
 
 
@@ -54,11 +55,11 @@ def test_m02_counts_checkpoints_and_result_against_the_disk(huge):
 
 
 def test_m02_forecasts_what_a_run_writes(base, chats, tmp_path):
-    case = case_of(run_of(tmp_path, chats, method="lora", model=str(base)))
-    trial = trial_of(case, tmp_path / "trial")
-    trial.engine.save(tmp_path / "trial" / "step", {})
-    written = sum(path.stat().st_size for path in (tmp_path / "trial" / "step").iterdir())
-    forecast = disk_parts(case)["3 checkpoints"] / 3
+    prepared = prepared_of(run_of(tmp_path, chats, method="lora", model=str(base)))
+    loaded = load(prepared)
+    loaded.engine.save(tmp_path / "step", {})
+    written = sum(path.stat().st_size for path in (tmp_path / "step").iterdir())
+    forecast = disk_parts(prepared)["3 checkpoints"] / 3
     assert 0.5 * written < forecast <= written
 
 
@@ -71,7 +72,7 @@ def test_m03_folders_where_nothing_can_be_written(place, base, chats, tmp_path):
         pytest.skip("no /proc here")
     run = run_of(tmp_path, chats, method="lora", model=str(base), runs_dir=str(runs_dir))
     found = found_in(run)["M03"]
-    assert found.severity == "error" and "runs_dir" in found.trouble.found and "cache_dir" in found.trouble.found
+    assert found.severity == "error" and "runs_dir" in found.violation.found and "cache_dir" in found.violation.found
 
 
 def test_m03_leaves_nothing_behind(base, chats, tmp_path):
@@ -88,17 +89,17 @@ def long(texts, tmp_path_factory):
     run = run_of(
         folder, texts, method="scratch", model={"shape": sizes}, tokenizer=TINY_TOKENIZER, batch={"tokens": 8192}
     )
-    return case_of(run)
+    return prepared_of(run)
 
 
-def with_memory(case, memory_bytes):
-    return replace(case, machine=replace(case.machine, memory_bytes=round(memory_bytes)))
+def with_memory(prepared, memory_bytes):
+    return replace(prepared, machine=replace(prepared.machine, memory_bytes=round(memory_bytes)))
 
 
 def test_q21_a_model_that_no_memory_holds(huge):
     found = found_in(huge)["Q21"]
     assert found.severity == "error" and found.stops_with is DoesNotFit
-    assert "has 8.00 GiB" in found.trouble.found and "moments" in found.trouble.found
+    assert "has 8.00 GiB" in found.violation.found and "moments" in found.violation.found
     small = replace(huge, job=replace(huge.job, shape=replace(huge.job.shape, num_hidden_layers=1, hidden_size=64)))
     assert severity_of(small, "Q21") is None
 
@@ -112,7 +113,7 @@ def test_q21_warns_where_the_margin_is_gone(huge):
 
 def test_q21_offers_what_then_fits(long, tmp_path):
     tight = with_memory(long, 0.99 * peak_memory(long.workload).total)
-    found = found_in(tight)["Q21"].trouble.todo
+    found = found_in(tight)["Q21"].violation.fix
     fixes = cheapest_fixes(tight.workload, tight.machine.as_planned, tight.machine.memory_bytes)
     assert len(fixes) == 3 and all(f"({number}) {fix.text}" in found for number, fix in enumerate(fixes, start=1))
     (tmp_path / "run.yaml").write_text(dump_run(tight.run, {}))
@@ -132,12 +133,12 @@ def test_q21_takes_the_portions_that_the_planner_settles(long):
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_weights_are_counted_as_the_engine_holds_them(method, base, chats, tmp_path):
-    case = case_of(run_of(tmp_path, chats, method=method, model=str(base)))
-    engine = trial_of(case, tmp_path / "trial").engine
+    prepared = prepared_of(run_of(tmp_path, chats, method=method, model=str(base)))
+    engine = load(prepared).engine
     num_trained = sum(parameter.numel() for parameter in engine.parameters.values())
-    assert case.workload.num_trained_params == num_trained
-    frozen = quantize.quantised_bytes(engine.model) - 4 * num_trained
-    assert case.workload.frozen_bytes == pytest.approx(frozen, rel=0.02)
+    assert prepared.workload.num_trained_params == num_trained
+    frozen = quantize.quantized_bytes(engine.model) - 4 * num_trained
+    assert prepared.workload.frozen_bytes == pytest.approx(frozen, rel=0.02)
 
 
 def test_memory_is_that_of_the_machine():
@@ -151,7 +152,7 @@ def test_memory_is_that_of_the_machine():
 def test_what_is_only_foreseen_is_refused(parallel, base, chats, tmp_path):
     run = run_of(tmp_path, chats, method="lora", model=str(base), parallel=parallel)
     with pytest.raises(ConfigError, match=f"parallel.{next(iter(parallel))} is .*this version trains on one device"):
-        case_of(run)
+        prepared_of(run)
 
 
 def test_q23_one_of_several_processes(base, chats, tmp_path, monkeypatch):

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 
 from tests.doctor.cases import (
-    case_of,
     chat_rows,
     found_in,
+    prepared_of,
     real_tokenizer,
     run_of,
-    trial_of,
     write_base,
     write_rows,
 )
+from trivium.doctor.prepared import load
 
 SHAPE = {
     "shape": {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -22,9 +22,9 @@ SHAPE = {
 
 def no_findings(run, tmp_path: Path) -> None:
     assert found_in(run) == {}
-    case = case_of(run)
-    assert found_in(case) == {}
-    assert found_in(trial_of(case, tmp_path / "trial")) == {}
+    prepared = prepared_of(run)
+    assert found_in(prepared) == {}
+    assert found_in(load(prepared)) == {}
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
@@ -49,9 +49,9 @@ def test_documents_from_nothing(texts, tmp_path):
 
 def test_documents_on_a_base_model_are_told_of_being_few(tokenizer, texts, tmp_path):
     base = write_base(tmp_path / "base", tokenizer, stops=[256])
-    case = case_of(run_of(tmp_path, texts, method="continue", model=str(base)))
-    assert {name: finding.severity for name, finding in found_in(case).items()} == {"Q33": "info"}
-    assert found_in(trial_of(case, tmp_path / "trial")) == {}
+    prepared = prepared_of(run_of(tmp_path, texts, method="continue", model=str(base)))
+    assert {name: finding.severity for name, finding in found_in(prepared).items()} == {"Q33": "info"}
+    assert found_in(load(prepared)) == {}
 
 
 def test_reasoning_and_tools(thinker, tmp_path):
@@ -75,7 +75,7 @@ def test_a_real_chat_tokenizer(chats, tmp_path):
 
 def test_a_real_base_is_only_told_what_its_servers_read(chats, tmp_path):
     base = write_base(tmp_path / "base", real_tokenizer("qwen2.5-base"), stops=[151643], vocab_size=151936)
-    case = case_of(run_of(tmp_path, chats, method="lora", model=str(base), data={"held_out": 0.0}))
-    found = found_in(case)
+    prepared = prepared_of(run_of(tmp_path, chats, method="lora", model=str(base), data={"held_out": 0.0}))
+    found = found_in(prepared)
     assert {name: finding.severity for name, finding in found.items()} == {"Q05": "warning"}
-    assert "151645" in found["Q05"].trouble.todo
+    assert "151645" in found["Q05"].violation.fix

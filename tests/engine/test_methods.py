@@ -23,7 +23,7 @@ from tests.engine.runs import (
     write_corpus,
 )
 from trivium.errors import ConfigError
-from trivium.use.answers import Question, answers, score
+from trivium.use.answers import EvalPrompt, answers, score
 from trivium.use.load import load
 
 KILLS = 2
@@ -156,12 +156,12 @@ def test_rows_that_were_never_learnt_are_trained_and_the_model_then_stops(base, 
     config = json.loads((tmp_path / "small" / "adapter" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == [257, 258]
     words = ["fox", "crow", "hen", "owl", "bear", "wolf"]
-    questions = [Question([{"role": "user", "content": f"last of {a} {b}?"}]) for a, b in permutations(words, 2)]
+    questions = [EvalPrompt([{"role": "user", "content": f"last of {a} {b}?"}]) for a, b in permutations(words, 2)]
     assert stop_rate(tmp_path / "small", questions) > 0.95
     assert stop_rate(untrained, questions) < 0.5
 
 
-def stop_rate(folder: Path, questions: list[Question]) -> float:
+def stop_rate(folder: Path, questions: list[EvalPrompt]) -> float:
     return score(questions, answers(load(str(folder)), questions, as_chat=True, max_new_tokens=32)).stop_rate
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trivium.config.run import Adapter
 from trivium.errors import ConfigError
 from trivium.model import adapter, hf
-from trivium.model.quantize import load_quantised
+from trivium.model.quantize import load_quantized
 from trivium.model.qwen import Documents, Qwen, init_weights
 from trivium.model.shape import QwenShape
 from trivium.model.tokens import TrainableTokens
@@ -273,7 +273,7 @@ def test_an_nf4_base_takes_an_adapter_from_peft_and_back(bases: dict[str, Path],
     folder = bases["qwen3-untied"]
     with torch.device("meta"):
         model = Qwen(hf.read_shape(folder))
-    load_quantised(model, folder, torch.float32, "cpu")
+    load_quantized(model, folder, torch.float32, "cpu")
     plain = adapter.merge(model)
     hf.save_folder(plain, tmp_path / "plain", None, torch.float32)
     before = logits(model)
@@ -286,23 +286,23 @@ def test_an_nf4_base_takes_an_adapter_from_peft_and_back(bases: dict[str, Path],
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_loftq_makes_up_for_quantisation_and_saves_what_was_learnt(
+def test_loftq_makes_up_for_quantization_and_saves_what_was_learnt(
     bases: dict[str, Path], dora: bool, tmp_path: Path
 ) -> None:
     folder = bases["qwen3-untied"]
 
-    def quantised(init: str) -> Qwen:
+    def quantized(init: str) -> Qwen:
         with torch.device("meta"):
             model = Qwen(hf.read_shape(folder))
-        load_quantised(model, folder, torch.float32, "cpu")
+        load_quantized(model, folder, torch.float32, "cpu")
         adapter.inject(model, Adapter(rank=12, alpha=30.0, init=init, dora=dora), 1, weights_folder=folder)
         return model
 
     original = load_base(folder)
-    lost = (logits(quantised("default")) - logits(original)).norm()
-    model = quantised("loftq")
+    lost = (logits(quantized("default")) - logits(original)).norm()
+    model = quantized("loftq")
     assert (logits(model) - logits(original)).norm() < 0.8 * lost
-    # Saved before it has learnt anything, it changes nothing in the model that was not quantised.
+    # Saved before it has learnt anything, it changes nothing in the model that was not quantized.
     adapter.save(model, tmp_path / "nothing", str(folder), None, GENERATION)
     loaded = logits(PeftModel.from_pretrained(stock(folder), tmp_path / "nothing"))
     if dora:  # whose magnitudes are those of the weights with the error mostly made up for
@@ -408,7 +408,7 @@ def test_starts_that_cannot_be_are_refused(bases: dict[str, Path]) -> None:
         adapter.inject(load_base(bases["qwen3-untied"]), Adapter(rank=17, init="pissa"), seed=0)
     with torch.device("meta"):
         model = Qwen(hf.read_shape(bases["qwen3-untied"]))
-    load_quantised(model, bases["qwen3-untied"], torch.float32, "cpu")
+    load_quantized(model, bases["qwen3-untied"], torch.float32, "cpu")
     with pytest.raises(ConfigError, match="loftq"):
         adapter.inject(model, Adapter(rank=4, init="pissa"), seed=0)
 
@@ -430,3 +430,10 @@ def test_untrained_rows_are_zeros_and_twins() -> None:
     assert adapter.untrained_rows(table, head, [8, 9], reserved) == [9]
     table[0] = table[10]  # the twin of a reserved row, though it is no reserved one itself
     assert adapter.untrained_rows(table.bfloat16(), head.bfloat16(), [0], reserved) == [0]
+
+
+def test_inject_keeps_trained_weights_in_fp32_on_a_bf16_base(base: Path) -> None:
+    model = load_base(base, torch.bfloat16)
+    adapter.inject(model, Adapter(rank=4), seed=1, token_ids=TOKEN_IDS)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and {parameter.dtype for parameter in trained} == {torch.float32}

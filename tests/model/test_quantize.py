@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trivium.config.run import Adapter
 from trivium.errors import ConfigError
 from trivium.model import adapter, hf
-from trivium.model.quantize import NF4Linear, load_quantised, quantised_bytes
+from trivium.model.quantize import NF4Linear, load_quantized, quantized_bytes
 from trivium.model.qwen import Documents, Qwen, init_weights
 from trivium.model.shape import QwenShape
 
@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import bitsandbytes.functional
 from trivium.model import hf
-from trivium.model.quantize import NF4Linear, load_quantised, quantised_bytes
+from trivium.model.quantize import NF4Linear, load_quantized, quantized_bytes
 from trivium.model.qwen import Qwen
 
 torch.set_num_threads(1)
@@ -39,10 +39,10 @@ with torch.device("meta"):
     model = Qwen(hf.read_shape(Path(sys.argv[1])))
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
 before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-load_quantised(model, Path(sys.argv[1]), torch.bfloat16, "cpu")
+load_quantized(model, Path(sys.argv[1]), torch.bfloat16, "cpu")
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 peak = int(status["VmHWM"].split()[0]) * 1024
-print(peak - before, quantised_bytes(model))
+print(peak - before, quantized_bytes(model))
 """
 
 
@@ -71,7 +71,7 @@ def write_model(folder: Path, shape: QwenShape, dtype: torch.dtype = torch.float
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen:
     with torch.device("meta"):
         model = Qwen(hf.read_shape(folder))
-    return load_quantised(model, folder, dtype, "cpu")
+    return load_quantized(model, folder, dtype, "cpu")
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -103,7 +103,7 @@ def test_a_large_weight_takes_little_more_than_four_bits() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-untied"])
-def test_the_quantised_model_is_transformers_own(name: str, tmp_path: Path) -> None:
+def test_the_quantized_model_is_transformers_own(name: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path, SHAPES[name])
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -130,10 +130,10 @@ def test_the_same_folder_gives_the_same_bits(folder: Path) -> None:
     assert all(torch.equal(buffer, second.get_buffer(name)) for name, buffer in packed.items())
 
 
-def test_what_is_quantised_and_what_is_not(folder: Path) -> None:
+def test_what_is_quantized_and_what_is_not(folder: Path) -> None:
     model = load(folder, torch.bfloat16)
-    quantised = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, NF4Linear)}
-    assert quantised == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    quantized = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, NF4Linear)}
+    assert quantized == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.compute_dtype == torch.bfloat16 == logits(model).dtype
@@ -184,12 +184,12 @@ def test_a_folder_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> N
     with torch.device("meta"):
         model = Qwen(QwenShape("qwen3", 211, 32, 64, 1, 2, 1, 16, True))
     with pytest.raises(ConfigError, match="do not fit"):
-        load_quantised(model, folder, torch.float32, "cpu")
+        load_quantized(model, folder, torch.float32, "cpu")
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
-def test_loading_needs_the_quantised_size_and_one_layer(tmp_path: Path) -> None:
+def test_loading_needs_the_quantized_size_and_one_layer(tmp_path: Path) -> None:
     shape = QwenShape("qwen3", 4096, 1024, 3072, 6, 16, 8, 128, True)
     model = Qwen(shape).bfloat16()
     for parameter in model.parameters():
@@ -198,10 +198,10 @@ def test_loading_needs_the_quantised_size_and_one_layer(tmp_path: Path) -> None:
     assert (tmp_path / hf.WEIGHTS).stat().st_size > 190e6
     del model
     output = subprocess.run([sys.executable, "-c", LOADING, tmp_path], capture_output=True, text=True, check=True)
-    needed, quantised = map(int, output.stdout.split())
+    needed, quantized = map(int, output.stdout.split())
     one_layer = 4 * shape.num_layer_matmul_params  # in full precision
-    assert quantised < 60e6
-    assert needed < 1.2 * quantised + one_layer, f"{needed / 1e6:.0f} MB for {quantised / 1e6:.0f} MB"
+    assert quantized < 60e6
+    assert needed < 1.2 * quantized + one_layer, f"{needed / 1e6:.0f} MB for {quantized / 1e6:.0f} MB"
 
 
 @pytest.mark.gpu
@@ -209,11 +209,11 @@ def test_loading_needs_the_quantised_size_and_one_layer(tmp_path: Path) -> None:
 def test_on_a_gpu_it_computes_what_it_computes_on_a_cpu(folder: Path) -> None:
     with torch.device("meta"):
         model = Qwen(hf.read_shape(folder))
-    model = load_quantised(model, folder, torch.float32, "cuda")
+    model = load_quantized(model, folder, torch.float32, "cuda")
     positions, documents = row_of(len(TOKENS))
     documents = Documents(documents.cu_seqlens.cuda(), documents.bounds, documents.max_len)
     found = model.logits(model(TOKENS.cuda(), positions.cuda(), documents)).cpu()
     expected = logits(load(folder))
     assert (found - expected).norm() / expected.norm() < 1e-2
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight.cpu(), load(folder).model.layers[0].mlp.up_proj.weight)
-    assert quantised_bytes(model) > 0
+    assert quantized_bytes(model) > 0

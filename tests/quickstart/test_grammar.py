@@ -83,7 +83,7 @@ def test_a_wrong_name_or_remedy_or_moral_later_in_the_story_is_impossible() -> N
             "remedy": entries(FACTS["remedy"]),
             "moral": entries(FACTS["moral"]),
         }.items():
-            allowed = {"remedy": REMEDIES[facts["problem"]], "moral": TRAITS[facts["trait"]][1]}.get(
+            allowed = {"remedy": REMEDIES[facts["problem"]], "moral": TRAITS[facts["trait"]]["morals"]}.get(
                 fact, [facts["hero"]]
             )
             other = min(set(others) - set(allowed))
@@ -99,7 +99,7 @@ def test_the_facts_of_a_story_fit_each_other_and_stand_in_its_text() -> None:
     for told in STORIES:
         facts = told.facts
         assert facts["remedy"] in REMEDIES[facts["problem"]]
-        assert facts["moral"] in TRAITS[facts["trait"]][1]
+        assert facts["moral"] in TRAITS[facts["trait"]]["morals"]
         for fact in ("hero", "kind", "place", "thing", "problem", "remedy", "moral"):
             assert facts[fact].lower() in told.text.lower()
         assert set(re.findall(r"\b[A-Z][a-z]+\b", told.text)) & names == {facts["hero"], facts["pal"]}

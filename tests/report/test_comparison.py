@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from trivium.report.comparison import Row, table, write_comparison
-from trivium.use.answers import Answer, Question, Scores
-from trivium.use.compare import Comparison, Contender
+from trivium.report.comparison import TableRow, table, write_comparison
+from trivium.use.answers import EvalPrompt, ModelAnswer, Scores
+from trivium.use.compare import ComparedModel, Comparison
 from trivium.use.held_out import HeldOut
 
 from .test_report import read
@@ -19,15 +19,15 @@ def held_out(loss: float) -> HeldOut:
     return HeldOut(loss, 2.718**loss, loss / 3, 1000)
 
 
-def answer(text: str, stopped: bool = True) -> Answer:
-    return Answer(text, "", stopped, len(text))
+def answer(text: str, stopped: bool = True) -> ModelAnswer:
+    return ModelAnswer(text, "", stopped, len(text))
 
 
 @pytest.fixture
 def compared() -> Comparison:
     """A base and two runs of it, of which one is better and one cheaper."""
-    base = Contender("base", None, None, "/models/base", 4_000_000, held_out=held_out(3.0), general=held_out(2.0))
-    lora = Contender(
+    base = ComparedModel("base", None, None, "/models/base", 4_000_000, held_out=held_out(3.0), general=held_out(2.0))
+    lora = ComparedModel(
         "lora", "base", "lora", "runs/lora/adapter", 80_000, 16_512, 61.25, 5_765.4, 0.43, held_out(1.5), held_out(2.25)
     )
     full = replace(lora, name="full", method="full", num_trained_params=94_592, held_out=held_out(1.25))
@@ -35,8 +35,8 @@ def compared() -> Comparison:
     lora = replace(lora, scores=Scores(2, 0.5, None, 1.0), answers=[answer("The hen sang."), answer("<b>yes</b>")])
     full = replace(full, scores=Scores(2, 0.5, None, 1.0), answers=[answer("The"), answer("<script>alert(1)</script>")])
     questions = [
-        Question([{"role": "user", "content": "What did the hen do?"}], "The hen sang."),
-        Question([{"role": "system", "content": "Be <short>."}, {"role": "user", "content": "Is it?"}], None),
+        EvalPrompt([{"role": "user", "content": "What did the hen do?"}], "The hen sang."),
+        EvalPrompt([{"role": "system", "content": "Be <short>."}, {"role": "user", "content": "Is it?"}], None),
     ]
     return Comparison([base, lora, full], questions, "what lora held out", "general.jsonl", True, ["A note & a half."])
 
@@ -49,7 +49,7 @@ def test_the_table_holds_every_figure_and_picks_the_best(compared: Comparison):
     rows = {row.label: row for row in table(compared)}
     assert list(rows) == [
         "held-out loss", "exact match", "stop rate", "general loss", "rise of general loss",
-        "parameters trained", "training time", "tokens a second", "peak memory, GiB", "size on disk",
+        "parameters trained", "training time", "tokens/s", "peak memory, GiB", "size on disk",
     ]  # fmt: skip
     assert [rows["held-out loss"].text(value) for value in rows["held-out loss"].values] == [
         "3.0000",
@@ -66,19 +66,19 @@ def test_the_table_holds_every_figure_and_picks_the_best(compared: Comparison):
     assert rows["size on disk"].text(4_000_000) == "3.8 MiB" and rows["size on disk"].text(80_000) == "78.1 KiB"
     assert rows["parameters trained"].best is None
     other = {row.label for row in table(replace(compared, one_language=False))}
-    assert other - set(rows) == {"held-out bits a byte"}
+    assert other - set(rows) == {"held-out bits per byte"}
 
 
 def test_a_row_without_choice_has_no_best():
-    assert Row("Quality", "stop rate", [1.0, 1.0, None], "{:.1%}", "high").best is None
-    assert Row("Quality", "stop rate", [None], "{:.1%}", "high").best is None
+    assert TableRow("Quality", "stop rate", [1.0, 1.0, None], "{:.1%}", "high").best is None
+    assert TableRow("Quality", "stop rate", [None], "{:.1%}", "high").best is None
 
 
 def test_the_page_is_self_contained_and_escapes_what_models_say(compared: Comparison, tmp_path: Path):
     path = write_comparison(compared, tmp_path / "new" / "place")
     page = read(path)
     text = " ".join(page.text.split())
-    for words in ("lora, full beside their base", "the base", "A note & a half.", "94,592", "50.0%"):
+    for words in ("lora, full and base", "the base", "A note & a half.", "94,592", "50.0%"):
         assert words in text
     assert "<script>alert(1)</script>" in text and "Be <short>." in text  # as words, not as tags
     assert page.tags.count("table") == 1 and page.tags.count("blockquote") == 7
@@ -104,7 +104,7 @@ def test_the_first_difference_is_marked_and_the_same_is_not(compared: Comparison
 
 def test_the_same_comparison_gives_the_same_bytes_and_nothing_to_say_gives_a_page(compared: Comparison, tmp_path: Path):
     assert write_comparison(compared, tmp_path).read_bytes() == write_comparison(compared, tmp_path).read_bytes()
-    alone = Contender("alone", None, None, "/models/alone", 1000)
+    alone = ComparedModel("alone", None, None, "/models/alone", 1000)
     text = text_of(write_comparison(Comparison([alone], [], None, None, True, []), tmp_path))
     assert "alone" in text and "Answers" not in text and "base" not in text
 

@@ -205,16 +205,16 @@ def test_a_crashed_run_shows_its_failure_first(finished_run: Path) -> None:
     (finished_run / "failure.json").write_text(json.dumps(failure))
     text = read(write_report(finished_run)).text
     assert "failed" in text
-    assert text.index("not finite at step 412") < text.index(failure["message"]) < text.index("In short")
+    assert text.index("not finite at step 412") < text.index(failure["message"]) < text.index("Summary")
 
 
 def test_a_living_run_is_running_and_a_killed_one_is_not(finished_run: Path) -> None:
     (finished_run / "finished.json").unlink()
     lock = FolderLock(finished_run / "lock")
     lock.acquire(wait=False)
-    assert "A process is at work on this run" in read(write_report(finished_run)).text
+    assert "The run is in progress" in read(write_report(finished_run)).text
     lock.release()
-    assert "no process is at work on it" in read(write_report(finished_run)).text
+    assert "no process is running it" in read(write_report(finished_run)).text
 
 
 def test_the_same_folder_gives_the_same_bytes(finished_run: Path) -> None:

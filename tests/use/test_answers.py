@@ -12,12 +12,21 @@ from hypothesis import strategies as st
 from tests.use.conftest import PAIRS
 from trivium.errors import BadData, ConfigError
 from trivium.use import answers as module
-from trivium.use.answers import Answer, Question, answers, is_json, question_of, read_questions, score, split_reasoning
+from trivium.use.answers import (
+    EvalPrompt,
+    ModelAnswer,
+    answers,
+    is_json,
+    question_of,
+    read_questions,
+    score,
+    split_reasoning,
+)
 from trivium.use.load import load
 
 
-def ask(text: str, answer: str | None = None) -> Question:
-    return Question([{"role": "user", "content": text}], answer)
+def ask(text: str, answer: str | None = None) -> EvalPrompt:
+    return EvalPrompt([{"role": "user", "content": text}], answer)
 
 
 def test_batched_answers_are_those_of_transformers_one_by_one(adapter: Path, monkeypatch: pytest.MonkeyPatch):
@@ -69,7 +78,7 @@ def test_without_a_template_the_text_itself_is_continued(base: Path):
     ids = loaded.tokenizer("Lily", return_tensors="pt", return_token_type_ids=False)
     output = loaded.model.generate(**ids, do_sample=False, max_new_tokens=5)[0, 4:]
     assert answer.text == loaded.tokenizer.decode(output, skip_special_tokens=True)
-    with pytest.raises(ConfigError, match="no chat template"):
+    with pytest.raises(ConfigError, match="no usable chat template"):
         answers(replace(loaded, template=None), [ask("Lily")], as_chat=True)
 
 
@@ -87,7 +96,7 @@ def test_without_a_template_the_text_itself_is_continued(base: Path):
 @settings(max_examples=60)
 def test_scores_count(rows: list[tuple[str | None, str, bool]]):
     questions = [ask("?", expected) for expected, _, _ in rows]
-    found = score(questions, [Answer(text, "", stopped, 1) for _, text, stopped in rows])
+    found = score(questions, [ModelAnswer(text, "", stopped, 1) for _, text, stopped in rows])
     known = [(expected, text) for expected, text, _ in rows if expected is not None]
     wanting = [text for expected, text in known if expected == '{"a": 1}']
     exact = [expected.strip() == text.strip() for expected, text in known]
@@ -121,7 +130,7 @@ def test_rows_of_prompts():
     question = question_of(row)
     assert [turn["role"] for turn in question.turns] == ["system", "user"] and question.answer == "I."
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<think>hm</think>I."}]
-    assert question_of({"messages": turns}) == Question(turns[:1], "I.")
+    assert question_of({"messages": turns}) == EvalPrompt(turns[:1], "I.")
     assert question_of({"messages": turns[:1]}).answer is None
 
 
@@ -130,10 +139,10 @@ def test_rows_of_prompts():
     [
         ("{", "Expecting property name"),
         ("[]", "list instead of an object"),
-        ('{"answer": "x"}', "no text in prompt"),
-        ('{"prompt": "x", "answer": 3}', "answer and system are text"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "does not end with"),
-        ('{"messages": "x"}', "no list of objects"),
+        ('{"answer": "x"}', "prompt is missing"),
+        ('{"prompt": "x", "answer": 3}', "answer and system must be text"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "must end with"),
+        ('{"messages": "x"}', "not a list of objects"),
     ],
 )
 def test_a_broken_row_is_named_by_file_and_line(line: str, words: str, tmp_path: Path):
@@ -148,12 +157,12 @@ def test_text_files_hold_a_prompt_a_line(tmp_path: Path):
     (tmp_path / "prompts.txt").write_text("\ufeffWho?\n\n Where? \n", encoding="utf-8")
     assert [question.text for question in read_questions(tmp_path / "prompts.txt")] == ["Who?", "Where?"]
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(BadData, match="holds no prompt"):
+    with pytest.raises(BadData, match="contains no prompt"):
         read_questions(tmp_path / "empty.txt")
-    with pytest.raises(ConfigError, match="There is no file"):
+    with pytest.raises(ConfigError, match="does not exist"):
         read_questions(tmp_path / "gone.jsonl")
 
 
 def test_turns_that_a_template_cannot_render_are_refused(taught: Path):
     with pytest.raises(BadData, match="cannot render"):
-        answers(load(str(taught)), [Question([{"role": "user", "content": None}])])
+        answers(load(str(taught)), [EvalPrompt([{"role": "user", "content": None}])])

@@ -62,10 +62,10 @@ def test_the_same_seed_says_the_same_and_temperature_zero_is_greedy(base: Path):
 
 def test_nothing_said_nothing_to_retry_and_nothing_whole_nothing_to_save(base: Path, tmp_path: Path):
     dialogue = Dialogue(Writer(load(str(base)), 3, 0.0))
-    with pytest.raises(ConfigError, match="Nothing was said"):
+    with pytest.raises(ConfigError, match="There is no message"):
         list(dialogue.retry())
     list(dialogue.say("Lily"))
-    with pytest.raises(ConfigError, match="No answer came to its end"):
+    with pytest.raises(ConfigError, match="No answer is complete"):
         dialogue.save(tmp_path / "saved.jsonl")
     assert not (tmp_path / "saved.jsonl").exists()
 

@@ -13,7 +13,7 @@ from tests.use.models import STORIES, make_adapter, make_base, make_run
 from trivium.engine.record import read_record
 from trivium.engine.runfolder import RunFolder
 from trivium.use.answers import answers, read_questions, score
-from trivium.use.compare import Comparison, compare, find_contenders
+from trivium.use.compare import Comparison, compare, find_models
 from trivium.use.held_out import measure, passages_of_file, passages_of_run
 from trivium.use.load import load
 
@@ -51,7 +51,7 @@ def test_base_first_then_the_runs_as_named(compared: Comparison, workplace: Path
         ("lora", "base", "lora"),
         ("full", "base", "full"),
     ]
-    assert compared.one_language and compared.held_out == "what lora held out"
+    assert compared.one_language and compared.held_out == "held-out set of lora"
     assert compared.general == str(workplace / "general.jsonl")
     assert any("chat template" in note and "<|im_end|>" in note for note in compared.notes)
 
@@ -95,7 +95,7 @@ def test_a_run_that_is_the_base_of_another_stands_once_and_first(tmp_path: Path)
     whole = make_run(tmp_path / "whole", f"weights: pretrained\nmethod: full\nmodel: {{name: {first / 'model'}}}\n")
     shutil.copytree(first / "model", whole / "model")
     for names in ([tuned, whole], [tuned, first, whole], [first, whole, tuned]):
-        found = [(one.name, one.base) for one, _ in find_contenders([str(name) for name in names], lambda text: None)]
+        found = [(one.name, one.base) for one, _ in find_models([str(name) for name in names], lambda text: None)]
         assert found[0] == ("first", None)
         assert sorted(found[1:]) == [("tuned", "first"), ("whole", "first")]
 
@@ -104,7 +104,7 @@ def test_a_base_that_is_gone_is_told_and_left_out(tmp_path: Path):
     run = make_run(tmp_path / "whole", "weights: pretrained\nmethod: full\nmodel: {name: /nowhere/at-all}\n")
     make_base(run / "model")
     said: list[str] = []
-    assert [one.name for one, _ in find_contenders([str(run)], said.append)] == ["whole"]
+    assert [one.name for one, _ in find_models([str(run)], said.append)] == ["whole"]
     assert len(said) == 1 and "compared without its base" in said[0]
 
 

@@ -75,16 +75,16 @@ def test_a_merge_that_computes_something_else_leaves_nothing(tmp_path: Path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_quantised_runs_merge_tells_the_difference_to_what_was_trained(tmp_path: Path, base: Path):
+def test_a_quantized_runs_merge_tells_the_difference_to_what_was_trained(tmp_path: Path, base: Path):
     run = make_run(tmp_path / "qlora", "weights: nf4\nsample: {prompts: [Lily, The owl]}\n")
     make_adapter(run / "adapter", base)
     said: list[str] = []
     done = export(str(run), tmp_path / "merged", merge=True, dtype=None, note=said.append)
     assert any("NF4" in line for line in said)
     assert (done.prompts_from, done.num_prompts) == ("sample prompts", 2)
-    assert done.quantised_difference is not None and done.quantised_difference > 1e-4 > done.max_difference
-    assert done.quantised_loss is not None and done.loss is not None
-    assert 0 < abs(done.quantised_loss - done.loss) < 0.5
+    assert done.quantized_difference is not None and done.quantized_difference > 1e-4 > done.max_difference
+    assert done.quantized_loss is not None and done.loss is not None
+    assert 0 < abs(done.quantized_loss - done.loss) < 0.5
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(base)
     turns = [[{"role": "user", "content": prompt}] for prompt in ("Lily", "The owl")]

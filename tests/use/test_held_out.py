@@ -90,7 +90,7 @@ def test_a_runs_own_held_out_set_gives_the_loss_it_recorded(tmp_path: Path):
     assert found.loss == pytest.approx(recorded["eval/loss"], abs=1e-4)
     values["data"]["held_out"] = 0.0
     train({**values, "name": "all"})
-    with pytest.raises(ConfigError, match="holds nothing out"):
+    with pytest.raises(ConfigError, match="no held-out documents"):
         passages_of_run(tmp_path / "runs" / "all", lambda text: None)
 
 

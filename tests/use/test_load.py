@@ -25,12 +25,12 @@ def test_a_model_an_adapter_and_a_run_of_each(tmp_path: Path, base: Path, adapte
     shutil.copytree(adapter, run / "adapter")
     for name in (run, run / "adapter"):
         place = find(str(name))
-        assert (place.kind, place.folder, place.was_quantised) == ("adapter", run / "adapter", True)
+        assert (place.kind, place.folder, place.was_quantized) == ("adapter", run / "adapter", True)
         assert place.run_folder is not None and place.run_folder.samefile(run)
     scratch = make_run(tmp_path / "scratch", "weights: random\n")
     shutil.copytree(base, scratch / "model")
     place = find(str(scratch))
-    assert (place.kind, place.folder, place.was_quantised) == ("model", scratch / "model", False)
+    assert (place.kind, place.folder, place.was_quantized) == ("model", scratch / "model", False)
 
 
 def test_an_adapter_computes_what_stock_peft_computes_and_stops_where_it_says(adapter: Path, base: Path):
@@ -55,17 +55,17 @@ def test_a_template_that_cannot_be_used_leaves_a_model_that_goes_on_with_texts(t
         assert loaded.template is None and not loaded.converses
 
 
-def test_a_quantised_adapter_says_so_and_works_on_both_bases(tmp_path: Path, adapter: Path):
+def test_a_quantized_adapter_says_so_and_works_on_both_bases(tmp_path: Path, adapter: Path):
     run = make_run(tmp_path / "qlora", "weights: nf4\n")
     shutil.copytree(adapter, run / "adapter")
     said: list[str] = []
     whole = load(str(run), said.append)
     assert len(said) == 1 and "NF4" in said[0]
-    quantised = load(str(run), said.append, nf4=True)
+    quantized = load(str(run), said.append, nf4=True)
     assert len(said) == 1
-    assert type(quantised.network.model.layers[0].mlp.gate_proj).__name__ == "NF4Linear"
+    assert type(quantized.network.model.layers[0].mlp.gate_proj).__name__ == "NF4Linear"
     with torch.no_grad():
-        distance = (whole.network(IDS).logits - quantised.network(IDS).logits).abs().max()
+        distance = (whole.network(IDS).logits - quantized.network(IDS).logits).abs().max()
     assert 1e-4 < distance < 5
 
 
@@ -158,7 +158,7 @@ def break_own_code(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (break_nothing_there, "holds no model: there is no such folder"),
+        (break_nothing_there, "is not a model: there is no such folder"),
         (lambda folder: folder, "neither a config.json nor an adapter_config.json"),
         (break_unfinished, "is not finished"),
         (break_unfinished_with_model, "is not finished"),

@@ -1,7 +1,4 @@
-"""`trivium compare`: runs and their base side by side. The table goes to stdout, where the page lies to stderr.
-
-The work is `trivium.use.compare`, the page `trivium.report.comparison`; here are flags and printing.
-"""
+"""`trivium compare`: options and printing. The table goes to stdout, the path of the report to stderr."""
 
 import sys
 from pathlib import Path
@@ -19,13 +16,15 @@ FILE = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="RUN...")
-@click.option("--prompts", type=FILE, help="Prompts, with answers or without, that every model is asked.")
+@click.option("--prompts", type=FILE, help="File of prompts for every model, with or without answers.")
 @click.option("--held-out", type=FILE, help="Measure the loss on this file. Default: the first run's held-out set.")
-@click.option("--general", type=FILE, help="Texts of another kind: the loss on them tells what was forgotten.")
-@click.option("--out", type=FILE, default=Path("comparison"), show_default=True, help="Where report.html is written.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
-@click.option("--thinking/--no-thinking", default=False, help="Ask for reasoning, where the template has the switch.")
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+@click.option("--general", type=FILE, help="File of general text, on which the loss shows forgetting.")
+@click.option("--out", type=FILE, default=Path("comparison"), show_default=True, help="Folder of report.html.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Maximum length of an answer."
+)
+@click.option("--thinking/--no-thinking", default=False, help="Turn reasoning on, if the template has the switch.")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def compare(
     models: tuple[str, ...],
     prompts: Path | None,
@@ -36,9 +35,9 @@ def compare(
     thinking: bool,
     as_json: bool,
 ) -> None:
-    """Put each RUN and the model it was made from side by side: quality, forgetting, cost, answers.
+    """Compare each RUN with its base model: quality, forgetting, cost, answers.
 
-    A RUN is a run folder; any other model goes, too. Writes report.html and comparison.json into --out.
+    A RUN is a run folder or any other model. Writes report.html and comparison.json to --out.
 
     \b
     Examples:
@@ -69,7 +68,7 @@ def compare(
 
 
 def print_table(comparison: "Comparison") -> None:
-    """The figures on stdout, the best of each line bold."""
+    """Print the table to stdout, with the best value of each row in bold."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -83,5 +82,5 @@ def print_table(comparison: "Comparison") -> None:
     for row in table(comparison):
         texts = [Text(row.text(v), style="bold" if v is not None and v == row.best else "") for v in row.values]
         grid.add_row(Text(row.label, style="dim"), *texts)
-    # A terminal has its width, a file takes what is needed.
+    # A terminal has a width; a file gets as much as needed.
     Console(width=None if sys.stdout.isatty() else 40 + 24 * len(comparison.models)).print(grid)

@@ -1,7 +1,4 @@
-"""`trivium config`: what a run file says in full, what each key means, and its JSON schema for editors.
-
-Only prints; the reading and checking is `trivium.config.load`, the descriptions are `trivium.config.explain`. No torch.
-"""
+"""`trivium config`: show a run file in full, explain its keys, print the JSON schema. Never imports torch."""
 
 import json
 from pathlib import Path
@@ -25,7 +22,7 @@ def config() -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: the run, and the origin of each key.")
 def show(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print the whole configuration of FILE, defaults included, and where each value came from.
+    """Print the full configuration of FILE with defaults, and the origin of each value.
 
     Example: trivium config show run.yaml optimizer.lr=1e-3
     """
@@ -38,9 +35,9 @@ def show(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @config.command()
 @click.argument("key", required=False)
-@click.option("--file", type=FILE, help="Show the values of this run file too.")
+@click.option("--file", type=FILE, help="Also show the values of this run file.")
 def explain(key: str | None, file: Path | None) -> None:
-    """Say what KEY means, what it accepts and its default; without KEY, list all keys.
+    """Explain KEY: its meaning, accepted values and default; without KEY, list all keys.
 
     Example: trivium config explain optimizer.lr
     """
@@ -66,7 +63,7 @@ def schema() -> None:
 
 
 def _present(key: Key, resolved: ResolvedRun | None) -> list[str]:
-    """What a run file sets the key to, and where; for a key of list entries, one line an entry."""
+    """The key's value and origin in a run file; one line per entry for a key of list entries."""
     if resolved is None:
         return []
     values = flatten(resolved.run)
@@ -82,7 +79,7 @@ def _summary(key: Key, resolved: ResolvedRun | None) -> str:
 
 
 def _explanation(key: Key, resolved: ResolvedRun | None) -> str:
-    """The full text on one key."""
+    """The full text about one key."""
     lines = [key.dotted, f"  {key.doc}", f"  expects  {key.expected}"]
     lines += [f"  default  {default}" for default in _defaults(key)]
     lines.append(f"  example  {key.dotted.replace('.N', '.0')}={to_yaml(key.example)}")
@@ -95,10 +92,10 @@ def _explanation(key: Key, resolved: ResolvedRun | None) -> str:
 
 
 def _defaults(key: Key) -> list[str]:
-    """The default in words: one for all, one for each method, or that there is none."""
+    """The default in words: one for all, one per method, or none."""
     if key.dotted == "name":
         return ["the run file's name"]
     if not key.defaults:
-        return ["none; it must be given"]
+        return ["none; required"]
     by_method = [f"{to_yaml(value)} with method {method}" for method, value in key.defaults.items() if method]
     return by_method or [to_yaml(key.defaults[""])]

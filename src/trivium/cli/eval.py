@@ -1,7 +1,4 @@
-"""`trivium eval`: how good a model is on data it was not trained on.
-
-The work is `trivium.use.held_out`, `answers` and `harness`; here are flags and printing.
-"""
+"""`trivium eval`: options and printing."""
 
 import json
 from dataclasses import asdict
@@ -15,7 +12,7 @@ from trivium.config.run import Data
 from trivium.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trivium.use.answers import Answer, Question
+    from trivium.use.answers import EvalPrompt, ModelAnswer
 
 FILE = click.Path(path_type=Path)
 SEQ_LEN: int = Data.model_fields["seq_len"].default
@@ -24,16 +21,24 @@ SEQ_LEN: int = Data.model_fields["seq_len"].default
 @click.command()
 @click.argument("model")
 @click.option("--held-out", type=FILE, help="Loss and perplexity on this file of documents or conversations.")
-@click.option("--prompts", type=FILE, help="Answer this file's prompts: exact match, JSON validity, stop rate.")
-@click.option("--answers", "answers_file", type=FILE, help="Write every answer to this .jsonl file.")
-@click.option("--lm-eval", "tasks", help="Tasks of lm-evaluation-harness, with commas between.")
 @click.option(
-    "--seq-len", type=click.IntRange(8), default=SEQ_LEN, show_default=True, help="Longest passage of --held-out FILE."
+    "--prompts", type=FILE, help="ModelAnswer this file's prompts and score exact match, valid JSON and stop rate."
 )
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
-@click.option("--thinking/--no-thinking", default=False, help="Ask for reasoning, where the template has the switch.")
-@click.option("--nf4", is_flag=True, help="Hold an adapter's base in NF4, as QLoRA trained it.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option("--answers", "answers_file", type=FILE, help="Write every answer to this .jsonl file.")
+@click.option("--lm-eval", "tasks", help="Tasks of lm-evaluation-harness, separated by commas.")
+@click.option(
+    "--seq-len",
+    type=click.IntRange(8),
+    default=SEQ_LEN,
+    show_default=True,
+    help="Maximum sequence length of --held-out FILE.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Maximum length of an answer."
+)
+@click.option("--thinking/--no-thinking", default=False, help="Turn reasoning on, if the template has the switch.")
+@click.option("--nf4", is_flag=True, help="Quantize an adapter's base to NF4, as in QLoRA training.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def eval(
     model: str,
     held_out: Path | None,
@@ -46,10 +51,10 @@ def eval(
     nf4: bool,
     as_json: bool,
 ) -> None:
-    """Measure MODEL: a run folder, the folder of a model or an adapter, or a Hub id.
+    """Evaluate MODEL: a run folder, the folder of a model or an adapter, or a Hub id.
 
-    Without --held-out, --prompts or --lm-eval: the loss on what the run itself held out. Prompts are JSON lines,
-    {"prompt": ..., "answer": ...} or {"messages": [...]}, answered with the likeliest token each time.
+    Without --held-out, --prompts or --lm-eval: the loss on the run's own held-out set. Prompts are JSON lines,
+    {"prompt": ..., "answer": ...} or {"messages": [...]}, answered with greedy decoding.
 
     \b
     Examples:
@@ -96,8 +101,8 @@ def eval(
         _print(found)
 
 
-def write_answers(path: Path, questions: "list[Question]", given: "list[Answer]") -> None:
-    """One line an answer: what was asked, what was expected, what came."""
+def write_answers(path: Path, questions: "list[EvalPrompt]", given: "list[ModelAnswer]") -> None:
+    """Write one JSON line per answer: prompt, expected answer, answer."""
     from trivium.files import atomic_write
     from trivium.use.answers import matches
 
@@ -132,9 +137,9 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     if "held_out" in found:
         held_out = found["held_out"]
         lines += [
-            ("held-out loss", f"{held_out['loss']:.4f} nats a token"),
+            ("held-out loss", f"{held_out['loss']:.4f} nats per token"),
             ("perplexity", f"{held_out['perplexity']:,.3f}"),
-            ("bits a byte", f"{held_out['bits_per_byte']:.4f}"),
+            ("bits per byte", f"{held_out['bits_per_byte']:.4f}"),
             ("supervised tokens", f"{held_out['num_tokens']:,}"),
         ]
     if "prompts" in found:

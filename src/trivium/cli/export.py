@@ -1,7 +1,4 @@
-"""`trivium export`: the result of a run as a folder for others, verified. Prints the folder to stdout.
-
-The work is `trivium.use.export`; here are flags and printing.
-"""
+"""`trivium export`: options and printing. The written folder goes to stdout."""
 
 import json
 from dataclasses import asdict
@@ -18,18 +15,18 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to make.")
-@click.option("--merge", is_flag=True, help="Put the adapter into its base: one model that needs no PEFT.")
-@click.option("--to", type=click.Choice(["hf"]), default="hf", show_default=True, help="hf: what transformers loads.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to create.")
+@click.option("--merge", is_flag=True, help="Merge the adapter into its base: one model without PEFT.")
+@click.option("--to", type=click.Choice(["hf"]), default="hf", show_default=True, help="hf: a Hugging Face folder.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of merged weights. Default: the base's."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
 def export(model: str, out: Path, merge: bool, to: str, dtype: str | None, as_json: bool) -> None:
-    """Write the result of MODEL, a run folder or the folder of a model or adapter, for others.
+    """Export MODEL, a run folder or the folder of a model or adapter.
 
-    What was written is loaded again by stock transformers (and PEFT) and its logits compared before it is called done;
-    where they differ nothing is left behind. Nothing that stands at --out is ever overwritten.
+    The export is loaded with stock transformers (and PEFT) and its logits are compared; if they differ, nothing is
+    kept. Existing files at --out are never overwritten.
 
     \b
     Examples:
@@ -51,17 +48,17 @@ def export(model: str, out: Path, merge: bool, to: str, dtype: str | None, as_js
 
 
 def _remarks(done: "Export") -> list[str]:
-    """What was measured, in words."""
+    """The measurements in words."""
     lines = [
         f"verified: reloaded, its logits on {done.num_prompts} {done.prompts_from} differ by at most "
         f"{done.max_difference:.2g}"
     ]
     if done.rounding is not None:
         lines.append(f"rounding to {done.dtype} moved a logit by at most {done.rounding:.2g}")
-    if done.quantised_difference is not None:
+    if done.quantized_difference is not None:
         lines.append(
-            f"trained against the NF4 base: on the full-precision base a logit moves by at most "
-            f"{done.quantised_difference:.2g}, and the loss on these prompts is {done.loss:.4f} instead of "
-            f"{done.quantised_loss:.4f}"
+            f"trained on the NF4 base: on the full-precision base a logit moves by at most "
+            f"{done.quantized_difference:.2g}, and the loss on these prompts is {done.loss:.4f} instead of "
+            f"{done.quantized_loss:.4f}"
         )
     return lines

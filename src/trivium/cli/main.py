@@ -1,7 +1,7 @@
-"""The command `trivium`: finds the verb, and turns every way of ending into a message and an exit code.
+"""The command `trivium`: finds the verb, and turns errors into messages and exit codes.
 
-Verbs are imported only when they run, so that `trivium --help` is instant; what a verb does is in its own file.
-Data goes to stdout, everything else to stderr. Nothing imports this file.
+Verbs are imported only when they run, so that `trivium --help` is instant. Data goes to stdout, everything else to
+stderr.
 """
 
 import difflib
@@ -19,19 +19,19 @@ import click
 from trivium.errors import TriviumError
 
 VERBS = {
-    "quickstart": "Watch small models learn on this machine, in every way, and compare them, in minutes.",
+    "quickstart": "Train small models on this machine with every method and compare them, in minutes.",
     "plan": "Plan a training run: method, memory, time and cost.",
-    "train": "Train as a run file says; the same command again goes on where it stopped.",
+    "train": "Train a run file; run the same command again to resume.",
     "doctor": "Find what would make a run fail, or silently learn the wrong thing.",
-    "data": "Inspect data, build token stores, import those of others.",
+    "data": "Inspect data, build and import token stores.",
     "tokenizer": "Train and inspect tokenizers.",
-    "model": "List the models, and find one for a parameter budget.",
+    "model": "List model sizes, and find one for a parameter count.",
     "config": "Show, explain and check run files.",
-    "chat": "Talk to a model, or let it write.",
-    "eval": "Measure a model on data it was not trained on.",
-    "compare": "Put runs and their base side by side: what each bought, and what it cost.",
-    "export": "Write a result for others, merged or not, verified.",
-    "verify": "Prove that a run skipped and repeated no sample.",
+    "chat": "Chat with a model, or complete a text.",
+    "eval": "Evaluate a model on held-out data, prompts or benchmarks.",
+    "compare": "Compare runs and their base models: quality and cost.",
+    "export": "Export a model or adapter, merged or not, and verify it.",
+    "verify": "Verify that a run skipped and repeated no sample.",
     "report": "Write report.html for a run, finished or not.",
 }
 """Each verb's help; the verb itself is the click command of the same name in trivium/cli/VERB.py."""
@@ -55,7 +55,7 @@ class VerbGroup(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args[0] not in VERBS and not args[0].startswith("-"):
             near = difflib.get_close_matches(args[0], VERBS, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(VERBS)}."
+            hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(VERBS)}."
             ctx.fail(f"No such command {args[0]!r}. {hint}")
         return super().resolve_command(ctx, args)
 
@@ -64,7 +64,7 @@ class VerbGroup(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb. Click itself ends usage errors (2) and a reader that has gone away (1, silently)."""
+        """Run the verb. Click itself handles usage errors (2) and broken pipes (1, silently)."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
@@ -82,14 +82,14 @@ class VerbGroup(click.Group):
 
 
 def describe_fault(error: Exception, arguments: list[str]) -> str:
-    """One paragraph on an error that nobody foresaw."""
+    """One paragraph about an unexpected error."""
     what = " ".join(f"{type(error).__name__}: {error}".split())
     command = shlex.join(["trivium", "--debug", *arguments])
-    return f"stopped by an error that Trivium did not foresee, {what}. To see where it happened, run: {command}"
+    return f"unexpected error, {what}. For the traceback, run: {command}"
 
 
 def print_paragraphs(message: str) -> None:
-    """Print each line of a message to stderr; wrapped on a terminal, whole for a program that reads it."""
+    """Print each line of a message to stderr; wrapped on a terminal, one line each otherwise."""
     for line in message.splitlines():
         paragraph = f"trivium: {line}"
         if sys.stderr.isatty():
@@ -102,16 +102,16 @@ def print_paragraphs(message: str) -> None:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="trivium", message="trivium %(version)s")
 def trivium(debug: bool) -> None:
-    """Train Qwen language models: adapt one, fine-tune all of one, build one from nothing.
+    """Train Qwen language models: LoRA, QLoRA, full fine-tuning, continued pre-training, or from scratch.
 
-    Begin with `trivium quickstart`. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 does not fit,
+    Start with `trivium quickstart`. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 does not fit,
     4 bad data, 75 stopped and saved (run again).
     """
 
 
 def main() -> None:
     """Entry point of the `trivium` command."""
-    # Threads that wait for each other without end slow training twentyfold when anything else takes a core; giving
-    # the core back after a short spin costs a few percent on an idle machine. Read by libgomp when torch loads it.
+    # Spinning threads slow training twentyfold when another process needs a core; yielding after a short spin costs a
+    # few percent on an idle machine. Read by libgomp when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     trivium(prog_name="trivium")

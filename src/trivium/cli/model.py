@@ -1,7 +1,4 @@
-"""`trivium model`: the sizes there are, and the size that fits a budget.
-
-Prints only; builds no model and never imports torch. The main entry imports the group `model`.
-"""
+"""`trivium model`: list model sizes, or find one for a parameter count. Never imports torch."""
 
 import json
 from dataclasses import asdict
@@ -19,7 +16,7 @@ COLUMNS = ("name", "family", "params", "layers", "hidden", "heads/kv", "head dim
 
 @click.group()
 def model() -> None:
-    """Sizes of models: list the known ones, or find one for a budget."""
+    """Model sizes: list the known ones, or find one for a parameter count."""
 
 
 @model.command("list")
@@ -40,12 +37,12 @@ def list_sizes(as_json: bool) -> None:
 
 
 @model.command("size")
-@click.option("--params", required=True, help="Parameters in all, such as 900K, 25M or 1.5B.")
-@click.option("--vocab", required=True, help="Tokens of the tokenizer, such as 8192.")
+@click.option("--params", required=True, help="Total parameters, for example 900K, 25M or 1.5B.")
+@click.option("--vocab", required=True, help="Vocabulary size, for example 8192.")
 @click.option("--family", type=click.Choice(["qwen2", "qwen3"]), default="qwen3", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def size(params: str, vocab: str, family: Family, as_json: bool) -> None:
-    """Find a well-shaped model for a number of parameters, and show what its vocabulary costs."""
+    """Find a model shape for a number of parameters, and show the share of its embeddings."""
     num_params, vocab_size = parse_size(params, "--params"), parse_size(vocab, "--vocab")
     shape = catalog.size_for_budget(num_params, vocab_size, family)
     qwen = _with_qwen_vocabulary(num_params, family)
@@ -74,12 +71,12 @@ def parse_size(text: str, option: str) -> int:
     """
     count = parse_count(text.replace(",", "").replace("_", ""))
     if not isinstance(count, int) or count <= 0:
-        raise ConfigError(f"{option} is {text!r}; give a count above zero such as 900K, 25M, 1.5B or 8192.")
+        raise ConfigError(f"{option} is {text!r}; give a count above zero, for example 900K, 25M, 1.5B or 8192.")
     return count
 
 
 def _with_qwen_vocabulary(num_params: int, family: Family) -> QwenShape | str:
-    """The shape the budget buys with Qwen's tokenizer, or why it buys none."""
+    """The shape for the budget with Qwen's vocabulary, or why there is none."""
     try:
         return catalog.size_for_budget(num_params, QWEN_VOCAB_SIZE, family)
     except ConfigError as error:
@@ -87,7 +84,7 @@ def _with_qwen_vocabulary(num_params: int, family: Family) -> QwenShape | str:
 
 
 def _facts(shape: QwenShape) -> dict[str, str]:
-    """What the terminal shows of one shape, a line for each."""
+    """The facts about a shape for the terminal, by label."""
     share = shape.num_embedding_params / shape.num_params
     tied = "shared by input and output" if shape.tie_word_embeddings else "input and output apart"
     return {
@@ -102,7 +99,7 @@ def _facts(shape: QwenShape) -> dict[str, str]:
 
 
 def _as_dict(shape: QwenShape) -> dict[str, object]:
-    """The JSON of one shape: its counts, then its fields under config.json's names."""
+    """One shape as JSON: its counts, then its fields by config.json's names."""
     return {
         "num_params": shape.num_params,
         "num_embedding_params": shape.num_embedding_params,

@@ -1,4 +1,4 @@
-"""What a verb tells whoever waits for it, on stderr: bars and remarks on a terminal, elsewhere the remarks alone."""
+"""Progress on stderr: bars and remarks on a terminal, otherwise only the remarks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 
 
 class Waiting:
-    """What a verb tells whoever waits for it."""
+    """Callbacks for progress."""
 
     def __init__(self, note: Callable[[str], None], bar: Callable[[str], Callable[[int, int], None]]) -> None:
         self.note = note
-        """One line worth knowing."""
+        """Prints one line."""
         self.bar = bar
-        """Begins a bar with a name; what it returns is told (done, total) as the work goes on."""
+        """Starts a bar with a name; returns what to call with (done, total)."""
 
 
 @contextmanager

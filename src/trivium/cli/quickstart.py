@@ -1,4 +1,4 @@
-"""`trivium quickstart`: the first models, minutes after the clone."""
+"""`trivium quickstart`: options and printing."""
 
 from pathlib import Path
 
@@ -8,17 +8,21 @@ import click
 @click.command()
 @click.argument("text_file", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--runs-dir", default="runs", show_default=True, type=click.Path(path_type=Path), help="Where it is made."
+    "--runs-dir",
+    default="runs",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the data and runs.",
 )
 @click.option(
     "-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the first run file."
 )
 def quickstart(text_file: Path | None, runs_dir: Path, overrides: tuple[str, ...]) -> None:
-    """Train small models in every way, offline, in a few minutes on two CPU cores, and compare them.
+    """Train small models with every method and compare them, offline, in minutes on two CPU cores.
 
-    One learns little generated stories from nothing; their exact entropy shows how far it is from the best possible.
+    The first model is trained from scratch on generated stories, whose exact entropy gives the lowest possible loss.
     LoRA, QLoRA and full fine-tuning then teach it to answer questions about stories. Give TEXT_FILE to train the first
-    one on your own text instead. The same command goes on after a stop.
+    model on your own text instead. Run the same command again to resume.
 
     \b
     Examples:
@@ -36,6 +40,6 @@ def quickstart(text_file: Path | None, runs_dir: Path, overrides: tuple[str, ...
     with waiting() as wait:
         comparison, page = compare_all(folders, runs_dir, wait.note, wait.bar)
     click.echo(summary(folders[0]))
-    click.echo("\nFrom there, every way to teach it questions about stories that it has not read:\n")
+    click.echo("\nFine-tuned with every method to answer questions about unseen stories:\n")
     print_table(comparison)
-    click.echo(f"\nComparison: {page}\nGo on with: trivium chat {folders[1].path}")
+    click.echo(f"\nComparison: {page}\nNext: trivium chat {folders[1].path}")

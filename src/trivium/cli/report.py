@@ -1,4 +1,4 @@
-"""`trivium report`: write a run's report.html. Prints the path to stdout. The main entry imports `report`."""
+"""`trivium report`: write a run's report.html and print its path to stdout."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write report.html into the folder RUN, whether the run is finished or not, and print its path."""
+    """Write report.html into the run folder RUN, finished or not, and print its path."""
     from trivium.report.html import write_report
 
     click.echo(write_report(run))

@@ -1,7 +1,6 @@
 """What every key of a run file is: its meaning, what it accepts, its default, in words and as JSON schema.
 
-All of it is read off the models in `trivium.config.run`, so that messages, `trivium config explain` and editors
-never tell different stories. Reads no file; never imports torch. For `trivium.config.load` and the command line.
+Everything is derived from the models in `trivium.config.run`. Never imports torch.
 """
 
 import copy
@@ -20,9 +19,7 @@ from pydantic_core import PydanticUndefined
 from trivium.config.run import METHOD_DEFAULTS, Part, Run, parse_count
 
 SHORTHANDS: dict[str, list[dict[str, Any]]] = {
-    "Model": [
-        {"type": "string", "description": "A parameter budget such as 25M, a catalogue name, a folder or a Hub id."}
-    ],
+    "Model": [{"type": "string", "description": "A parameter count like 25M, a catalog name, a folder or a Hub id."}],
     "Tokenizer": [{"type": "string", "description": "A folder with tokenizer.json, or a Hub id."}],
     "Source": [{"type": "string", "description": "A file, or a folder of them."}],
     "Data": [
@@ -30,7 +27,7 @@ SHORTHANDS: dict[str, list[dict[str, Any]]] = {
         {"type": "array", "items": {"$ref": "#/$defs/Source"}, "minItems": 1},
     ],
 }
-"""The parts that may be one line (or, for `data`, a list) in place of their keys; `config.py` reads them."""
+"""The parts that may be a string (or, for `data`, a list) instead of their keys."""
 
 COUNT_TEXT = r"^\s*\d+(\.\d+)?\s*[KMBTkmbt]?\s*$"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -84,12 +81,12 @@ EXAMPLES: dict[str, Any] = {
     "sample.prompts": ["Once upon a time"],
     "checkpoint.every_steps": 100,
 }
-"""A value for each key that has no default to show; all others are shown with their default."""
+"""An example value for each key without a default; the others show their default."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a run file. `part` is set where the value has keys of its own; an `N` stands for any list entry."""
+    """One key of a run file. `part` is set if the value has keys; an `N` stands for any list entry."""
 
     dotted: str
     doc: str
@@ -101,7 +98,7 @@ class Key:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Default by method name, or under "" one for all; empty where the key has none."""
+        """Default by method name, or under "" one for all; empty if the key has no default."""
         by_method = {}
         for method, preset in METHOD_DEFAULTS.items():
             value: Any = preset
@@ -123,7 +120,7 @@ class Key:
 
 
 class _Schema(GenerateJsonSchema):
-    """Adds what the models accept beyond plain JSON types: counts such as `25M`. Leaves out generated titles."""
+    """Adds counts like `25M`, which are not plain JSON numbers, and leaves out generated titles."""
 
     def function_before_schema(self, schema: Any) -> dict[str, Any]:
         inner = super().function_before_schema(schema)
@@ -138,7 +135,7 @@ LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "
 
 
 def _place_limits(schema: Any) -> None:
-    """Move a count's limits to its number; pydantic leaves them, under its own names, beside what a validator wraps."""
+    """Move the limits of a count to its integer alternative; pydantic puts them on the outer schema."""
     children = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
     for child in children:
         _place_limits(child)
@@ -155,7 +152,7 @@ def _model_schema() -> dict[str, Any]:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a run file, for editors: shorthands included, what a method fills in not required."""
+    """The JSON schema of a run file for editors, with shorthands; keys that a method sets are not required."""
     schema = copy.deepcopy(_model_schema())
     schema["required"] = ["method", "model", "data"]
     definitions = schema["$defs"]
@@ -166,7 +163,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _bounds(schema: dict[str, Any]) -> str:
-    """` above 0 and below 1` and the like; empty where there is no bound."""
+    """For example ` above 0 and below 1`; empty without bounds."""
     words = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
     if schema.get("minimum", 0) > schema.get("exclusiveMinimum", math.inf):
         del words["exclusiveMinimum"]
@@ -175,7 +172,7 @@ def _bounds(schema: dict[str, Any]) -> str:
 
 
 def describe(schema: dict[str, Any]) -> str:
-    """In words what a JSON schema accepts, for the end of `expected ...`."""
+    """What a JSON schema accepts, in words, for the end of `expected ...`."""
     if "$ref" in schema:
         part = schema["$ref"].rsplit("/", 1)[1]
         keys = f"the keys {', '.join(_model_schema()['$defs'][part]['properties'])}"
@@ -185,7 +182,7 @@ def describe(schema: dict[str, Any]) -> str:
         choices = [choice for choice in schema["anyOf"] if choice != {"type": "null"}]
         optional = " (null leaves it unset)" if len(choices) < len(schema["anyOf"]) else ""
         count = [choice for choice in choices if choice.get("pattern") == COUNT_TEXT]
-        return describe(choices[0]) + (", or a count such as 25M" if count else "") + optional
+        return describe(choices[0]) + (", or a count like 25M" if count else "") + optional
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if schema.get("pattern") == NAME_PATTERN:
@@ -231,7 +228,7 @@ def _walk(part: type[Part], prefix: str) -> Iterator[Key]:
 
 @functools.cache
 def keys() -> dict[str, Key]:
-    """Every key in the order of `config.py`; the entries of a list are under `N`, as in `data.sources.N.path`."""
+    """Every key in the order of `run.py`; list entries are under `N`, for example `data.sources.N.path`."""
     return {key.dotted: key for key in _walk(Run, "")}
 
 
@@ -244,7 +241,7 @@ def dotted_name(path: KeyPath) -> str:
 
 
 def key_at(path: KeyPath) -> Key | None:
-    """The key at a path, whatever the number of the list entry; None where there is none."""
+    """The key at a path, with any list index; None if there is no such key."""
     steps = [str(step) for step in path]
     return keys().get(".".join("N" if step.isdigit() else step for step in steps))
 
@@ -267,11 +264,11 @@ RENAMED_KEYS = {
     "b_rate_ratio": "adapter.loraplus_lr_ratio",
     "long_rows": "data.overlong",
 }
-"""What keys of earlier versions, or of other programs, are called here."""
+"""Names of keys in earlier versions or other programs, and what they are called here."""
 
 
 def suggest(path: KeyPath) -> str:
-    """The end of a message about an unknown key: what it is called now, the nearest known key, or those there are."""
+    """The end of a message about an unknown key: its new name, the nearest known key, or the list of keys."""
     name, siblings = str(path[-1]), children_of(path[:-1])
     if len(name) <= 64:
         if near := difflib.get_close_matches(name, [*siblings, *RENAMED_KEYS], n=1):

@@ -1,8 +1,7 @@
 """From a run file and `key=value` overrides to a checked `Run`, and back to text.
 
-Every value keeps where it came from, so that an error names file and line and the run folder's copy says which
-values were chosen and which were defaults. All that is wrong is reported at once, one paragraph a problem.
-Writes nothing. Whoever needs a `Run` from the user imports this file; it never imports torch.
+Every value keeps its origin, so that an error names file and line, and the copy in the run folder says which values
+were chosen and which are defaults. All problems are reported at once, one paragraph each. Never imports torch.
 """
 
 import difflib
@@ -18,8 +17,6 @@ from pydantic_core import ErrorDetails
 from trivium.config.explain import KeyPath, dotted_name, key_at, keys, suggest
 from trivium.config.run import METHOD_DEFAULTS, Run, with_method_defaults
 from trivium.config.yaml_tree import (
-    ABSURD_NUMBER,
-    MAX_DEPTH,
     Node,
     Place,
     Problem,
@@ -46,9 +43,9 @@ class ResolvedRun:
 
 
 def load_run(path: Path | None, overrides: Sequence[str] = ()) -> ResolvedRun:
-    """Read a run file (or none), lay `key=value` overrides over it, fill in defaults, and check everything.
+    """Read a run file (or none), apply `key=value` overrides, fill in defaults, and validate.
 
-    Of two overrides of one key the last counts. Raises: ConfigError with one paragraph for each problem.
+    The last of several overrides of a key counts. Raises: ConfigError with one paragraph per problem.
     """
     problems: list[Problem] = []
     try:
@@ -58,7 +55,7 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> ResolvedRun:
     if tree.value is None:
         tree.value = {}
     if not isinstance(tree.value, dict):
-        raise ConfigError(f"{tree.place}: found {_show(tree.plain())}; expected keys such as `method: scratch`")
+        raise ConfigError(f"{tree.place}: found {_show(tree.plain())}; expected keys, for example `method: scratch`")
     tree = _write_out(tree, ())
     for override in overrides:
         try:
@@ -74,9 +71,9 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> ResolvedRun:
 
 
 def _write_out(node: Node, path: KeyPath) -> Node:
-    """Replace shorthands such as `model: 25M` by the keys they stand for, every value keeping its place.
+    """Replace shorthands like `model: 25M` by the keys they stand for; every value keeps its place.
 
-    The rule of each shorthand is its part's own, in `config.py`; a value of a wrong type is left for validation.
+    The shorthands are defined by `from_shorthand` in `run.py`; a value of a wrong type is left for validation.
     """
     key = key_at(path)
     if isinstance(node.value, list) and key and key.is_list:
@@ -98,16 +95,13 @@ def _as_node(value: Any, place: Place) -> Node:
 
 
 def _override(tree: Node, override: str) -> Node:
-    """Set one `key=value`; unknown keys are set too, and refused by validation like those of the file."""
+    """Set one `key=value`; unknown keys are set too and refused by validation."""
     dotted, equals, text = override.partition("=")
     if not equals:
-        example = "optimizer.lr=1e-3"
-        raise Problem(COMMAND_LINE, f"found {_show(override)}; expected key=value, such as {example}")
+        raise Problem(COMMAND_LINE, f"found {_show(override)}; expected key=value, for example optimizer.lr=1e-3")
     if re.search("[\ud800-\udfff]", override):
         raise Problem(COMMAND_LINE, f"{dotted} is not valid UTF-8 text")
     steps = dotted.strip().split(".")
-    if len(steps) > MAX_DEPTH:
-        raise Problem(COMMAND_LINE, f"{_show(dotted)} is not a known key; no key has over {MAX_DEPTH} parts")
     path: KeyPath = tuple(int(step) if re.fullmatch("[0-9]{1,6}", step) else step for step in steps)
     node = tree
     for depth in range(len(path)):
@@ -118,7 +112,7 @@ def _override(tree: Node, override: str) -> Node:
 
 
 def _child(node: Node, path: KeyPath) -> Node:
-    """The node at the end of `path`, given its parent; made where it is missing."""
+    """The node at the end of `path`, given its parent; created if missing."""
     *above, step = path
     parent = dotted_name(tuple(above))
     if node.value is None:
@@ -127,7 +121,7 @@ def _child(node: Node, path: KeyPath) -> Node:
     if isinstance(node.value, dict):
         return node.value.setdefault(str(step), Node(None, COMMAND_LINE))
     if not isinstance(node.value, list):
-        found = f"{parent} is {_show(node.value)} ({node.place}) and has no keys of its own"
+        found = f"{parent} is {_show(node.value)} ({node.place}) and has no keys"
         raise Problem(COMMAND_LINE, f"{dotted_name(path)} cannot be set: {found}")
     if not isinstance(step, int) or step > len(node.value):
         expected = f"an entry's number, 0 to {len(node.value)}"
@@ -138,7 +132,7 @@ def _child(node: Node, path: KeyPath) -> Node:
 
 
 def _override_value(dotted: str, text: str) -> Node:
-    """A list, mapping or quoted text is read as YAML; anything else is one unquoted word, whatever it contains."""
+    """A list, mapping or quoted text is parsed as YAML; anything else is one unquoted scalar."""
     if text.lstrip()[:1] in ("[", "{", '"', "'"):
         found: list[Problem] = []
         try:
@@ -148,8 +142,6 @@ def _override_value(dotted: str, text: str) -> Node:
         if found:
             raise Problem(COMMAND_LINE, f"{dotted}: {found[0].text}")
         return _on_command_line(node)
-    if ABSURD_NUMBER.match(text):
-        raise Problem(COMMAND_LINE, f"{dotted} is a number of over 100 digits; no key takes one")
     return Node(resolve_scalar(text.strip()), COMMAND_LINE)
 
 
@@ -162,7 +154,7 @@ def _on_command_line(node: Node) -> Node:
 
 
 def _find(tree: Node, path: KeyPath) -> tuple[Node, int]:
-    """The deepest node that was written on the way to `path`, and how many steps of it exist."""
+    """The deepest existing node on the way to `path`, and the number of its steps that exist."""
     node = tree
     for depth, step in enumerate(path):
         value: Any = node.value
@@ -188,7 +180,7 @@ def _validate(tree: Node, problems: list[Problem]) -> Run | None:
 
 
 def _explain(tree: Node, detail: ErrorDetails) -> Problem:
-    """One of pydantic's errors in our words: where, what was found, what was expected, what to do."""
+    """A pydantic error as a problem: where, what was found, what was expected, what to do."""
     path, kind, found = detail["loc"], detail["type"], detail["input"]
     place = _find(tree, path)[0].place
     dotted = dotted_name(path)
@@ -213,7 +205,7 @@ def _doc(doc: str) -> str:
 
 
 def _hint(found: object, choices: tuple[str, ...], expected: str) -> str:
-    """What to do about a wrong value, where the value itself tells."""
+    """What to do about a wrong value, if the value tells."""
     if choices and isinstance(found, str) and (near := difflib.get_close_matches(found[:64], choices, n=1)):
         return f"; did you mean {near[0]}?"
     if isinstance(found, str) and not isinstance(resolve_scalar(found), str | None) and "text" not in expected:
@@ -234,7 +226,7 @@ def _place_of_reason(tree: Node, reason: str) -> Place:
 
 
 def _show(value: object) -> str:
-    """A value as the user would recognise it, short and printable."""
+    """A value as the user wrote it, short and printable."""
     if value is None:
         return "empty"
     if isinstance(value, bool):
@@ -252,18 +244,18 @@ def _paragraphs(problems: list[Problem]) -> str:
     ordered = sorted(problems, key=lambda problem: (problem.place.line is None, problem.place.line or 0))
     lines = list(dict.fromkeys(str(problem) for problem in ordered))
     if len(lines) > MAX_PROBLEMS_SHOWN:
-        lines[MAX_PROBLEMS_SHOWN:] = ["and more problems of this kind; these were the first"]
+        lines[MAX_PROBLEMS_SHOWN:] = ["and more problems like these"]
     return "\n".join(lines)
 
 
 def _has_keys(value: Any, path: KeyPath) -> bool:
-    """Whether a value is a part with keys of its own; a mapping of names the user chose is one value."""
+    """Whether a value is a part with keys; a mapping whose names the user chose counts as one value."""
     key = key_at(path)
     return isinstance(value, dict) and (key is None or key.part is not None)
 
 
 def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Path and value of everything that a run holds; a list of plain values is one value."""
+    """Path and value of every leaf of a run; a list of plain values is one leaf."""
     if _has_keys(value, path):
         for name, child in value.items():
             yield from _leaves(child, (*path, name))
@@ -275,7 +267,7 @@ def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def flatten(run: Run) -> dict[str, Any]:
-    """Every value of a run by its dotted key, as in `data.sources.0.path`."""
+    """Every value of a run by its dotted key, for example `data.sources.0.path`."""
     return {dotted_name(path): value for path, value in _leaves(run.model_dump())}
 
 
@@ -289,7 +281,7 @@ def _origin(tree: Node, path: KeyPath, run: Run) -> str:
 
 
 def quote(text: str, always: bool = True) -> str:
-    """Text as a YAML scalar on one line: double-quoted, or bare where that is asked for and safe."""
+    """Text as a YAML scalar on one line: double-quoted, or bare if allowed and safe."""
     is_safe = BARE_TEXT.fullmatch(text) is not None and resolve_scalar(text) == text
     if is_safe and not always:
         return text
@@ -311,7 +303,7 @@ def to_yaml(value: object) -> str:
 
 
 def dump_run(run: Run, origins: dict[str, str]) -> str:
-    """The whole run as YAML, where each value came from at the end of its line; it loads back to an equal Run."""
+    """The whole run as YAML with each value's origin at the end of its line; it loads back to an equal Run."""
     lines: list[tuple[str, str]] = []
 
     def write(name: str, value: Any, path: KeyPath, indent: str) -> None:

@@ -1,9 +1,8 @@
 """A run as a value: `Run` and its parts, and the five methods as presets.
 
-This is the only file that knows the method names. A method fills in defaults for three independent choices
-(`weights`, `trainable`, `loss_tokens`) and for the numbers that go with them; everything below reads those
-choices, never the method. Reading YAML, overrides and error places is `trivium.config.load`; nothing here touches
-a file. Everybody may import this file; it never imports torch.
+This is the only file that knows the method names. A method sets defaults for three independent choices (`weights`,
+`trainable`, `loss_tokens`) and for the numbers that go with them; all other code reads those choices, never the method.
+The docstrings of the fields are the help texts of `trivium config explain`. Never imports torch.
 """
 
 import math
@@ -57,10 +56,7 @@ COUNT_PATTERN = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMBT]?)", re.IGNORECA
 
 
 def parse_count(value: object) -> object:
-    """Read `25M`, `1.5B` or `1e6` as a whole number; anything else is left for pydantic to judge.
-
-    Suffixes are decimal (K is 1,000), as the field counts parameters and tokens.
-    """
+    """Read `25M`, `1.5B` or `1e6` as a whole number; anything else is left to pydantic. Suffixes are decimal."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and (match := COUNT_PATTERN.fullmatch(value.strip())):
@@ -73,7 +69,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Part(BaseModel):
-    """What all parts of a run share: unknown keys and loose types are refused, nothing changes after it is built."""
+    """Base of all parts of a run: refuses unknown keys and loose types, and is immutable."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -89,16 +85,16 @@ def exactly_one(part: Part, names: tuple[str, ...]) -> None:
 
 
 class Shape(Part):
-    """The network's own numbers, for a model that is in no catalogue."""
+    """The network's dimensions, for a model that is not in the catalog."""
 
     family: Literal["qwen2", "qwen3"] = "qwen3"
-    """`qwen2` has biases on q, k and v; `qwen3` normalises q and k per head instead."""
+    """`qwen2` has biases on q, k and v; `qwen3` has per-head RMSNorm of q and k instead."""
     hidden_size: Count
     """Width of the residual stream."""
     intermediate_size: Count
     """Width of the SwiGLU feed-forward."""
     num_hidden_layers: Count
-    """Number of blocks."""
+    """Number of transformer blocks."""
     num_attention_heads: Count
     """Number of query heads."""
     num_key_value_heads: Count | None = None
@@ -106,11 +102,11 @@ class Shape(Part):
     head_dim: Count | None = None
     """Width of one head, even. Default: hidden_size / num_attention_heads."""
     tie_word_embeddings: bool = True
-    """Whether the output head is the embedding table."""
+    """Use the embedding as the output head."""
     rope_theta: Annotated[float, Field(gt=0)] = 1_000_000.0
     """Base of the rotary position embedding."""
     rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
-    """Added under the root of RMSNorm."""
+    """Epsilon of RMSNorm."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -119,24 +115,24 @@ class Shape(Part):
             raise ValueError(f"num_key_value_heads {key_value_heads} does not divide num_attention_heads {heads}")
         if self.head_dim is None and self.hidden_size % (2 * heads):
             raise ValueError(
-                f"hidden_size {self.hidden_size} / num_attention_heads {heads} is no even width of a head; set head_dim"
+                f"hidden_size {self.hidden_size} / num_attention_heads {heads} is not an even head width; set head_dim"
             )
         if self.head_dim is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of channels")
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embeddings need an even head_dim")
         return self
 
 
 class Model(Part):
-    """Which network is trained."""
+    """The model to train."""
 
     name: str | None = None
-    """A catalogue name (`trivium model list`), a Hugging Face folder, or a Hub id."""
+    """A catalog name (`trivium model list`), a Hugging Face folder, or a Hub id."""
     params: Count | None = None
-    """A parameter budget such as `25M`: a well-shaped Qwen3 of about that size, for the tokenizer's vocabulary."""
+    """A parameter count, for example `25M`: a Qwen3 of about that size for the tokenizer's vocabulary."""
     shape: Shape | None = None
-    """The network's numbers one by one."""
+    """The network's dimensions one by one."""
     vocab_size: Count | None = None
-    """Rows of the embedding table. Default: what the model has, or the tokenizer's size up to a multiple of 64."""
+    """Rows of the embedding. Default: the model's, or the tokenizer's size rounded up to a multiple of 64."""
 
     @model_validator(mode="before")
     @classmethod
@@ -155,18 +151,18 @@ class TrainTokenizer(Part):
     """A tokenizer trained on the run's own data."""
 
     kind: Literal["bpe", "byte", "char"] = "bpe"
-    """`bpe`: byte-level BPE with Qwen's pre-tokenizer; `byte`: one token a byte; `char`: one token a character."""
+    """`bpe`: byte-level BPE with Qwen's pre-tokenizer; `byte`: one token per byte; `char`: one token per character."""
     vocab_size: Count = 4096
     """Number of tokens, special tokens included."""
 
 
 class Tokenizer(Part):
-    """Where the tokenizer comes from. Default: the model's own; a small BPE trained on the data when it has none."""
+    """The tokenizer. Default: the model's own; a small BPE trained on the data if the model has none."""
 
     path: str | None = None
     """A folder with tokenizer.json, or a Hub id."""
     train: TrainTokenizer | None = None
-    """Train one on the data."""
+    """Train a tokenizer on the data."""
 
     @model_validator(mode="before")
     @classmethod
@@ -185,31 +181,31 @@ class Source(Part):
     path: str | None = None
     """A file (.txt .md .jsonl .json .parquet, plain or .gz/.zst) or a folder of them."""
     hub: str | None = None
-    """A Hub data set id."""
+    """A dataset id on the Hugging Face Hub."""
     store: str | None = None
-    """A ready Megatron store: the common prefix of its .bin and .idx. It is trained on as it is."""
+    """A ready Megatron token store: the common prefix of its .bin and .idx files. Used as it is."""
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of the training tokens, relative to the other sources' weights. All sources have one, or none has."""
+    """Share of the training tokens, relative to the other sources' weights. Set it for all sources or for none."""
     field: str = "text"
     """The JSON field or Parquet column that holds the text."""
     documents: Literal["file", "paragraph", "line"] = "file"
     """What one document is in a plain text file; paragraphs are separated by blank lines."""
     subset: str | None = None
-    """Configuration name of a Hub data set."""
+    """Configuration name of a Hub dataset."""
     split: str = "train"
-    """Split of a Hub data set."""
+    """Split of a Hub dataset."""
     revision: str | None = None
-    """Git revision of a Hub data set."""
+    """Git revision of a Hub dataset."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text"] = "auto"
-    """How a row says what it holds; `auto` finds out from each file's first rows."""
+    """Format of the records; `auto` detects it from each file's first records."""
     fields: dict[str, str] = {}
-    """For rows that name things in their own way: which of their fields is `messages`, `role`, `content`, `prompt`,
-    `input`, `answer`, `system`, `tools` or `history`, such as {prompt: question, answer: response}."""
+    """Names of the records' fields, if they differ from `messages`, `role`, `content`, `prompt`, `input`, `answer`,
+    `system`, `tools` or `history`; for example {prompt: question, answer: response}."""
     roles: dict[str, str] = {}
-    """For messages whose roles have names of their own: which is `system`, `user`, `assistant` or `tool`, such as
-    {Mensch: user, KI: assistant}."""
+    """Names of the messages' roles, if they differ from `system`, `user`, `assistant` and `tool`; for example
+    {human: user, bot: assistant}."""
     dataset: str | None = None
-    """An entry of the LLaMA-Factory dataset_info.json that `path` names; it says file, format and fields."""
+    """An entry of the LLaMA-Factory dataset_info.json at `path`, which gives file, format and fields."""
 
     @model_validator(mode="before")
     @classmethod
@@ -227,33 +223,32 @@ class Source(Part):
             if role not in ("system", "user", "assistant", "tool"):
                 raise ValueError(f"roles maps to {role!r}; a role is system, user, assistant or tool")
         if self.dataset is not None and (self.fields or self.roles or self.format != "auto"):
-            raise ValueError("dataset says format, fields and roles itself; leave those out, or leave dataset out")
+            raise ValueError("dataset already gives format, fields and roles; leave those out, or leave dataset out")
         return self
 
 
 class Data(Part):
-    """What is learnt from, and how it is cut."""
+    """The training data, and how it is split into sequences."""
 
     sources: Annotated[list[Source], Field(min_length=1)]
-    """Where the documents come from."""
+    """Files, Hub datasets or token stores to train on."""
     seq_len: Annotated[Count, Field(ge=8)] = 1024
-    """Tokens a row; a longer document goes on in the next row, a conversation stays in one."""
+    """Length of a packed sequence in tokens. Longer documents continue in the next; a conversation stays in one."""
     overlong: Literal["drop", "split", "truncate"] = "drop"
-    """A conversation longer than seq_len: `drop` leaves out the turns that do not fit; `split` begins anew at the
-    oldest user turn from which they fit; `truncate` cuts the end off the answer. All are counted, and an answer's end
-    token is never cut."""
+    """A conversation longer than seq_len: `drop` leaves out the messages that do not fit; `split` starts another
+    sample at the oldest user message from which they fit; `truncate` cuts the answer and keeps its end token."""
     reasoning_share: Share | None = None
-    """Share of the training tokens that conversations with reasoning make up. Default: as the data has it."""
+    """Share of the training tokens from conversations with reasoning. Default: as in the data."""
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
-    """Share of the documents kept out of training and used for evaluation; chosen by content, so no copy leaks."""
+    """Share of the documents kept out of training for evaluation. Chosen by content, so copies stay together."""
     max_reject_share: Share = 0.01
-    """The build stops with exit 4 when a larger share of the rows is unusable."""
+    """Stop with exit code 4 if a larger share of the records is rejected."""
     max_document_mib: Annotated[float, Field(gt=0)] = 16.0
-    """A longer document is rejected as absurdly long."""
+    """Longer documents are rejected."""
     workers: Annotated[Count, Field(le=512)] | None = None
-    """Processes that tokenise. Default: one a core."""
+    """Number of tokenizer processes. Default: one per core."""
     cache_dir: str | None = None
-    """Where token stores and trained tokenizers are kept. Default: `cache` beside the runs."""
+    """Folder of token stores and trained tokenizers. Default: `cache` next to `runs_dir`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -266,7 +261,7 @@ class Data(Part):
     def _check(self) -> Self:
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
-            raise ValueError("some sources have a weight and some have none; give every source a weight, or none")
+            raise ValueError("some sources have a weight and some do not; give every source a weight, or none")
         return self
 
 
@@ -274,66 +269,67 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 
 class Adapter(Part):
-    """A low-rank adapter (LoRA): what is trained when the weights are not."""
+    """A low-rank adapter (LoRA), trained while the base model is frozen."""
 
     rank: Annotated[Count, Field(le=4096)] = 16
-    """Rank of each update."""
+    """Rank of the adapter matrices."""
     alpha: Annotated[float, Field(gt=0.0)] | None = None
     """The update is scaled by alpha / rank (rsLoRA: by alpha / sqrt(rank)). Default: twice the rank."""
     targets: Annotated[list[Projection], Field(min_length=1)] = list(get_args(Projection))
-    """Which projections of every layer are adapted."""
+    """Projections of every layer to adapt."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the adapter's inputs that a training step drops."""
+    """Dropout of the adapter's inputs in training."""
     init: Literal["default", "pissa", "loftq"] = "default"
-    """`zero` begins as the base model; `pissa` with its largest singular values; `loftq` makes up for NF4's error."""
+    """`default`: start as the base model; `pissa`: from the largest singular values of the weights; `loftq`: from the
+    quantization error of NF4."""
     rslora: bool = False
-    """Scale by the root of the rank."""
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     dora: bool = False
-    """Train the magnitude of each weight column apart from its direction."""
+    """DoRA: train magnitude and direction of each weight separately."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] = 1.0
-    """LoRA+: the second matrix learns at this multiple of the learning rate."""
+    """LoRA+: learning rate of the B matrices as a multiple of `optimizer.lr`."""
     train_tokens: list[str] | None = None
-    """Tokens whose rows in the embedding and the head are trained too. Default: those that the data needs and the model
-    never learnt."""
+    """Tokens whose embedding and head rows are trained too. Default: those in the data that the model was
+    never trained on."""
 
     @property
     def scaling(self) -> float:
-        """What the update is multiplied by."""
+        """The factor of the adapter's update."""
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return alpha / math.sqrt(self.rank) if self.rslora else alpha / self.rank
 
 
 class Optimizer(Part):
-    """AdamW; weight decay falls on matrices only."""
+    """AdamW; weight decay applies to matrices only."""
 
     lr: Annotated[float, Field(gt=0.0, lt=1.0)]
     """Peak learning rate. Default: by method."""
     weight_decay: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Decoupled weight decay of matrices; norms and biases have none. Default: by method."""
+    """Decoupled weight decay of matrices, not of norms and biases. Default: by method."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Decay of the mean of the gradient."""
+    """Decay rate of the first moment."""
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
-    """Decay of the mean of its square."""
+    """Decay rate of the second moment."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    """The gradient's global norm is scaled down to this."""
+    """Clip the global gradient norm to this."""
     state_dtype: Literal["fp32", "8bit", "paged-8bit"] = "fp32"
-    """How AdamW's moments are kept; the 8-bit ones need bitsandbytes, paged ones lie in the host's memory when the
-    GPU's is full."""
+    """Type of AdamW's optimizer state. 8-bit types need bitsandbytes; paged state moves to host memory when
+    the GPU's is full."""
 
 
 class Schedule(Part):
-    """The learning rate as a function of the step: a linear warm-up, then one of four forms."""
+    """Learning rate schedule: linear warmup, then one of four shapes."""
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """`wsd` holds the peak and falls linearly over the last `decay_ratio`."""
+    """`wsd` (warmup, stable, decay) keeps the peak, then decays linearly over the last `decay_ratio`."""
     warmup_ratio: Share = 0.02
-    """Share of the steps spent warming up."""
+    """Share of the steps used for warmup."""
     decay_ratio: Share = 0.2
-    """Share of the steps in which `wsd` falls."""
+    """Share of the steps used for the decay of `wsd`."""
     min_lr_ratio: Share = 0.1
-    """The rate ends at this share of the peak, and stays there."""
+    """Final learning rate as a share of the peak."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -343,12 +339,12 @@ class Schedule(Part):
 
 
 class Budget(Part):
-    """How long the run is; exactly one of the three."""
+    """Training length; set exactly one."""
 
     steps: Count | None = None
     """Optimizer steps."""
     tokens: Count | None = None
-    """Training tokens, rounded up to whole steps; every row counts as full."""
+    """Training tokens, rounded up to whole steps; padding counts."""
     epochs: Annotated[float, Field(gt=0.0)] | None = None
     """Passes over the data."""
 
@@ -362,114 +358,114 @@ class BatchSize(Part):
     """Batch sizes in tokens, so that they mean the same at every sequence length."""
 
     tokens: Count = 32_768
-    """Tokens of one optimizer step."""
+    """Tokens per optimizer step."""
     micro_tokens: Count | None = None
-    """Tokens of one forward and backward. Default: as many rows as fit 8,192 tokens and divide the step, or fewer where
-    the planner finds that those do not fit the device."""
+    """Tokens per micro-batch (one forward and backward pass). Default: 8,192 or the largest number below that divides
+    the step, less if the planner finds that it does not fit the device."""
 
 
 class Parallel(Part):
-    """Several devices, as `trivium plan` foresees them. Training on more than one is refused until it is built."""
+    """Several devices, for `trivium plan`. Training on more than one is not supported yet."""
 
     devices: Count = 1
-    """Devices that train together."""
+    """Number of devices."""
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "fsdp2"
-    """How several devices share the work: `ddp` repeats everything on each; `zero2` (DeepSpeed) shards gradients and
-    moments; `fsdp2` and `zero3` shard the weights too."""
+    """How devices share the work: `ddp` replicates everything; `zero2` (DeepSpeed) shards gradients and optimizer
+    state; `fsdp2` and `zero3` shard the weights too."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What lies in the host's memory: nothing, moments and master weights (`optimizer`), or all sharded weights too."""
+    """What to keep in host memory: nothing, optimizer state and master weights (`optimizer`), or the weights too."""
 
 
 class Eval(Part):
-    """Loss on the held-out documents."""
+    """Evaluation: loss on the held-out documents."""
 
     every_steps: Count | None = None
     """Steps between evaluations. Default: a tenth of the run."""
     max_tokens: Count = 262_144
-    """At most this many held-out tokens are read each time; always the same ones."""
+    """Maximum held-out tokens per evaluation; always the same ones."""
 
 
 class Sample(Part):
-    """Text the model writes along the way."""
+    """Samples of generated text during training."""
 
     prompts: list[Annotated[str, Field(min_length=1)]] = []
-    """Beginnings to complete; none, no samples."""
+    """Prompts to complete. Default: no samples."""
     every_steps: Count | None = None
     """Steps between samples. Default: a tenth of the run."""
     max_new_tokens: Count = 96
-    """Length of a sample."""
+    """Maximum tokens of a sample."""
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.8
-    """0 takes the likeliest token each time."""
+    """Sampling temperature; 0 is greedy."""
 
 
 class Checkpoint(Part):
-    """What a killed run loses at most."""
+    """Checkpoints, from which an interrupted run resumes."""
 
     every_steps: Count | None = None
     """Steps between checkpoints. Default: a tenth of the run, at most 500."""
     keep: Count = 2
-    """How many of the newest are kept."""
+    """Number of checkpoints to keep."""
 
 
 class Log(Part):
-    """How often figures are written."""
+    """Logging of metrics."""
 
     every_steps: Count = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between entries of metrics.jsonl."""
     trackers: list[Literal["trackio", "wandb", "tensorboard"]] = []
-    """Where metrics go beside metrics.jsonl."""
+    """Experiment trackers that also receive the metrics."""
 
 
 class Run(Part):
     """Everything that decides what a training run does. The same Run gives the same weights, bit for bit."""
 
     method: Literal["lora", "qlora", "full", "continue", "scratch"]
-    """The way to train. It only sets defaults for the choices below."""
+    """The training method. It only sets defaults of the other keys."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """Name of the run folder. Default: the run file's name."""
     model: Model
-    """Which network."""
+    """The model to train."""
     data: Data
-    """Which data."""
+    """The training data."""
     weights: Literal["pretrained", "nf4", "random"]
-    """What the weights start as."""
+    """Initial weights."""
     trainable: Literal["adapter", "everything"]
-    """What is trained."""
+    """Which parameters are trained."""
     loss_tokens: Literal["assistant", "all"]
-    """Which tokens carry loss."""
+    """Which tokens are supervised."""
     tokenizer: Tokenizer | None = None
-    """Where the tokenizer comes from. Default: the model's own, else a small BPE trained on the data."""
+    """The tokenizer. Default: the model's own, otherwise a small BPE trained on the data."""
     adapter: Adapter | None = None
-    """The adapter's numbers, where one is trained."""
+    """The LoRA adapter, if one is trained."""
     optimizer: Optimizer
-    """AdamW's numbers."""
+    """AdamW's settings."""
     schedule: Schedule = Schedule()
-    """The learning rate over the run."""
+    """Learning rate schedule."""
     budget: Budget = Budget(epochs=1.0)
-    """How long."""
+    """Training length."""
     batch: BatchSize = BatchSize()
-    """How much at a time."""
+    """Batch size in tokens."""
     activation_checkpointing: bool | None = None
-    """Keep each layer's input only, and compute the rest of it again in backward: much less memory, a third more
-    arithmetic. Default: off, or on where the planner finds that the run does not fit the device otherwise."""
+    """Keep only each layer's input and recompute the rest in the backward pass: much less memory, a third more
+    compute. Default: off, or on if the planner finds that the run does not fit the device otherwise."""
     parallel: Parallel = Parallel()
-    """On how many devices."""
+    """Number of devices and strategy."""
     eval: Eval = Eval()
     """Loss on held-out documents."""
     sample: Sample = Sample()
-    """Text written along the way."""
+    """Samples of generated text during training."""
     checkpoint: Checkpoint = Checkpoint()
-    """How often the run is saved."""
+    """Checkpoints."""
     log: Log = Log()
-    """How often figures are written."""
+    """Logging of metrics."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the matrix products; weights and moments are always fp32. `auto` asks the device by a probe."""
+    """Compute dtype of matrix products; trained weights are always fp32. `auto` measures what the device is fast at."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `mps`, `xpu`; `auto` takes the accelerator if there is one."""
+    """`auto`, `cpu`, `cuda`, `mps` or `xpu`; `auto` uses the accelerator if there is one."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Decides the first weights, the order of the data, and the samples."""
+    """Random seed of initial weights, data order and samples."""
     runs_dir: str = "runs"
-    """Where run folders are made."""
+    """Parent folder of run folders."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -488,43 +484,42 @@ class Run(Part):
         if rows is not None and trained is not None and rows < trained.vocab_size:
             raise ValueError(
                 f"model.vocab_size {rows} is less than tokenizer.train.vocab_size {trained.vocab_size}; "
-                "a token without a row cannot be read"
+                "every token needs an embedding row"
             )
         if (self.adapter is None) == (self.trainable == "adapter"):
             found = "not set" if self.adapter is None else "set"
             raise ValueError(
-                f"adapter is {found} and trainable is {self.trainable}; an adapter is set where trainable is adapter, "
-                "and nowhere else"
+                f"adapter is {found} and trainable is {self.trainable}; set adapter if and only if trainable is adapter"
             )
         if self.trainable == "adapter" and self.weights == "random":
             raise ValueError(
-                "trainable: adapter on weights: random trains a correction of noise; set trainable: everything"
+                "trainable: adapter needs pretrained weights; with weights: random set trainable: everything"
             )
         if self.weights == "nf4" and self.trainable != "adapter":
-            raise ValueError("weights: nf4 cannot be trained themselves; set trainable: adapter")
+            raise ValueError("weights: nf4 cannot be trained; set trainable: adapter")
         if self.adapter is not None and self.adapter.init == "loftq" and self.weights != "nf4":
-            raise ValueError("adapter.init: loftq makes up for the error of weights: nf4; use it with method qlora")
+            raise ValueError("adapter.init: loftq needs weights: nf4; use it with method qlora")
         if self.weights != "random" and self.model.name is None:
             raise ValueError(f"weights: {self.weights} needs model.name, a folder or Hub id that holds weights")
         return self
 
     @property
     def sequences_per_step(self) -> int:
-        """Rows of `data.seq_len` tokens that one optimizer step consumes."""
+        """Packed sequences per optimizer step."""
         return self.batch.tokens // self.data.seq_len
 
     @property
     def sequences_per_micro_batch(self) -> int:
-        """Rows of one forward and backward; divides `sequences_per_step`."""
+        """Packed sequences per micro-batch; divides `sequences_per_step`."""
         if self.batch.micro_tokens is not None:
             return self.batch.micro_tokens // self.data.seq_len
         return math.gcd(self.sequences_per_step, max(1, 8192 // self.data.seq_len))
 
 
 def with_method_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The user's values over the defaults of their method; an unknown method is left for validation to refuse.
+    """The user's values over the defaults of their method; validation refuses an unknown method.
 
-    A budget is taken whole, since only one of its keys may be set. An adapter where one is trained needs no mention.
+    A budget replaces the default budget, since only one of its keys may be set. A missing adapter is added if trained.
     """
     defaults = METHOD_DEFAULTS.get(values.get("method", ""), {}) if isinstance(values.get("method"), str) else {}
     merged = {**defaults, **values}

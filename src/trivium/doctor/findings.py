@@ -1,7 +1,6 @@
-"""What the doctor says: rules, what is wrong by one, and when that stops a run.
+"""What the doctor reports: rules, findings, and when findings stop a run.
 
-The rules themselves are in the files beside this one, by theme; `examine.py` puts them to a run. Imported inside
-`doctor`, and by the command line for its types.
+The rules themselves are in the other files of this folder, by theme; `examine.py` runs them.
 """
 
 import difflib
@@ -16,89 +15,85 @@ DOCUMENT = "docs/doctor.md"
 Subject = TypeVar("Subject")
 
 
-class Trouble(NamedTuple):
-    """What a rule has to say of a run that breaks it; each text is a sentence or two."""
+class Violation(NamedTuple):
+    """What a rule says about a run that breaks it; each text is a sentence or two."""
 
     severity: Severity
     found: str
     expected: str
-    todo: str
+    fix: str
 
 
 @dataclass(frozen=True)
 class Rule(Generic[Subject]):
-    """One thing that must hold, and the function that looks."""
+    """One thing that must hold, and the function that checks it."""
 
     id: str
     title: str
-    check: Callable[[Subject], Trouble | None]
+    check: Callable[[Subject], Violation | None]
     stops_with: type[TriviumError] = ConfigError
-    """What an error of this rule ends the command with."""
+    """The exception, and so the exit code, of an error of this rule."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule and what it found."""
+    """A rule and what it found. An `error` stops the run, a `warning` is likely a mistake, an `info` only informs."""
 
     id: str
     title: str
-    trouble: Trouble
+    violation: Violation
     stops_with: type[TriviumError]
 
     @property
     def severity(self) -> Severity:
-        """`error` stops the run, `warning` is likely a mistake, `info` is worth knowing."""
-        return self.trouble.severity
+        """The violation's severity."""
+        return self.violation.severity
 
     @property
     def anchor(self) -> str:
-        """Where the reasons are written down."""
+        """Where the documentation gives the reasons."""
         return f"{DOCUMENT}#{self.id.lower()}"
 
     def record(self) -> dict[str, Any]:
         """The finding as `--json` prints it."""
-        trouble = self.trouble._asdict()
-        return {"id": self.id, "severity": trouble.pop("severity"), "title": self.title, **trouble} | {
-            "anchor": self.anchor
-        }
+        texts = self.violation._asdict()
+        return {"id": self.id, "severity": texts.pop("severity"), "title": self.title, **texts, "anchor": self.anchor}
 
     def paragraph(self) -> str:
         """The finding as one line of text."""
-        _, found, expected, todo = self.trouble
-        return f"{self.id} {self.title}: {found} Expected: {expected} To do: {todo} See {self.anchor}."
+        _, found, expected, fix = self.violation
+        return f"{self.id} {self.title}: {found} Expected: {expected} Fix: {fix} See {self.anchor}."
 
 
-def look(rules: Sequence[Rule[Subject]], subject: Subject) -> list[Finding]:
-    """Put every rule to a subject; the findings in the order of the rules."""
-    troubles = ((rule, rule.check(subject)) for rule in rules)
-    return [Finding(rule.id, rule.title, trouble, rule.stops_with) for rule, trouble in troubles if trouble]
+def check(rules: Sequence[Rule[Subject]], subject: Subject) -> list[Finding]:
+    """Check every rule; the findings are in the order of the rules."""
+    violations = ((rule, rule.check(subject)) for rule in rules)
+    return [Finding(rule.id, rule.title, violation, rule.stops_with) for rule, violation in violations if violation]
 
 
 def stopping(findings: Iterable[Finding], allowed: frozenset[str]) -> list[Finding]:
-    """The errors that nobody allowed."""
+    """The errors whose rule is not in `allowed`."""
     return [finding for finding in findings if finding.severity == "error" and finding.id not in allowed]
 
 
 def refusal(errors: Sequence[Finding], with_paragraphs: bool) -> TriviumError:
-    """The error that ends the command, of the first finding's kind; with the findings in full, or only their names."""
-    names = ", ".join(finding.id for finding in errors)
-    flags = " ".join(f"--allow {name}" for name in dict.fromkeys(finding.id for finding in errors))
+    """The exception that ends the command, of the first finding's type; with full paragraphs, or the ids alone."""
+    ids = list(dict.fromkeys(finding.id for finding in errors))
     lines = [finding.paragraph() for finding in errors] if with_paragraphs else []
-    last = (
-        f"The doctor stops this run: {names}. Mend what it found, or go on in spite of it, knowing why, with {flags}."
-    )
+    flags = " ".join(f"--allow {name}" for name in ids)
+    last = f"The doctor stops this run: {', '.join(ids)}. Fix the findings, or train anyway with {flags}."
     return errors[0].stops_with("\n".join([*lines, last]))
 
 
 def known_ids(given: Sequence[str], known: Iterable[str]) -> frozenset[str]:
-    """The ids that `--allow` names.
+    """The rule ids given with `--allow`, in capitals.
 
-    Raises: ConfigError with the nearest known id for one that no rule has.
+    Raises: ConfigError that suggests the nearest known id for an unknown one.
     """
     ids = sorted(set(known))
     for name in given:
         if name.upper() not in ids:
             near = difflib.get_close_matches(name.upper(), ids, n=1, cutoff=0.3)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(ids)}."
-            raise ConfigError(f"--allow {name}: the doctor has no rule of that id, so nothing would be allowed. {hint}")
+            hint = f"Did you mean {near[0]}?" if near else f"The rules are {', '.join(ids)}."
+            raise ConfigError(f"--allow {name}: the doctor has no rule with that id. {hint}")
     return frozenset(name.upper() for name in given)

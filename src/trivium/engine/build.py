@@ -37,7 +37,7 @@ def load_frozen(job: Job, machine: Machine) -> Qwen:
     with torch.device("meta"):
         model = Qwen(job.shape)
     if job.run.weights == "nf4":
-        return quantize.load_quantised(model, job.weights_folder, machine.compute_dtype, machine.device)
+        return quantize.load_quantized(model, job.weights_folder, machine.compute_dtype, machine.device)
     model = model.to(machine.compute_dtype).to_empty(device=machine.device)
     hf.load_weights(model, job.weights_folder)
     model.compute_dtype = machine.compute_dtype

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,17 @@ from safetensors import safe_open
 
 from trivium.errors import ConfigError, TriviumError
 from trivium.files import (
-    TensorSource,
     atomic_write,
     fsync_directory,
     require_free_space,
     sha256_file,
     write_safetensors,
 )
+from trivium.model import hf
 
 FORMAT = 1
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
 CONTENT = {"model.safetensors", "training.safetensors", "state.json"}
-COPY_ELEMENTS = 1 << 22
 
 
 class Damaged(TriviumError):
@@ -41,19 +39,6 @@ class Damaged(TriviumError):
 def step_folder(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint after `step` optimizer steps lies."""
     return checkpoints / f"step-{step:08d}"
-
-
-def tensor_source(name: str, tensor: torch.Tensor) -> TensorSource:
-    """A tensor's bytes on demand, a few megabytes at a time, so that a device's tensor is never copied whole."""
-
-    def read() -> Iterator[memoryview]:
-        flat = tensor.detach().reshape(-1)
-        for start in range(0, flat.numel(), COPY_ELEMENTS):
-            piece = flat[start : start + COPY_ELEMENTS].cpu().contiguous()
-            yield piece.view(torch.uint8).numpy().data
-
-    num_bytes = tensor.numel() * tensor.element_size()
-    return TensorSource(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), num_bytes, read)
 
 
 def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: Mapping[str, object]) -> None:
@@ -77,7 +62,7 @@ def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: Mapp
         temporary.mkdir()
         hashes = {}
         for file, group in tensors.items():
-            sources = [tensor_source(name, tensor) for name, tensor in group.items()]
+            sources = [hf.tensor_source(name, tensor) for name, tensor in group.items()]
             hashes[f"{file}.safetensors"] = write_safetensors(temporary / f"{file}.safetensors", sources, {})
         text = json.dumps({"format": FORMAT, **state}, indent=1)
         atomic_write(temporary / "state.json", text)

@@ -45,7 +45,7 @@ def inject(
 
     Args:
         token_ids: tokens whose rows in the embedding, and in the head where that is another tensor, are trained too.
-        weights_folder: the unquantised model, which `init: loftq` compares with.
+        weights_folder: the unquantized model, which `init: loftq` compares with.
 
     Returns: PEFT's LoraConfig. With `pissa` the base weights become what the adapter leaves of them.
 
@@ -76,7 +76,7 @@ def inject(
         elif config.init == "pissa":
             _start_principal(layer, own_seed(seed, path))
         else:
-            _start_quantisation_error(layer, own_seed(seed, path), files[f"{path}.weight"], f"{path}.weight")
+            _start_quantization_error(layer, own_seed(seed, path), files[f"{path}.weight"], f"{path}.weight")
         if config.dora:
             _start_magnitude(layer)
     if token_ids:
@@ -145,7 +145,7 @@ def _start_principal(layer: Any, key: int) -> None:
 
 
 @torch.no_grad()
-def _start_quantisation_error(layer: Any, key: int, file: Path, name: str) -> None:
+def _start_quantization_error(layer: Any, key: int, file: Path, name: str) -> None:
     """The adapter begins as most of what NF4 has lost. Source: LoftQ, arXiv:2310.08659, with one step.
 
     PEFT's own needs a GPU, and leaves out that the adapter's product is scaled.
@@ -377,7 +377,7 @@ def _folded(module: Any) -> Tensor:
 def untrained_rows(
     embedding: Tensor, head: Tensor | None, ids: Collection[int], reserved_ids: Collection[int]
 ) -> list[int]:
-    """Which of `ids` the model never learnt: a row of zeros, or one that points where another reserved token's does.
+    """Which of `ids` were never trained: a row of zeros, or one in the same direction as another reserved token's.
 
     What training never shows is only ever pushed away, all such rows alike: in a model that began at random their
     cosines are above 0.999. embedding, head: (V, D); `head` is None where it is the embedding. The size of a row says

@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -40,8 +39,8 @@ TOKENIZER_FILES = (
 MODEL_FILES = ("config.json", "generation_config.json")
 WEIGHT_FILES = (INDEX, "model*.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-PIECE_BYTES = 1 << 26
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
+PIECE_BYTES, COPY_VALUES = 1 << 26, 1 << 22
 MAX_SHARD_BYTES = 5 * 2**30
 
 
@@ -71,6 +70,19 @@ def find_folder(name: str, with_weights: bool = True) -> Path:
             f"{name!r} is no folder here and could not be fetched from the Hub: {reason} Check the name and the "
             "connection, sign in if the model is gated, or give the path of a folder that you have."
         ) from error
+
+
+def read_stop_ids(*folders: Path) -> list[int]:
+    """The ids at which generation stops, from the first of generation_config.json and config.json that names any.
+
+    Searches the folders in order, an adapter's before its base's. Empty where no file names any.
+    """
+    for folder in folders:
+        for name in ("generation_config.json", "config.json"):
+            eos = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+            if eos is not None:
+                return [int(token) for token in eos] if isinstance(eos, list) else [int(str(eos))]
+    return []
 
 
 def read_shape(folder: Path) -> QwenShape:
@@ -216,14 +228,9 @@ def _pieces(path: Path, name: str) -> Iterator[Tensor]:
     with safe_open(path, framework="pt") as file:
         stored = file.get_slice(name)
         shape = stored.get_shape()
-        rows = _rows_per_piece(shape, bytes_per_value=4)
+        rows = max(1, PIECE_BYTES // max(1, 4 * int(torch.Size(shape[1:]).numel())))
         for start in range(0, shape[0], rows):
             yield stored[start : start + rows]
-
-
-def _rows_per_piece(shape: list[int] | torch.Size, bytes_per_value: int) -> int:
-    row_bytes = max(1, bytes_per_value * int(torch.Size(shape[1:]).numel()))
-    return max(1, PIECE_BYTES // row_bytes)
 
 
 def save_folder(
@@ -330,14 +337,12 @@ def _write_weights(model: Qwen, folder: Path, dtype: torch.dtype, max_shard_byte
         atomic_write(folder / INDEX, as_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
 
 
-def tensor_source(name: str, parameter: Tensor, dtype: torch.dtype) -> TensorSource:
-    """A parameter as bytes on demand, converted and brought to the host one run of rows at a time."""
+def tensor_source(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorSource:
+    """A tensor as bytes on demand, converted to `dtype` and copied to the host a few megabytes at a time."""
+    dtype = dtype or tensor.dtype
 
-    def read(tensor: Tensor) -> Iterator[memoryview]:
-        for piece in tensor.split(_rows_per_piece(tensor.shape, dtype.itemsize)):
-            yield piece.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data.cast("B")
+    def read() -> Iterator[memoryview]:
+        for piece in tensor.detach().reshape(-1).split(COPY_VALUES):
+            yield piece.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data
 
-    num_bytes = parameter.numel() * dtype.itemsize
-    return TensorSource(
-        name, STORED_DTYPES[dtype], tuple(parameter.shape), num_bytes, partial(read, parameter.detach())
-    )
+    return TensorSource(name, STORED_DTYPES[dtype], tuple(tensor.shape), tensor.numel() * dtype.itemsize, read)

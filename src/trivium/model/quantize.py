@@ -3,7 +3,7 @@
 The packing is bitsandbytes'; the products are plain ones with the weight unpacked for as long as they take, so what
 comes out does not depend on which fused kernels a machine has. The packed weights are a pure function of the model
 folder: no checkpoint needs them. They are never trained, and never written. `engine` and `use` import this file;
-it imports torch, and bitsandbytes where it quantises.
+it imports torch, and bitsandbytes where it quantizes.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314.
 """
@@ -29,16 +29,16 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class NF4Linear(nn.Linear):
-    """A frozen projection in NF4 with double quantisation: 4.127 bits a weight. PEFT adapts it as any linear layer.
+    """A frozen projection in NF4 with double quantization: 4.127 bits a weight. PEFT adapts it as any linear layer.
 
-    weight: (out, in), quantised from fp32. bias: kept as it is. compute_dtype: what `weight` unpacks to.
+    weight: (out, in), quantized from fp32. bias: kept as it is. compute_dtype: what `weight` unpacks to.
     """
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, compute_dtype: torch.dtype) -> None:
         nn.Module.__init__(self)  # a linear layer without the weight that its own constructor makes
         self.out_features, self.in_features = weight.shape
         self.register_parameter("bias", bias)
-        packed, self.state = _quantise(weight, compute_dtype)
+        packed, self.state = _quantize(weight, compute_dtype)
         self.packed: Tensor
         self.register_buffer("packed", packed, persistent=False)
 
@@ -80,7 +80,7 @@ class _FrozenProduct(torch.autograd.Function):
         return grad_output @ ctx.layer.weight, None
 
 
-def _quantise(weight: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Any]:
+def _quantize(weight: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Any]:
     """Packed values and their bitsandbytes QuantState: what `quantize_4bit` gives, a piece at a time to save memory.
 
     The state says that the weight is one long row: bitsandbytes' CPU path unpacks rows that are no whole number of
@@ -93,9 +93,9 @@ def _quantise(weight: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Any]:
     ]
     absmax = torch.cat([state.absmax for _, state in pieces])
     offset = absmax.mean()
-    quantised_absmax, state2 = quantize_blockwise(absmax - offset, blocksize=256)
+    quantized_absmax, state2 = quantize_blockwise(absmax - offset, blocksize=256)
     state = QuantState(
-        absmax=quantised_absmax,
+        absmax=quantized_absmax,
         shape=torch.Size([weight.numel()]),
         code=get_4bit_type("nf4", device=weight.device),
         blocksize=BLOCK_SIZE,
@@ -112,12 +112,12 @@ def require_bitsandbytes() -> None:
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
             "NF4 needs bitsandbytes, which is not installed. Install it with `pip install 'trivium[gpu]'`, or use the "
-            "unquantised weights (weights: pretrained), which take four times the memory."
+            "unquantized weights (weights: pretrained), which take four times the memory."
         )
 
 
-def quantise_projections(network: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Put every linear layer of a loaded transformers model but its head in NF4, as `load_quantised` would have.
+def quantize_projections(network: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Put every linear layer of a loaded transformers model but its head in NF4, as `load_quantized` would have.
 
     Raises: ConfigError without bitsandbytes.
     """
@@ -127,7 +127,7 @@ def quantise_projections(network: nn.Module, compute_dtype: torch.dtype) -> None
             network.set_submodule(path, NF4Linear(module.weight.detach().float(), module.bias, compute_dtype))
 
 
-def load_quantised(model: Qwen, folder: Path, compute_dtype: torch.dtype, device: torch.device | str) -> Qwen:
+def load_quantized(model: Qwen, folder: Path, compute_dtype: torch.dtype, device: torch.device | str) -> Qwen:
     """Fill a model that is on the meta device from a folder: projections in NF4, the rest in the compute dtype.
 
     One matrix at a time is in memory in full. All of it is frozen; returns the model given.
@@ -154,7 +154,7 @@ def load_quantised(model: Qwen, folder: Path, compute_dtype: torch.dtype, device
     return model
 
 
-def quantised_bytes(model: Qwen) -> int:
+def quantized_bytes(model: Qwen) -> int:
     """What the model's weights take in memory, packed or not."""
     packed = sum(module.num_bytes for module in model.modules() if isinstance(module, NF4Linear))
     return packed + sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -1,9 +1,8 @@
-"""A seeded grammar that tells little stories and knows the exact probability of each one.
+"""A seeded grammar that generates short stories and knows the exact probability of each.
 
-A language model trained on these stories can therefore be measured against the best that is possible: the
-grammar's own entropy. Telling a story and scoring a text are one walk through the same tables (`tales.py`): the
-writer draws each choice at random, the reader takes the choices that the text shows. Knows nothing of models or
-tokenizers. Only `quickstart` and the command line may import this file.
+So a language model trained on them can be compared with the lowest possible loss: the grammar's entropy. Generating a
+story and scoring a text walk the same tables (`tales.py`): the writer draws each choice at random, the reader follows
+the text.
 """
 
 import json
@@ -33,22 +32,22 @@ class Story:
 
 
 class _Teller:
-    """The walk through the tables that writer and reader share; they differ in how they pick and in what words do."""
+    """The walk through the tables that writer and reader share."""
 
     def __init__(self) -> None:
         self.nats = 0.0
         self.facts: dict[str, str] = {}
 
     def pick(self, options: Sequence[str]) -> int:
-        """Decide for one of the options."""
+        """Choose one of the options."""
         raise NotImplementedError
 
     def emit(self, words: str) -> None:
-        """Put down, or check, the next words of the text."""
+        """Write, or check, the next words of the text."""
         raise NotImplementedError
 
     def choose(self, table: Table) -> str:
-        """The only place where anything is decided, so that the costs of all choices add up to -ln p."""
+        """The only place where choices are made, so that their costs add up to -ln p."""
         options = table.options[tuple(self.facts[fact] for fact in table.facts)] if isinstance(table, By) else table
         index = self.pick(options)
         self.nats += _costs(len(options))[index]
@@ -83,11 +82,11 @@ class _Writer(_Teller):
 
 
 class _Mismatch(Exception):
-    """The text cannot go on as this derivation would have it."""
+    """The text does not match this derivation."""
 
 
 class _Reader(_Teller):
-    """Follows a text. Where several options could begin with the next words it takes one and notes the others.
+    """Follows a text. If several options match the next words, it takes one and remembers the others.
 
     `script` replays the earlier open decisions; `branches` are the scripts of the derivations not yet tried.
     """
@@ -116,7 +115,7 @@ class _Reader(_Teller):
         self.position += len(words)
 
     def _could_begin(self, option: str) -> bool:
-        """Whether the text goes on with the option's words, as far as they are known; never wrongly false."""
+        """Whether the next words may be the option's, as far as they are known; never wrongly false."""
         position = self.position
         for words, slot in _pieces(option):
             for known in (words, self.facts.get(slot.lower(), "")):
@@ -143,7 +142,7 @@ def _like(slot: str, words: str) -> str:
 
 @cache
 def _probabilities(num_options: int) -> list[float]:
-    """Earlier options are commoner, as words are in real language: p falls as 1 / (rank + 8)."""
+    """Zipf's law, as in real language: p is proportional to 1 / (rank + 8)."""
     weights = [1 / (rank + ZIPF_SHIFT) for rank in range(1, num_options + 1)]
     return [weight / math.fsum(weights) for weight in weights]
 

@@ -1,9 +1,8 @@
 """Questions about the quickstart's stories, each with one exact answer taken from the facts the story was told from.
 
-The stories come from a stream of their own, so the model that was trained on the corpus has not read them, and every
-story stands in one row only. Nothing can be answered without the story. An answer begins with "It was", because a word
-is known to the model with the blank before it: at the very start of an answer it would be an unknown heap of letters.
-Knows nothing of chat templates, tokens or models. Only `quickstart` may import this file.
+The stories come from a separate random stream, so the model has not seen them, and each story is in one record only.
+Nothing can be answered without the story. Answers start with "It was", because the model knows words with a space
+before them; at the start of an answer a word would be an unknown sequence of tokens.
 """
 
 import json
@@ -19,8 +18,8 @@ from trivium.files import atomic_write
 from trivium.quickstart.grammar import Story, story
 from trivium.quickstart.tales import PHRASES
 
-# For each kind of question what is asked, what is answered, and which fact the answer is. The order is that in which a
-# small model learns them: a thing stands right behind the colour that is asked for, a remedy stands anywhere.
+# For each fact, the question and the answer, from easy to hard for a small model: a thing directly follows its color, a
+# remedy can be anywhere.
 QUESTIONS = {
     "thing": ("What was {colour}?", "It was the {thing}."),
     "hero": ("Who was the {kind}?", "It was {hero}."),
@@ -32,9 +31,9 @@ STORIES_TO_CHOOSE_FROM = 4
 
 
 def facts_of(told: Story) -> dict[str, str]:
-    """The facts of a story, and the colour of its thing, which is a choice that the grammar does not name.
+    """The facts of a story, and the color of its thing, which is not a fact of the grammar.
 
-    Colours stand nowhere but before the thing, and there once, so that asking for a colour is never ambiguous.
+    A color occurs only once, before the thing, so questions about it are never ambiguous.
     """
     before_thing = re.findall(rf"(\w+) {told.facts['thing']}\b", told.text)
     colours = PHRASES["colour"]
@@ -44,14 +43,14 @@ def facts_of(told: Story) -> dict[str, str]:
 
 
 def question_rows(seed: int, questions_per_story: int = 1) -> Iterator[dict[str, Any]]:
-    """Rows `{"messages": [user, assistant, ...]}` without end, the same for the same seed; no story comes twice.
+    """Endless records `{"messages": [user, assistant, ...]}`, deterministic in the seed, without repeated stories.
 
     Args:
-        seed: of a stream that no corpus shares, whatever its seed.
-        questions_per_story: the story stands before the first question, further ones are turns of their own.
+        seed: of a random stream that differs from every corpus's.
+        questions_per_story: the story precedes the first question; further ones are separate messages.
 
-    All kinds are asked equally often, and of a few stories the one with the answers least heard so far is taken, so
-    that rare words are asked for nearly as often as common ones.
+    All kinds are asked equally often. Of a few stories, the one with the least used answers is chosen, so that rare
+    words are asked for nearly as often as common ones.
     """
     assert 1 <= questions_per_story <= len(QUESTIONS)
     rng = Random(f"questions {seed}")
@@ -85,7 +84,7 @@ def _turns(told: Story, kinds: Iterable[str]) -> list[dict[str, str]]:
 def write_questions(
     training: Path, held_out: Path, num_training: int, num_held_out: int, seed: int, questions_per_story: int
 ) -> None:
-    """Write two JSONL files of rows that share no story; the held-out ones ask one question each.
+    """Write two JSONL files of records without common stories; the held-out ones have one question each.
 
     The same arguments write the same bytes.
     """

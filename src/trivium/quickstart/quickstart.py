@@ -1,9 +1,9 @@
-"""The quickstart: from a clone to models trained in every way, compared side by side, offline, in minutes.
+"""The quickstart: trains small models with every method and compares them, offline, in minutes.
 
-Writes little stories whose exact entropy is known (or takes the user's own text), trains a tokenizer and a model of
-about a million parameters on them from nothing, and says how far it is from the best possible. Then LoRA, QLoRA and
-full fine-tuning teach that model to answer questions about stories, and a comparison shows what each bought and cost.
-All of it goes the way of `trivium train` and `trivium compare`. Used by the command line.
+Generates stories of known entropy (or uses the user's text), trains a tokenizer and a model of about a million
+parameters from scratch, and reports the distance to the lowest possible loss. Then LoRA, QLoRA and full fine-tuning
+teach the model to answer questions about stories, and a comparison shows quality and cost. Uses the code of `trivium
+train` and `compare`.
 """
 
 import re
@@ -32,12 +32,12 @@ WAYS = ("lora", "qlora", "full")
 
 
 def train_all(runs_dir: Path, overrides: tuple[str, ...], note: Note) -> list[RunFolder]:
-    """Train the quickstart's models, or go on with them: the one from nothing first, then those made from it.
+    """Train or resume the quickstart's models: first from scratch, then the fine-tuned ones.
 
     Args:
-        runs_dir: where the data and the run folders are made.
-        overrides: `key=value` over the run file of the model from nothing.
-        note: is told what comes next.
+        runs_dir: folder of the data and run folders.
+        overrides: `key=value` for the run file of the first model.
+        note: called with what comes next.
     """
     runs_dir.mkdir(parents=True, exist_ok=True)
     stories, questions = runs_dir / "stories.jsonl", runs_dir / "questions.jsonl"
@@ -57,15 +57,15 @@ def train_all(runs_dir: Path, overrides: tuple[str, ...], note: Note) -> list[Ru
     settings = tuple(f"{key}={quote(str(path))}" for key, path in places.items())
     for way in WAYS:
         if way == "qlora" and find_spec("bitsandbytes") is None:
-            note("QLoRA is left out: it needs bitsandbytes (pip install 'trivium[gpu]'), which works on a CPU too")
+            note("QLoRA is skipped: it needs bitsandbytes (pip install 'trivium[gpu]'), which also works on a CPU")
             continue
-        note(f"\nnow {way}: questions about stories, on the model just made")
+        note(f"\nnext, {way}: fine-tune the model on questions about stories")
         folders.append(train(run_of(way, runs_dir, settings)))
     return folders
 
 
 def compare_all(folders: Sequence[RunFolder], runs_dir: Path, note: Note, bar: Bar) -> tuple[Comparison, Path]:
-    """The quickstart's models side by side, on questions and stories that none has read; and the page that shows it."""
+    """Compare the quickstart's models on unseen questions and stories, and write the page."""
     write_corpus(runs_dir / OTHER_STORIES, NUM_GENERAL_STORIES, "other stories")
     comparison = compare(
         [str(folder.path) for folder in folders],
@@ -81,15 +81,15 @@ def compare_all(folders: Sequence[RunFolder], runs_dir: Path, note: Note, bar: B
 
 
 def run_of(way: str, runs_dir: Path, settings: tuple[str, ...]) -> ResolvedRun:
-    """One of the quickstart's run files, with its places where the user wants them."""
+    """One of the quickstart's run files, with the user's folder and settings."""
     with as_file(files("trivium.quickstart") / f"{way}.yaml") as run_file:
         return load_run(run_file, (f"runs_dir={quote(str(runs_dir))}", *settings))
 
 
 def train_on_text(text_file: Path, runs_dir: Path, overrides: tuple[str, ...]) -> RunFolder:
-    """Train the model from nothing on the user's own text, about which nobody can ask exact questions."""
+    """Train the first model on the user's text; there are no questions about it."""
     if not text_file.is_file():
-        raise ConfigError(f"There is no file {text_file}. Give a text file, or nothing to train on generated stories.")
+        raise ConfigError(f"{text_file} does not exist. Give a text file, or none to train on generated stories.")
     name = f"quickstart-{re.sub(r'[^A-Za-z0-9._-]+', '-', text_file.stem)}"
     settings = [f"name={name}", f"data.sources.0.path={quote(str(text_file))}"]
     if text_file.suffix in (".txt", ".md"):
@@ -98,9 +98,9 @@ def train_on_text(text_file: Path, runs_dir: Path, overrides: tuple[str, ...]) -
 
 
 def write_floor(resolved: ResolvedRun) -> None:
-    """Write floor.json to the run folder: the grammar's entropy on exactly the stories that the evaluation reads.
+    """Write floor.json to the run folder: the grammar's entropy on exactly the stories of the evaluation.
 
-    There is none when seq_len is too short for a story: a model that reads half of one cannot know the other half.
+    Not written if `seq_len` is too short for a story, since a model cannot predict the rest of a story it has not seen.
     """
     folder = RunFolder(Path(resolved.run.runs_dir) / resolved.run.name)
     if folder.read("floor.json") is not None:
@@ -124,7 +124,7 @@ def write_floor(resolved: ResolvedRun) -> None:
 
 
 def summary(folder: RunFolder) -> str:
-    """What the model from nothing learnt, for the end of the terminal."""
+    """The result of the first model, in words."""
     losses = [record["eval/loss"] for record in folder.metrics if "eval/loss" in record]
     samples = list(folder.samples)
     floor = folder.read("floor.json")
@@ -133,11 +133,11 @@ def summary(folder: RunFolder) -> str:
         for when, sample in (("before", samples[0]), ("after", samples[-1])):
             lines.append(f"A sample {when} training (step {sample['step']:,}):\n  {sample['prompt']}{sample['text']}\n")
     if losses:
-        lines.append(f"Held-out loss: {losses[0]:.4f} nats a token before training, {losses[-1]:.4f} after.")
+        lines.append(f"Held-out loss: {losses[0]:.4f} nats per token before training, {losses[-1]:.4f} after.")
     if losses and floor:
         best = floor["nats_per_token"]
         above = losses[-1] / best - 1
-        lines.append(f"The best possible is {best:.4f}, {floor['what']}: the model is {above:.1%} above it.")
+        lines.append(f"The lowest possible loss is {best:.4f}, {floor['what']}: the model is {above:.1%} above it.")
     lines.append(f"Model: {folder.model}\nReport: {folder.path / 'report.html'}")
-    lines.append(f"Go on with: trivium chat {folder.path}    trivium verify {folder.path}")
+    lines.append(f"Next: trivium chat {folder.path}    trivium verify {folder.path}")
     return "\n".join(lines)

@@ -1,7 +1,6 @@
 """A comparison as a table, and as `report.html` with its figures, bars and answers side by side.
 
-The page needs no network, no scripts and no other file, and looks like a run's own report. What models say is escaped:
-it can be anything. Comparing is `use.compare`. Used by the command line and the quickstart.
+The page is self-contained, without scripts. Model output is escaped.
 """
 
 import json
@@ -15,8 +14,8 @@ from typing import Literal
 
 from trivium.files import atomic_write
 from trivium.report.style import CSS
-from trivium.use.answers import Answer, Question, matches
-from trivium.use.compare import Comparison, Contender
+from trivium.use.answers import EvalPrompt, ModelAnswer, matches
+from trivium.use.compare import ComparedModel, Comparison
 
 SHOWN_QUESTIONS = 20
 TABLE_CSS = """
@@ -49,14 +48,14 @@ mark {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: a figure of every model.
+class TableRow:
+    """One row of the table: a metric of every model.
 
     Attributes:
         group: `Quality`, `Forgetting` or `Cost`.
-        values: None where a model has none.
-        form: how a value is written, as str.format has it, or `bytes` or `seconds`.
-        better: which is the better value; None for costs, which are stated and not judged.
+        values: one per model, None if unknown.
+        form: a format for str.format, or `bytes` or `seconds`.
+        better: which value is better; None for costs.
     """
 
     group: str
@@ -67,14 +66,14 @@ class Row:
 
     @property
     def best(self) -> float | None:
-        """The best value, where there are several to choose from."""
+        """The best value; None if all are equal."""
         known = [value for value in self.values if value is not None]
         if self.better is None or len(set(known)) < 2:
             return None
         return min(known) if self.better == "low" else max(known)
 
     def text(self, value: float | None) -> str:
-        """A value as people read it."""
+        """A value as text."""
         if value is None:
             return "-"
         if self.form == "bytes":
@@ -85,29 +84,29 @@ class Row:
         return self.form.format(value)
 
 
-def table(comparison: Comparison) -> list[Row]:
-    """The figures, a line each; lines that nobody has a value for are left out."""
+def table(comparison: Comparison) -> list[TableRow]:
+    """The rows of the table, without those that have no value."""
     models = comparison.models
 
     def of(part: str, figure: str) -> list[float | None]:
         return [getattr(getattr(model, part), figure, None) for model in models]
 
     rows = [
-        Row("Quality", "held-out loss", of("held_out", "loss"), "{:.4f}", "low"),
-        Row("Quality", "exact match", of("scores", "exact_match"), "{:.1%}", "high"),
-        Row("Quality", "valid JSON", of("scores", "json_valid"), "{:.1%}", "high"),
-        Row("Quality", "stop rate", of("scores", "stop_rate"), "{:.1%}", "high"),
-        Row("Forgetting", "general loss", of("general", "loss"), "{:.4f}"),
-        Row("Forgetting", "rise of general loss", [comparison.forgotten(m) for m in models], "{:+.4f}", "low"),
-        Row("Cost", "parameters trained", [m.num_trained_params for m in models], "{:,.0f}"),
-        Row("Cost", "training time", [m.train_seconds for m in models], "seconds"),
-        Row("Cost", "tokens a second", [m.tokens_per_second for m in models], "{:,.0f}"),
-        Row("Cost", "peak memory, GiB", [m.peak_memory_gib for m in models], "{:.2f}"),
-        Row("Cost", "size on disk", [m.size_bytes for m in models], "bytes"),
+        TableRow("Quality", "held-out loss", of("held_out", "loss"), "{:.4f}", "low"),
+        TableRow("Quality", "exact match", of("scores", "exact_match"), "{:.1%}", "high"),
+        TableRow("Quality", "valid JSON", of("scores", "json_valid"), "{:.1%}", "high"),
+        TableRow("Quality", "stop rate", of("scores", "stop_rate"), "{:.1%}", "high"),
+        TableRow("Forgetting", "general loss", of("general", "loss"), "{:.4f}"),
+        TableRow("Forgetting", "rise of general loss", [comparison.forgotten(m) for m in models], "{:+.4f}", "low"),
+        TableRow("Cost", "parameters trained", [m.num_trained_params for m in models], "{:,.0f}"),
+        TableRow("Cost", "training time", [m.train_seconds for m in models], "seconds"),
+        TableRow("Cost", "tokens/s", [m.tokens_per_second for m in models], "{:,.0f}"),
+        TableRow("Cost", "peak memory, GiB", [m.peak_memory_gib for m in models], "{:.2f}"),
+        TableRow("Cost", "size on disk", [m.size_bytes for m in models], "bytes"),
     ]
     if not comparison.one_language:
         bits = of("held_out", "bits_per_byte")
-        rows.insert(1, Row("Quality", "held-out bits a byte", bits, "{:.4f}", "low"))
+        rows.insert(1, TableRow("Quality", "held-out bits per byte", bits, "{:.4f}", "low"))
     return [row for row in rows if any(value is not None for value in row.values)]
 
 
@@ -120,7 +119,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
 
 
 def as_json(comparison: Comparison) -> str:
-    """All of it, for programs."""
+    """The comparison as JSON."""
     content = asdict(comparison)
     for model, entry in zip(comparison.models, content["models"], strict=True):
         entry["forgotten"] = comparison.forgotten(model)
@@ -142,23 +141,23 @@ def render(comparison: Comparison) -> str:
 
 
 def _title(comparison: Comparison) -> str:
-    """The runs, and what they were made from."""
+    """The names of the runs."""
     bases = {model.base for model in comparison.models}
     names = [model.name for model in comparison.models if model.name not in bases]
-    return ", ".join(names) + (" beside their base" if bases - {None} else "")
+    return ", ".join(names) + (" and base" if bases - {None} else "")
 
 
 def _header(comparison: Comparison) -> str:
     return (
-        f"<header>\n<h1>{escape(_title(comparison))}</h1>\n<p>The same prompts and held-out sets through every model, "
-        "asked in one way, with the likeliest token each time. Costs are what each run recorded.</p>\n</header>"
+        f"<header>\n<h1>{escape(_title(comparison))}</h1>\n<p>Every model gets the same prompts and held-out sets, "
+        "with greedy decoding. Costs come from each run's records.</p>\n</header>"
     )
 
 
 def _summary(comparison: Comparison) -> str:
     rows = "\n".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in _facts(comparison))
     notes = "\n".join(f'<p class="note">{escape(note)}</p>' for note in comparison.notes)
-    return f"<section>\n<h2>In short</h2>\n<dl>\n{rows}\n</dl>\n{notes}</section>"
+    return f"<section>\n<h2>Summary</h2>\n<dl>\n{rows}\n</dl>\n{notes}</section>"
 
 
 def _facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
@@ -178,31 +177,31 @@ def _facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
 
 
 def _figures(comparison: Comparison) -> str:
-    """The table: models are columns, as their answers are."""
+    """The table, with a column per model."""
     columns = "".join(f'<th scope="col">{_heading(model, comparison)}</th>' for model in comparison.models)
     body = []
     for group, rows in groupby(table(comparison), key=lambda row: row.group):
         body.append(f'<tr class="group"><th colspan="{len(comparison.models) + 1}">{group}</th></tr>')
         body += [f'<tr><th scope="row">{row.label}</th>{"".join(_cells(row))}</tr>' for row in rows]
     return (
-        '<section>\n<h2>Figures</h2>\n<div class="wide">\n'
+        '<section>\n<h2>Metrics</h2>\n<div class="wide">\n'
         f'<table style="min-width:{12 + 8 * len(comparison.models)}rem">\n<thead>\n'
         f"<tr><th></th>{columns}</tr>\n</thead>\n<tbody>\n"
         + "\n".join(body)
-        + '\n</tbody>\n</table>\n</div>\n<p class="note">Losses are nats a token. The best value of a line is '
-        "coloured; costs are stated and not judged. A dash: not recorded, or nothing to measure.</p>\n</section>"
+        + '\n</tbody>\n</table>\n</div>\n<p class="note">Losses are nats per token. The best value of a row is '
+        "colored, except for costs. A dash: not recorded or not measured.</p>\n</section>"
     )
 
 
-def _heading(model: Contender, comparison: Comparison) -> str:
-    """A model's name, how it came about, and whether others came from it."""
+def _heading(model: ComparedModel, comparison: Comparison) -> str:
+    """A model's name, its method, and whether it is a base."""
     is_base = any(other.base == model.name for other in comparison.models)
     kind = ", ".join(word for word in (model.method or "", "the base" if is_base else "") if word)
     return f"{escape(model.name)}<small>{escape(kind) or '&nbsp;'}</small>"
 
 
-def _cells(row: Row) -> Iterator[str]:
-    """Values with a bar as long as their share of the line's largest; a rise or fall has none."""
+def _cells(row: TableRow) -> Iterator[str]:
+    """Values with a bar relative to the row's largest; differences have none."""
     largest = max(abs(value) for value in row.values if value is not None) or 1
     for value in row.values:
         best = ' class="best"' if value is not None and value == row.best else ""
@@ -212,7 +211,7 @@ def _cells(row: Row) -> Iterator[str]:
 
 
 def _answers(comparison: Comparison) -> str:
-    """For each prompt the expected answer and every model's, side by side."""
+    """For each prompt, the expected answer and every model's, side by side."""
     if not comparison.questions:
         return ""
     parts = []
@@ -235,8 +234,8 @@ def _answers(comparison: Comparison) -> str:
     )
 
 
-def _prompt(question: Question) -> str:
-    """The turns; only a lone question needs no roles."""
+def _prompt(question: EvalPrompt) -> str:
+    """The messages, with roles if there are several."""
     if len(question.turns) == 1:
         return f'<p class="prompt">{escape(question.text)}</p>'
     lines = [
@@ -246,7 +245,7 @@ def _prompt(question: Question) -> str:
     return f'<p class="prompt">{"".join(lines)}</p>'
 
 
-def _card(name: str, question: Question, answer: Answer, reference: str) -> str:
+def _card(name: str, question: EvalPrompt, answer: ModelAnswer, reference: str) -> str:
     state = ""
     if matches(question, answer):
         state = '<span class="right">exact</span>'
@@ -259,7 +258,7 @@ def _card(name: str, question: Question, answer: Answer, reference: str) -> str:
 
 
 def _marked(text: str, reference: str) -> str:
-    """A text as HTML, with the first word marked that differs from the reference; the end where it ends too soon."""
+    """A text as HTML, with the first word marked that differs from the reference, or the end if it is too short."""
     if text == reference:
         return escape(text)
     words, others = re.findall(r"\s+|\S+", text), re.findall(r"\s+|\S+", reference)

@@ -1,8 +1,4 @@
-"""`report.html`: one run on one page that needs no network, no scripts and no other file.
-
-Whatever comes out of the run folder is escaped: samples are a model's words and can hold anything. Reading the folder
-is `record`, drawing is `plots`. Used by the command line, and by whoever ends a run.
-"""
+"""`report.html`: a self-contained page about one run, without scripts. Everything from the run folder is escaped."""
 
 from collections.abc import Callable, Iterator
 from html import escape
@@ -17,24 +13,24 @@ from trivium.report import plots
 from trivium.report.style import CSS
 
 STATUS_MEANS = {
-    "finished": "The run came to its end and its result was written.",
-    "failed": "The run stopped by itself. What it wrote until then is below.",
-    "running": "A process is at work on this run; this page shows what it had written when the page was made.",
-    "stopped": "The run is not finished and no process is at work on it. The same command goes on where it stopped.",
+    "finished": "The run is finished and its result was written.",
+    "failed": "The run failed. Its records so far are below.",
+    "running": "The run is in progress; this page shows its records at the time it was written.",
+    "stopped": "The run is not finished and no process is running it. Run the same command again to resume.",
 }
 SMALL_PLOTS = {
     "train/learning_rate": "learning rate",
     "train/grad_norm": "gradient norm before clipping",
-    "train/tokens_per_second": "training tokens a second",
+    "train/tokens_per_second": "training tokens/s",
     "train/peak_memory_gib": "peak memory, GiB",
 }
 ABSENT = '<span class="absent">not recorded</span>'
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write `report.html` into a run folder, whatever state the run is in, and return its path.
+    """Write `report.html` into a run folder, finished or not, and return its path.
 
-    Raises: TriviumError when `run_folder` is no run folder.
+    Raises: TriviumError when `run_folder` is not a run folder.
     """
     record = read_record(run_folder)
     path = run_folder / "report.html"
@@ -57,7 +53,7 @@ def render(record: Record) -> str:
 
 
 def floor_note(record: Record) -> str:
-    """One phrase on how far the last held-out loss is from the floor; empty where there is no floor."""
+    """The distance of the last held-out loss from the floor in words; empty without a floor."""
     if record.floor is None:
         return ""
     if record.above_floor is None:
@@ -85,11 +81,11 @@ def _failure(record: Record) -> str:
 
 def _summary(record: Record) -> str:
     rows = "\n".join(f"<div><dt>{label}</dt><dd>{value or ABSENT}</dd></div>" for label, value in _facts(record))
-    return f"<section>\n<h2>In short</h2>\n<dl>\n{rows}\n</dl>\n{_mfu_note(record)}</section>"
+    return f"<section>\n<h2>Summary</h2>\n<dl>\n{rows}\n</dl>\n{_mfu_note(record)}</section>"
 
 
 def _facts(record: Record) -> Iterator[tuple[str, str]]:
-    """The summary's labels and values, as HTML; an empty value was not recorded."""
+    """The summary's labels and values as HTML; an empty value was not recorded."""
     model = record.provenance.get("model")
     model = model if isinstance(model, dict) else {}
     hardware = record.provenance.get("hardware")
@@ -101,8 +97,8 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
         yield "Parameters trained", _number(model.get("num_trained_params"), "{:,.0f}")
     yield "Steps", _steps(record)
     yield "Tokens seen", _number(record.curve("train/num_tokens").last, "{:,.0f}")
-    yield "Training loss", _number(record.curve("train/loss").last, "{:.4f} <small>nats a token</small>")
-    yield "Held-out loss", _number(record.curve("eval/loss").last, "{:.4f} <small>nats a token</small>")
+    yield "Training loss", _number(record.curve("train/loss").last, "{:.4f} <small>nats per token</small>")
+    yield "Held-out loss", _number(record.curve("eval/loss").last, "{:.4f} <small>nats per token</small>")
     if record.floor is not None:
         what = escape(str(record.floor.get("what", "the least loss possible")))
         yield "Floor", f"{_number(record.floor['nats_per_token'], '{:.4f}')} <small>{what}</small>"
@@ -110,7 +106,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
     yield "Training time", _duration(record.curve("train/seconds").last)
     yield (
         "Speed",
-        _number(record.curve("train/tokens_per_second").typical, "{:,.0f} <small>tokens a second, median</small>"),
+        _number(record.curve("train/tokens_per_second").typical, "{:,.0f} tokens/s <small>median</small>"),
     )
     yield "MFU", _number(record.curve("train/mfu").typical, "{:.1%} <small>median</small>")
     yield "Peak memory", _number(record.curve("train/peak_memory_gib").highest, "{:.2f} <small>GiB</small>")
@@ -119,7 +115,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
 
 
 def _model_name(asked: object, shape: dict[str, Any]) -> str:
-    """What the run file named, then what became of it."""
+    """The model's name in the run file, then its shape."""
     named = asked if isinstance(asked, str) else ""
     if isinstance(asked, dict):
         named = str(asked.get("name") or "")
@@ -151,7 +147,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _mfu_note(record: Record) -> str:
-    """The formula that stands behind the MFU, where there is one; its one place is the engine."""
+    """The formula of the MFU, if it was recorded."""
     if not record.curve("train/mfu").values:
         return ""
     from trivium.engine.metrics import MFU_FORMULA
@@ -214,7 +210,7 @@ def _curves(record: Record) -> str:
 
 
 def _samples(record: Record) -> str:
-    """For each prompt its completions side by side, oldest first."""
+    """For each prompt, its completions side by side, oldest first."""
     by_prompt: dict[str, list[str]] = {}
     for line in record.samples:
         prompt, text = str(line.get("prompt", "")), str(line.get("text", ""))
@@ -225,7 +221,7 @@ def _samples(record: Record) -> str:
     if not by_prompt:
         return '<section>\n<h2>Samples</h2>\n<p class="absent">No samples were recorded.</p>\n</section>'
     strips = "\n".join(f'<div class="strip" tabindex="0">\n{"".join(cards)}\n</div>' for cards in by_prompt.values())
-    return f"<section>\n<h2>Samples along the way</h2>\n{strips}\n</section>"
+    return f"<section>\n<h2>Samples during training</h2>\n{strips}\n</section>"
 
 
 def _origin(record: Record) -> str:
@@ -236,4 +232,4 @@ def _origin(record: Record) -> str:
     ]
     if record.missing:
         parts.append(f'<p class="note">Not in the folder: {escape(", ".join(record.missing))}.</p>')
-    return "<section>\n<h2>Where it comes from</h2>\n" + "\n".join(parts) + "\n</section>"
+    return "<section>\n<h2>Configuration and provenance</h2>\n" + "\n".join(parts) + "\n</section>"

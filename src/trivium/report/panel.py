@@ -1,6 +1,6 @@
 """Watching a run: a live panel on a terminal, plain lines elsewhere. Both write to stderr only.
 
-`watch()` picks one; each has the loop's Observer methods. Knows the names of metrics and nothing else of the engine.
+`watch()` picks one; both implement the loop's Observer.
 """
 
 import time
@@ -21,7 +21,7 @@ CURVE_ROWS = 5
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 42s, 3m10s, 5h02m."""
+    """Seconds as text: 42s, 3m10s, 5h02m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 
 
 def curve(values: list[float], columns: int = CURVE_COLUMNS, rows: int = CURVE_ROWS) -> list[str]:
-    """A bar chart in text, `rows` lines high: the values' means in at most `columns` equal stretches."""
+    """A bar chart in text, `rows` lines high: the means of at most `columns` equal parts."""
     if not values:
         return []
     columns = min(columns, len(values))
@@ -47,7 +47,7 @@ def curve(values: list[float], columns: int = CURVE_COLUMNS, rows: int = CURVE_R
 
 
 class PlainLines:
-    """One line a record, for logs and pipes."""
+    """One line per record, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -62,7 +62,7 @@ class PlainLines:
         return None
 
     def note(self, text: str) -> None:
-        """One line worth knowing."""
+        """Print one line."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, step: int, num_steps: int) -> None:
@@ -70,7 +70,7 @@ class PlainLines:
         self.num_steps = num_steps
 
     def step(self, step: int, loss: float) -> None:
-        """Nothing: a line a step is too much for a log."""
+        """Nothing; one line per step is too much for a log."""
 
     def record(self, record: dict[str, Any]) -> None:
         """A line of metrics or a sample was written."""
@@ -102,7 +102,7 @@ class LivePanel:
         self.begun = False
         self.first_step = self.current_step = self.num_steps = 0
         self.start = time.monotonic()
-        # Last, since it draws at once.
+        # Last, because it draws immediately.
         self.live = Live(console=console, refresh_per_second=4, transient=False, get_renderable=self._render)
 
     def __enter__(self) -> "LivePanel":
@@ -115,7 +115,7 @@ class LivePanel:
             self.live.stop()
 
     def note(self, text: str) -> None:
-        """One line worth knowing, above the panel."""
+        """Print one line above the panel."""
         self.console.print(text, markup=False, highlight=False)
 
     def begin(self, step: int, num_steps: int) -> None:
@@ -127,7 +127,7 @@ class LivePanel:
         self.live.start()
 
     def step(self, step: int, loss: float) -> None:
-        """A step was taken."""
+        """A step is done."""
         self.current_step = step
         self.losses.append(loss)
 
@@ -155,7 +155,7 @@ class LivePanel:
         ]
         figures.add_row(*(Text(name, style="dim") for name, _ in cells))
         figures.add_row(*(Text(value, style="bold") for _, value in cells))
-        bar = Table.grid(expand=True)  # a bar alone does not end its line
+        bar = Table.grid(expand=True)  # a bar alone has no line break
         bar.add_row(ProgressBar(total=max(1, self.num_steps), completed=self.current_step))
         parts: list[Any] = [bar, figures]
         if len(self.losses) > 1:
@@ -169,6 +169,6 @@ class LivePanel:
 
 
 def watch() -> LivePanel | PlainLines:
-    """The observer that suits stderr: a panel on a terminal, plain lines elsewhere."""
+    """A live panel if stderr is a terminal, otherwise plain lines."""
     console = Console(stderr=True)
     return LivePanel(console) if console.is_terminal else PlainLines(console)

@@ -1,7 +1,4 @@
-"""Curves as inline SVG that takes its colours from the page, so that it reads in light and in dark.
-
-Knows curves, not runs. matplotlib's object interface only, without pyplot's global figures. Used by the report.
-"""
+"""Curves as inline SVG with the page's CSS colors, for light and dark mode. Uses matplotlib without pyplot."""
 
 import io
 import re
@@ -14,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from trivium.engine.record import Curve
 
-# matplotlib wants real colours: these stand for the page's CSS variables and are replaced in the SVG.
+# matplotlib needs real colors: these are replaced by the page's CSS variables in the SVG.
 STAND_INS = {
     "ink": "#000001",
     "muted": "#000002",
@@ -28,7 +25,7 @@ LOG_SCALE_FROM_RATIO = 4
 
 
 def loss_plot(train: Curve, held_out: Curve, floor: float | None, note: str) -> str:
-    """Training and held-out loss in nats a token, the floor as a line, and `note` on how far away it is."""
+    """Training and held-out loss in nats per token, with the floor as a line and `note` as its label."""
     with rc_context(_style()):
         figure, axes = _axes(WIDE_INCHES)
         axes.plot(train.steps, train.values, color=STAND_INS["train"], linewidth=1.1, label="training")
@@ -58,7 +55,7 @@ def loss_plot(train: Curve, held_out: Curve, floor: float | None, note: str) -> 
             )
         drawn = [*train.values, *held_out.values, *([] if floor is None else [floor])]
         _loss_scale(axes, drawn)
-        axes.set_ylabel("loss, nats a token")
+        axes.set_ylabel("loss, nats per token")
         axes.legend(loc="upper right", frameon=False)
         return _svg(figure, "loss", "Loss over the optimizer steps. " + note)
 
@@ -76,7 +73,7 @@ def small_plot(name: str, curve: Curve, label: str) -> str:
 
 
 def _style() -> dict[str, object]:
-    """Text stays text, in the page's own typeface; identifiers do not change from one drawing to the next."""
+    """Keep text as text in the page's font, and make identifiers reproducible."""
     return {"svg.fonttype": "none", "svg.hashsalt": "trivium", "font.size": 10, "text.color": STAND_INS["ink"]}
 
 
@@ -97,7 +94,7 @@ def _axes(size_inches: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _loss_scale(axes: Axes, values: list[float]) -> None:
-    """A logarithmic axis where the loss fell far: else the first steps flatten all that matters."""
+    """A logarithmic axis if the loss fell far; otherwise the first steps would flatten the rest."""
     low, high = min(values), max(values)
     if low > 0 and high / low >= LOG_SCALE_FROM_RATIO:
         axes.set_yscale("log")
@@ -111,12 +108,12 @@ def _loss_scale(axes: Axes, values: list[float]) -> None:
 
 
 def _plain(value: float, _: int | None) -> str:
-    """12,000 and 0.003: no powers of ten where words would do."""
+    """For example 12,000 and 0.003, without powers of ten."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _svg(figure: Figure, name: str, description: str) -> str:
-    """The drawing as an `<svg>` element: identifiers unique in the page, colours the page's, size the column's."""
+    """The drawing as an `<svg>` element with unique identifiers and the page's colors."""
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))

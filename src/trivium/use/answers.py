@@ -1,7 +1,6 @@
-"""Greedy answers to a file of prompts, and how good they are: exact match, JSON validity, stop rate.
+"""Greedy answers to a file of prompts, and their scores: exact match, valid JSON, stop rate.
 
-One way of asking for all models: the same prompts, the same stops, the likeliest token each time, in batches. Losses
-are `held_out`, conversations with a person are `chat`. Used by the command line, `compare` and the quickstart.
+All models get the same prompts and the same stop tokens, with greedy decoding in batches.
 """
 
 import json
@@ -24,13 +23,13 @@ PROMPT_ROWS = (
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked.
+class EvalPrompt:
+    """One prompt and the answer it should get.
 
     Attributes:
         turns: chat messages, the last one a user's (or a tool's).
-        answer: what should come, without reasoning; None where nobody knows.
-        tools: functions that the template offers.
+        answer: the expected answer without reasoning; None if there is none.
+        tools: functions for the chat template.
     """
 
     turns: list[dict[str, Any]]
@@ -39,7 +38,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The contents of the turns, a line each: the prompt of a model that takes no chat."""
+        """The contents of the messages, a line each: the prompt of a model without a chat template."""
         return "\n".join(str(turn.get("content") or "") for turn in self.turns)
 
     @property
@@ -49,14 +48,14 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model said.
+class ModelAnswer:
+    """A model's answer.
 
     Attributes:
         text: the answer without its reasoning.
-        reasoning: what stood before the end of reasoning; empty where there is none.
-        stopped: whether the model ended it by itself, with a stop token.
-        num_tokens: tokens it took, the stop token included.
+        reasoning: the text before the end of reasoning; may be empty.
+        stopped: whether the model ended it with a stop token.
+        num_tokens: number of tokens, the stop token included.
     """
 
     text: str
@@ -67,11 +66,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Scores:
-    """How good the answers to a set of questions are; a share is None where no question asks for it.
+    """Scores of the answers to a set of prompts; a share is None if no prompt asks for it.
 
     Attributes:
-        num_questions: answers given.
-        exact_match: share that equals the expected answer, blanks around both aside.
+        num_questions: number of answers.
+        exact_match: share that equals the expected answer, without surrounding whitespace.
         json_valid: share that is JSON, of those that should be a JSON object or list.
         stop_rate: share that ended with a stop token.
     """
@@ -82,13 +81,13 @@ class Scores:
     stop_rate: float
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path) -> list[EvalPrompt]:
     """The prompts of a .jsonl or .txt file.
 
     Raises: ConfigError when there is no such file, BadData naming the first line that cannot be used.
     """
     if not path.is_file():
-        raise ConfigError(f"There is no file {path}. {PROMPT_ROWS}")
+        raise ConfigError(f"{path} does not exist. {PROMPT_ROWS}")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -99,16 +98,16 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             questions.append(
-                Question([_turn("user", line.strip())]) if path.suffix == ".txt" else question_of(json.loads(line))
+                EvalPrompt([_turn("user", line.strip())]) if path.suffix == ".txt" else question_of(json.loads(line))
             )
         except ValueError as error:
             raise BadData(f"{path}:{number}: {error}. {PROMPT_ROWS}") from None
     if not questions:
-        raise BadData(f"{path} holds no prompt. {PROMPT_ROWS}")
+        raise BadData(f"{path} contains no prompt. {PROMPT_ROWS}")
     return questions
 
 
-def question_of(row: object) -> Question:
+def question_of(row: object) -> EvalPrompt:
     """One row of a file of prompts.
 
     Raises: ValueError saying what is wrong with it.
@@ -118,26 +117,26 @@ def question_of(row: object) -> Question:
     if "messages" in row:
         turns = row["messages"]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
-            raise ValueError("messages is no list of objects with a role")
+            raise ValueError("messages is not a list of objects with a role")
         answer = turns[-1].get("content") if turns and turns[-1]["role"] == "assistant" else None
         asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
         if not asked or asked[-1]["role"] not in ("user", "tool"):
-            raise ValueError("messages does not end with a user's turn and perhaps an assistant's")
-        return Question(asked, split_reasoning(answer)[1] if isinstance(answer, str) else None, row.get("tools"))
+            raise ValueError("messages must end with a user message, optionally followed by an assistant message")
+        return EvalPrompt(asked, split_reasoning(answer)[1] if isinstance(answer, str) else None, row.get("tools"))
     prompt, answer, system = row.get("prompt"), row.get("answer"), row.get("system")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("there is no text in prompt")
+        raise ValueError("prompt is missing or empty")
     if not isinstance(answer, str | None) or not isinstance(system, str | None):
-        raise ValueError("answer and system are text or absent")
-    return Question([*([_turn("system", system)] if system else []), _turn("user", prompt)], answer)
+        raise ValueError("answer and system must be text or absent")
+    return EvalPrompt([*([_turn("system", system)] if system else []), _turn("user", prompt)], answer)
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def prompt_text(tokenizer: Any, question: Question, as_chat: bool, thinking: bool | None) -> str:
-    """What a model reads: the turns in its chat template with the answer's header, or their plain text.
+def prompt_text(tokenizer: Any, question: EvalPrompt, as_chat: bool, thinking: bool | None) -> str:
+    """The text given to a model: the messages through its chat template with the generation prompt, or as plain text.
 
     `thinking` is the template's `enable_thinking`; None leaves it to the template.
 
@@ -162,38 +161,38 @@ def prompt_text(tokenizer: Any, question: Question, as_chat: bool, thinking: boo
 @torch.inference_mode()
 def answers(
     loaded: Loaded,
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     *,
     as_chat: bool | None = None,
     stop_ids: Sequence[int] | None = None,
     max_new_tokens: int = 256,
     thinking: bool = False,
     every: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Answer]:
-    """A model's likeliest answer to each question, token by token, in the order of the questions.
+) -> list[ModelAnswer]:
+    """A model's greedy answer to each question, in the order of the questions.
 
     Args:
         loaded: the model.
         questions: what is asked.
-        as_chat: through the chat template; None as the model was made for.
+        as_chat: use the chat template; None if the model is a chat model.
         stop_ids: the tokens that end an answer; None for the model's own.
-        max_new_tokens: where to stop at the latest.
+        max_new_tokens: maximum length of an answer.
         thinking: the template's `enable_thinking`.
-        every: is told (answers given, questions).
+        every: called with (answers so far, number of questions).
 
-    Raises: ConfigError when there is no chat template to ask through.
+    Raises: ConfigError when `as_chat` is set and there is no chat template.
     """
     tokenizer = loaded.tokenizer
     as_chat = loaded.converses if as_chat is None else as_chat
     if as_chat and loaded.template is None:
         raise ConfigError(
-            f"The tokenizer of {loaded.place.folder} has no chat template to ask through. Take one that has, such as "
-            "that of the model's chat version."
+            f"The tokenizer of {loaded.place.folder} has no usable chat template. Use the tokenizer of the "
+            "model's chat version."
         )
     stops = list(loaded.stop_ids if stop_ids is None else stop_ids)
     texts = [prompt_text(tokenizer, question, as_chat, thinking) for question in questions]
     prompts = tokenizer(texts, add_special_tokens=not as_chat).input_ids if texts else []
-    given: dict[int, Answer] = {}
+    given: dict[int, ModelAnswer] = {}
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(by_length), BATCH_ROWS):
         rows = by_length[start : start + BATCH_ROWS]
@@ -209,7 +208,7 @@ def generate(
 ) -> Iterator[list[int]]:
     """The greedy continuation of each prompt, in one batch: up to and including its stop token, if one came.
 
-    Shorter prompts are padded in front, with a mask, so that all continue at the same place.
+    Shorter prompts are left-padded, with an attention mask.
     """
     longest = max(len(ids) for ids in prompts)
     inputs = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -229,7 +228,7 @@ def generate(
 
 
 def _greedy(stop_ids: Sequence[int], max_new_tokens: int) -> Any:
-    """The likeliest token each time; a folder's own penalties and temperatures are set aside, for all models alike."""
+    """Greedy decoding for every model; penalties and temperatures in a folder's generation_config.json are ignored."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -245,22 +244,22 @@ def _greedy(stop_ids: Sequence[int], max_new_tokens: int) -> Any:
     )
 
 
-def _answer(tokenizer: Any, ids: list[int], stop_ids: Sequence[int]) -> Answer:
+def _answer(tokenizer: Any, ids: list[int], stop_ids: Sequence[int]) -> ModelAnswer:
     stopped = bool(ids) and ids[-1] in stop_ids
     reasoning, text = split_reasoning(tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True))
-    return Answer(text, reasoning, stopped, len(ids))
+    return ModelAnswer(text, reasoning, stopped, len(ids))
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, answer) of what a model wrote; reasoning that came to no end leaves no answer."""
+    """(reasoning, answer) of what a model wrote; unfinished reasoning leaves no answer."""
     before, mark, after = text.partition(END_OF_REASONING)
     if mark or before.lstrip().startswith("<think>"):
         return before.split("<think>")[-1].strip("\n"), after.lstrip("\n")
     return "", text
 
 
-def score(questions: Sequence[Question], given: Sequence[Answer]) -> Scores:
-    """How good the answers are."""
+def score(questions: Sequence[EvalPrompt], given: Sequence[ModelAnswer]) -> Scores:
+    """Score the answers."""
     pairs = list(zip(questions, given, strict=True))
     return Scores(
         num_questions=len(pairs),
@@ -270,8 +269,8 @@ def score(questions: Sequence[Question], given: Sequence[Answer]) -> Scores:
     )
 
 
-def matches(question: Question, answer: Answer) -> bool:
-    """Whether the answer is the expected one, blanks around both aside."""
+def matches(question: EvalPrompt, answer: ModelAnswer) -> bool:
+    """Whether the answer equals the expected one, without surrounding whitespace."""
     return question.answer is not None and answer.text.strip() == question.answer.strip()
 
 

@@ -1,7 +1,6 @@
-"""Talk to a model: a conversation through its chat template, or a text that it goes on with, streamed.
+"""Chat with a model through its chat template, or complete a text; the output is streamed.
 
-Generation is transformers' own. A conversation can be saved as a row that trains as it is. Reading lines and printing
-is the command line's business, which is the only one to import this file.
+Generation is transformers' own. A conversation can be saved as a training record.
 """
 
 import json
@@ -16,19 +15,19 @@ import torch
 
 from trivium.engine.sample import choice_of_tokens
 from trivium.errors import ConfigError
-from trivium.use.answers import Question, prompt_text, split_reasoning
+from trivium.use.answers import EvalPrompt, prompt_text, split_reasoning
 from trivium.use.load import Loaded
 
 
 @dataclass
 class Writer:
-    """Lets a model write, piece by piece.
+    """Streams text from a model.
 
     Attributes:
         loaded: the model.
-        max_new_tokens: where it stops at the latest.
-        temperature: 0 takes the likeliest token each time.
-        is_whole: whether the last text came to its end: a stop token, not the limit and not an interruption.
+        max_new_tokens: maximum length.
+        temperature: 0 is greedy.
+        is_whole: whether the last text ended with a stop token, not at the limit or by an interruption.
     """
 
     loaded: Loaded
@@ -37,11 +36,11 @@ class Writer:
     is_whole: bool = False
 
     def write(self, prompt: str) -> Generator[str]:
-        """Pieces of what follows a prompt, as they come; leaving early ends the generation."""
+        """The continuation of a prompt in pieces; closing the generator ends the generation."""
         from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
         class Left(StoppingCriteria):
-            """Stops when nobody reads any more."""
+            """Stops the generation when the reader is gone."""
 
             is_set = False
 
@@ -86,10 +85,10 @@ class Dialogue:
     """A conversation with a model, turn by turn.
 
     Attributes:
-        writer: what answers.
+        writer: the model that answers.
         system: the system prompt; empty for none.
         thinking: whether the template asks for reasoning; None leaves it to the template.
-        turns: what was said, as chat messages; an answer that was cut off carries `train: false`.
+        turns: the chat messages so far; an answer that was cut off has `train: false`.
     """
 
     writer: Writer
@@ -103,24 +102,24 @@ class Dialogue:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
     def say(self, text: str) -> Generator[str]:
-        """Say something; pieces of the answer as they come."""
+        """Send a user message; the answer comes in pieces."""
         self.turns.append({"role": "user", "content": text})
         yield from self._answer()
 
     def retry(self) -> Generator[str]:
-        """Another answer instead of the last one.
+        """Replace the last answer by another one.
 
-        Raises: ConfigError when nothing was said yet.
+        Raises: ConfigError when there is no message yet.
         """
         while self.turns and self.turns[-1]["role"] == "assistant":
             self.turns.pop()
         if not self.turns:
-            raise ConfigError("Nothing was said yet, so there is nothing to answer again.")
+            raise ConfigError("There is no message to answer again.")
         yield from self._answer()
 
     def _answer(self) -> Generator[str]:
-        """Pieces of an answer, which becomes a turn whole or not; leaving early leaves what came until then."""
-        question = Question([{k: v for k, v in turn.items() if k != "train"} for turn in self.messages])
+        """The answer in pieces; what was written becomes a message, complete or not."""
+        question = EvalPrompt([{k: v for k, v in turn.items() if k != "train"} for turn in self.messages])
         prompt = prompt_text(self.writer.loaded.tokenizer, question, as_chat=True, thinking=self.thinking)
         pieces: list[str] = []
         try:
@@ -136,16 +135,16 @@ class Dialogue:
             self.turns.append(turn if self.writer.is_whole and answer else turn | {"train": False})
 
     def save(self, path: Path) -> None:
-        """Append the conversation to a file as a row that trains as it is; what was cut off stands there untrained.
+        """Append the conversation to a file as a training record; answers that were cut off are not supervised.
 
-        Raises: ConfigError when no answer came to its end.
+        Raises: ConfigError when no answer is complete.
         """
         if all("train" in turn for turn in self.turns if turn["role"] == "assistant"):
-            raise ConfigError("No answer came to its end, so there is nothing to learn from. Ask, or try /retry.")
+            raise ConfigError("No answer is complete, so there is nothing to train on. Ask something, or use /retry.")
         kept: list[dict[str, Any]] = []
         for turn in self.messages:
             if turn["role"] == "assistant" and not turn["content"].strip():
-                kept.pop()  # a question that got no answer
+                kept.pop()  # a question without an answer
             else:
                 kept.append(turn)
         if kept[-1]["role"] == "user":

@@ -1,7 +1,6 @@
-"""Runs and their base side by side: the same prompts and held-out sets, one way of asking, and what each run cost.
+"""Compares runs and their base models on the same prompts and held-out sets, with the cost of each run.
 
-Quality is computed here and now, one model in memory at a time; costs are what the runs recorded, None where they did
-not. Drawing is `report.comparison`, printing the command line's business. Used by those two and the quickstart.
+Quality is computed here, one model in memory at a time; costs come from the runs' records.
 """
 
 import gc
@@ -14,28 +13,29 @@ from trivium.data.tokenizer import document_encoding
 from trivium.engine.record import read_record
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError, TriviumError
-from trivium.use.answers import Answer, Question, Scores, answers, read_questions, score
+from trivium.model import hf
+from trivium.use.answers import EvalPrompt, ModelAnswer, Scores, answers, read_questions, score
 from trivium.use.held_out import HeldOut, Passage, measure, passages_of_file, passages_of_run
-from trivium.use.load import Loaded, Place, find, load, read_stop_ids, read_template, read_tokenizer
+from trivium.use.load import FoundModel, Loaded, find, load, read_template, read_tokenizer
 
 Note = Callable[[str], None]
 Bar = Callable[[str], Callable[[int, int], None]]
 
 
 @dataclass(frozen=True)
-class Contender:
+class ComparedModel:
     """One model of a comparison.
 
     Attributes:
-        name: what it is called in the comparison.
-        base: name of the model it was made from, where that is compared too; None for a base and for scratch.
-        method: as its run file says; None for a model that no run made.
-        folder: where it lies.
+        name: its name in the comparison.
+        base: name of its base model, if that is compared too; None for a base and for scratch.
+        method: from its run file; None for a model without a run.
+        folder: its folder.
         size_bytes: of the model or adapter on disk.
-        num_trained_params, train_seconds, tokens_per_second, peak_memory_gib: what its run recorded.
-        held_out, general: losses on the held-out set, and on the one that tells what was forgotten.
+        num_trained_params, train_seconds, tokens_per_second, peak_memory_gib: from its run's records.
+        held_out, general: losses on the held-out set, and on the general set, which shows forgetting.
         scores: of its answers.
-        answers: one a prompt.
+        answers: one per prompt.
     """
 
     name: str
@@ -50,43 +50,43 @@ class Contender:
     held_out: HeldOut | None = None
     general: HeldOut | None = None
     scores: Scores | None = None
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[ModelAnswer] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared.
+    """The result of a comparison.
 
     Attributes:
-        models: bases first, then the runs in the order they were named.
-        questions: the prompts; empty for none.
-        held_out, general: where the two sets come from; None for none.
-        one_language: whether all models have the same tokens, so that a loss a token means the same.
-        notes: what a reader should know.
+        models: bases first, then the runs in the order given.
+        questions: the prompts; may be empty.
+        held_out, general: sources of the two sets; None for none.
+        one_language: whether all models have the same tokens, so that losses per token can be compared.
+        notes: remarks for the reader.
     """
 
-    models: list[Contender]
-    questions: list[Question]
+    models: list[ComparedModel]
+    questions: list[EvalPrompt]
     held_out: str | None
     general: str | None
     one_language: bool
     notes: list[str]
 
-    def forgotten(self, model: Contender) -> float | None:
-        """By how much the loss on the general set rose over the base's; None where one of them is missing."""
+    def forgotten(self, model: ComparedModel) -> float | None:
+        """The rise of the general loss over the base's; None if either is missing."""
         before = next((other.general for other in self.models if other.name == model.base), None)
         return None if before is None or model.general is None else model.general.loss - before.loss
 
 
 @dataclass(frozen=True)
 class Language:
-    """What a model reads and writes, known without its weights.
+    """A model's tokenizer and chat settings, read without its weights.
 
     Attributes:
         tokenizer: a transformers tokenizer.
-        converses: whether the model was made for conversations, see `Loaded.converses`.
-        stops: the tokens that end its texts, as text.
-        tokens: the same for tokenizers that give every document the same ids.
+        converses: whether it is a chat model, see `Loaded.converses`.
+        stops: its stop tokens, as text.
+        tokens: fingerprint, equal for tokenizers that encode every document to the same ids.
     """
 
     tokenizer: Any
@@ -95,30 +95,31 @@ class Language:
     tokens: str
 
     @classmethod
-    def of(cls, place: Place) -> "Language":
+    def of(cls, place: FoundModel) -> "Language":
         """The language of a model."""
         tokenizer = read_tokenizer(place)
-        template, stop_ids = read_template(tokenizer), read_stop_ids(place, tokenizer)
+        template = read_template(tokenizer)
+        stop_ids = hf.read_stop_ids(place.folder, place.model_folder) or [tokenizer.eos_token_id]
         converses = template is not None and template.end_of_turn_id in stop_ids
         stops = tokenizer.convert_ids_to_tokens(stop_ids)
         return cls(tokenizer, converses, stops, document_encoding(tokenizer).fingerprint)
 
 
 @dataclass
-class Examination:
-    """What every model is put through.
+class Evaluation:
+    """The evaluation that every model gets.
 
     Attributes:
         questions: the prompts.
-        as_chat: whether they are asked through the chat template: as soon as one of the models converses.
-        stops: tokens that end an answer, the same for all: any at which one of the models stops.
+        as_chat: whether to use the chat template: if any of the models is a chat model.
+        stops: tokens that end an answer: the stop tokens of all models.
         max_new_tokens, thinking: see `answers`.
         held_out, general: files; None for none.
-        own: the held-out set of a run, where there is no file.
+        own: the held-out set of a run, if there is no file.
         note, bar: see `compare`.
     """
 
-    questions: list[Question]
+    questions: list[EvalPrompt]
     as_chat: bool
     stops: list[str]
     max_new_tokens: int
@@ -130,31 +131,31 @@ class Examination:
     bar: Bar
     _passages: dict[Any, list[Passage]] = field(default_factory=dict)
 
-    def examine(self, contender: Contender, place: Place) -> Contender:
-        """The contender with its losses, answers and scores; its weights are let go of again."""
+    def examine(self, model: ComparedModel, place: FoundModel) -> ComparedModel:
+        """The model with its losses, answers and scores; its weights are released."""
         loaded = load(place, self.note)
         held_out = self._read(self.held_out, loaded) if self.held_out else self.own
         general = self._read(self.general, loaded) if self.general else None
         result = replace(
-            contender,
-            held_out=measure(loaded, held_out, self.bar(f"{contender.name}: held-out loss")) if held_out else None,
-            general=measure(loaded, general, self.bar(f"{contender.name}: general loss")) if general else None,
+            model,
+            held_out=measure(loaded, held_out, self.bar(f"{model.name}: held-out loss")) if held_out else None,
+            general=measure(loaded, general, self.bar(f"{model.name}: general loss")) if general else None,
         )
         if self.questions:
-            given = self._ask(loaded, self.bar(f"{contender.name}: answers"))
+            given = self._ask(loaded, self.bar(f"{model.name}: answers"))
             result = replace(result, scores=score(self.questions, given), answers=given)
         del loaded
         gc.collect()
         return result
 
     def _read(self, path: Path, loaded: Loaded) -> list[Passage]:
-        """A file in the model's own tokens and template; models of one language share it."""
+        """A file in the model's tokens and template, cached for models that share them."""
         key = (path, document_encoding(loaded.tokenizer).fingerprint, loaded.template)
         if key not in self._passages:
             self._passages[key] = passages_of_file(path, loaded.tokenizer, note=self.note)
         return self._passages[key]
 
-    def _ask(self, loaded: Loaded, every: Callable[[int, int], None]) -> list[Answer]:
+    def _ask(self, loaded: Loaded, every: Callable[[int, int], None]) -> list[ModelAnswer]:
         vocabulary = loaded.tokenizer.get_vocab()
         return answers(
             loaded,
@@ -178,19 +179,19 @@ def compare(
     note: Note = lambda text: None,
     bar: Bar = lambda name: lambda done, total: None,
 ) -> Comparison:
-    """Put models and the bases of those that are runs side by side.
+    """Compare models, including the bases of runs.
 
     Args:
-        names: runs first of all, but any model that `find` understands.
-        prompts: a file of prompts, with answers or without.
-        held_out: a file to measure the loss on; None takes the first named run's own held-out set.
-        general: a file of something else, whose loss tells what was forgotten.
+        names: runs, or any other name that `find` accepts.
+        prompts: a file of prompts, with or without answers.
+        held_out: a file to measure the loss on; None uses the held-out set of the first run.
+        general: a file of other text, whose loss shows forgetting.
         max_new_tokens: of an answer.
         thinking: the template's `enable_thinking`.
-        note: is told in one line what a reader should know.
-        bar: begins a progress bar with a name, and is then told (done, total).
+        note: called with a remark for the reader.
+        bar: starts a progress bar with a name, and returns what to call with (done, total).
 
-    Raises: ConfigError or BadData when a model or a file is not what it should be.
+    Raises: ConfigError or BadData when a model or a file cannot be used.
     """
     notes: list[str] = []
 
@@ -199,11 +200,11 @@ def compare(
             notes.append(text)
             note(text)
 
-    entries = find_contenders(names, remember)
+    entries = find_models(names, remember)
     languages = [Language.of(place) for _, place in entries]
     one_language = len({language.tokens for language in languages}) == 1
     own, own_name = (None, None) if held_out else own_held_out(entries, one_language, remember)
-    examination = Examination(
+    examination = Evaluation(
         questions=read_questions(prompts) if prompts else [],
         as_chat=any(language.converses for language in languages),
         stops=list(dict.fromkeys(token for language in languages for token in language.stops)),
@@ -219,7 +220,7 @@ def compare(
         how = "through the chat template" if examination.as_chat else "as plain text"
         notes.append(f"Prompts are given {how}. Answers of every model end at {' or '.join(examination.stops)}.")
     return Comparison(
-        models=[examination.examine(contender, place) for contender, place in entries],
+        models=[examination.examine(model, place) for model, place in entries],
         questions=examination.questions,
         held_out=str(held_out) if held_out else own_name,
         general=str(general) if general else None,
@@ -228,12 +229,12 @@ def compare(
     )
 
 
-def find_contenders(names: Sequence[str], note: Note) -> list[tuple[Contender, Place]]:
-    """The bases of what is named, then what is named, each once; a run that is a base of another goes first.
+def find_models(names: Sequence[str], note: Note) -> list[tuple[ComparedModel, FoundModel]]:
+    """The bases of the named models, then the models, each once; a run that is another's base comes first.
 
     Raises: ConfigError when one cannot be found.
     """
-    places: dict[str, Place] = {}
+    places: dict[str, FoundModel] = {}
     for name in names:
         place = find(name)
         short = place.run_folder.resolve().name if place.run_folder else Path(name).name
@@ -247,11 +248,11 @@ def find_contenders(names: Sequence[str], note: Note) -> list[tuple[Contender, P
     base_names = {name: folder_names[base.folder.resolve()] for name, base in bases.items()}
     first = list(dict.fromkeys(base_names.values()))
     ordered = first + [name for name in places if name not in first]
-    return [(_contender(name, base_names.get(name), places[name]), places[name]) for name in ordered]
+    return [(_known_of(name, base_names.get(name), places[name]), places[name]) for name in ordered]
 
 
-def _base_of(place: Place, note: Note) -> Place | None:
-    """The model that a run or an adapter began with; None for scratch, for strangers, and where it is gone."""
+def _base_of(place: FoundModel, note: Note) -> FoundModel | None:
+    """The base model of a run or adapter; None for scratch, for published models, and if it is missing."""
     if place.base_folder is not None:
         return find(str(place.base_folder))
     config = read_record(place.run_folder).config if place.run_folder is not None else {}
@@ -266,27 +267,27 @@ def _base_of(place: Place, note: Note) -> Place | None:
         return None
 
 
-def _base_name(base: Place, taken: dict[str, Place]) -> str:
-    """A base's run or folder, or its Hub id where it came from there."""
+def _base_name(base: FoundModel, taken: dict[str, FoundModel]) -> str:
+    """A base's run name or folder name, or its Hub id."""
     folder = (base.run_folder or base.folder).resolve()
     snapshot = next((part for part in folder.parts if part.startswith("models--")), None)
     name = snapshot.removeprefix("models--").replace("--", "/") if snapshot else folder.name
     return name if name not in taken else str(base.folder)
 
 
-def _contender(name: str, base: str | None, place: Place) -> Contender:
-    """What is known of a model before it is loaded."""
+def _known_of(name: str, base: str | None, place: FoundModel) -> ComparedModel:
+    """The facts about a model before it is loaded."""
     size_bytes = sum(file.stat().st_size for file in place.folder.iterdir() if file.is_file())
-    contender = Contender(name, base, None, str(place.folder), size_bytes)
+    model = ComparedModel(name, base, None, str(place.folder), size_bytes)
     if place.run_folder is None:
-        return contender
+        return model
     record = read_record(place.run_folder)
     finished = RunFolder(place.run_folder).read("finished.json") or {}
-    model = record.provenance.get("model")
+    made = record.provenance.get("model")
     return replace(
-        contender,
+        model,
         method=record.config.get("method"),
-        num_trained_params=model.get("num_trained_params") if isinstance(model, dict) else None,
+        num_trained_params=made.get("num_trained_params") if isinstance(made, dict) else None,
         train_seconds=finished.get("train_seconds", record.curve("train/seconds").last),
         tokens_per_second=record.curve("train/tokens_per_second").typical,
         peak_memory_gib=record.curve("train/peak_memory_gib").highest,
@@ -294,19 +295,19 @@ def _contender(name: str, base: str | None, place: Place) -> Contender:
 
 
 def own_held_out(
-    entries: Sequence[tuple[Contender, Place]], one_language: bool, note: Note
+    entries: Sequence[tuple[ComparedModel, FoundModel]], one_language: bool, note: Note
 ) -> tuple[list[Passage] | None, str | None]:
-    """What the first run that is no base of the others held out, and its name; (None, None) where there is none."""
-    bases = {contender.base for contender, _ in entries}
+    """The held-out set of the first run that is not a base of another, and its name; (None, None) without one."""
+    bases = {model.base for model, _ in entries}
     runs = [(one.name, place.run_folder) for one, place in entries if place.run_folder and one.name not in bases]
     if not runs:
         return None, None
     if not one_language:
-        note("The models' tokenizers differ, so they cannot read one run's held-out set. Name one: --held-out FILE.")
+        note("The models' tokenizers differ, so they cannot share a run's held-out set. Give a file: --held-out FILE.")
         return None, None
     name, run_folder = runs[0]
     try:
-        return passages_of_run(run_folder, note), f"what {name} held out"
+        return passages_of_run(run_folder, note), f"held-out set of {name}"
     except (TriviumError, OSError) as error:
-        note(f"No held-out loss, since the set of {name} is not to be had: {error}")
+        note(f"No held-out loss, because the set of {name} cannot be read: {error}")
         return None, None

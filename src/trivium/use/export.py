@@ -1,7 +1,7 @@
-"""Exports: the result of a run as a folder for others, reloaded by its consumer and compared before it is called done.
+"""Exports the result of a run to a folder, and verifies it by loading it with stock transformers (and PEFT).
 
-An adapter is merged into its base in fp32 or copied as it is, a model is copied. The folder is written beside its place
-and renamed into it only when stock transformers (and PEFT) compute from it what they should. Used by the command line.
+An adapter is merged into its base in fp32 or copied, a model is copied. The folder is written under another name and
+renamed only after its logits were compared.
 """
 
 import gc
@@ -22,9 +22,9 @@ from trivium.engine.record import read_record
 from trivium.errors import ConfigError, TriviumError
 from trivium.files import fsync_directory, require_free_space
 from trivium.model import hf
-from trivium.use.answers import Question, prompt_text
+from trivium.use.answers import EvalPrompt, prompt_text
 from trivium.use.held_out import Passage, passages_of_run
-from trivium.use.load import Loaded, Place, find, load, load_network
+from trivium.use.load import FoundModel, Loaded, find, load, load_network
 
 MAX_DIFFERENCE = 1e-4
 # All logits of a prompt are kept to be compared: 8 prompts of 128 tokens are 0.6 GB with Qwen's vocabulary.
@@ -42,18 +42,18 @@ Logits = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and how far its logits are from those they should equal.
+    """What was written, and the differences of its logits.
 
     Attributes:
-        folder: where it lies.
-        num_prompts: prompts compared, and where they came from.
+        folder: the written folder.
+        num_prompts: number of prompts compared.
         prompts_from: `held-out documents`, `sample prompts` or `built-in prompts`.
-        dtype: of the weights that were written.
-        max_difference: largest difference of a logit between what was reloaded and what it should compute.
-        rounding: largest difference of a logit that `dtype` made to the fp32 sum of base and adapter; None where none.
-        quantised_difference: largest difference of a logit to the NF4 base with the adapter; None where it was not
-            trained on one.
-        quantised_loss, loss: mean loss on the prompts with the NF4 base, and of what was written; None likewise.
+        dtype: of the written weights.
+        max_difference: largest difference of a logit between the reloaded model and the expected one.
+        rounding: largest difference of a logit from rounding to `dtype`; None without rounding.
+        quantized_difference: largest difference of a logit to the adapter on the NF4 base; None if it was not trained
+            on one.
+        quantized_loss, loss: mean loss on the prompts on the NF4 base, and of the written model; None likewise.
     """
 
     folder: str
@@ -62,31 +62,35 @@ class Export:
     dtype: str
     max_difference: float
     rounding: float | None = None
-    quantised_difference: float | None = None
-    quantised_loss: float | None = None
+    quantized_difference: float | None = None
+    quantized_loss: float | None = None
     loss: float | None = None
 
 
 def export(name: str, out: Path, merge: bool, dtype: torch.dtype | None, note: Note) -> Export:
-    """Write a model or adapter for others, verified.
+    """Write a model or adapter and verify it.
 
     Args:
         name: a run folder, or the folder of a model or an adapter.
-        out: the folder to make; nothing that stands there is touched.
-        merge: put an adapter into its base.
-        dtype: of the merged weights; None for the base's own.
-        note: is told in one line what is going on.
+        out: the folder to create; it must not contain files.
+        merge: merge an adapter into its base.
+        dtype: of the merged weights; None for the base's.
+        note: called with a line about the progress.
 
-    Raises: ConfigError when there is nothing to export or something stands at `out`; TriviumError when what was
-        written does not compute what it should. Nothing is left behind then.
+    Raises: ConfigError when there is nothing to export or `out` is in use; TriviumError when the written model does
+        not compute the same. Nothing is left behind then.
     """
     place = find(name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"Something stands at {out}, and an export never overwrites. Choose another place.")
+        raise ConfigError(f"{out} exists, and an export never overwrites. Choose another folder.")
     if merge and place.kind != "adapter":
-        raise ConfigError(f"{place.folder} is no adapter, so there is nothing to merge. Leave out --merge to copy it.")
+        raise ConfigError(
+            f"{place.folder} is not an adapter, so there is nothing to merge. Leave out --merge to copy it."
+        )
     if dtype is not None and not merge:
-        raise ConfigError("--dtype is for merged weights; a copy keeps what it has. Add --merge, or leave it out.")
+        raise ConfigError(
+            "--dtype applies to merged weights; a copy keeps its dtype. Add --merge, or leave --dtype out."
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
@@ -102,7 +106,7 @@ def export(name: str, out: Path, merge: bool, dtype: torch.dtype | None, note: N
     return Export(folder=str(out), **done)
 
 
-def _merged(place: Place, beside: Path, dtype: torch.dtype | None, note: Note) -> dict[str, Any]:
+def _merged(place: FoundModel, beside: Path, dtype: torch.dtype | None, note: Note) -> dict[str, Any]:
     """Base plus adapter in fp32, rounded to `dtype`, written and compared."""
     config = hf.read_json(place.model_folder / "config.json")
     dtype = dtype or getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
@@ -113,7 +117,7 @@ def _merged(place: Place, beside: Path, dtype: torch.dtype | None, note: Note) -
     network = _cast(loaded.model.merge_and_unload(safe_merge=True), dtype)
     network.save_pretrained(beside)
     _copy_tokenizer(place, beside)
-    # What was written must compute what is in memory: the same rounded weights, in the same fp32 arithmetic.
+    # The written model must compute what the one in memory does: the same rounded weights in the same fp32 arithmetic.
     rounded = adapted if dtype == torch.float32 else logits_of(_cast(network, torch.float32), prompts)
     del loaded, network
     gc.collect()
@@ -125,7 +129,7 @@ def _merged(place: Place, beside: Path, dtype: torch.dtype | None, note: Note) -
         "max_difference": _require_equal(rounded, reloaded, f"{place.folder} and its merged model"),
         "rounding": None if dtype == torch.float32 else difference(adapted, reloaded),
     }
-    return done | (_against_quantised(place, prompts, reloaded, note) if place.was_quantised else {})
+    return done | (_against_quantized(place, prompts, reloaded, note) if place.was_quantized else {})
 
 
 def _cast(network: Any, dtype: torch.dtype) -> Any:
@@ -135,23 +139,23 @@ def _cast(network: Any, dtype: torch.dtype) -> Any:
     return network
 
 
-def _against_quantised(place: Place, prompts: list[Passage], merged: Logits, note: Note) -> dict[str, Any]:
-    """How far the merged model is from what was trained: the adapter on its NF4 base."""
-    note(f"{place.folder} was trained against its base in NF4, which no merged model holds; measuring the difference")
+def _against_quantized(place: FoundModel, prompts: list[Passage], merged: Logits, note: Note) -> dict[str, Any]:
+    """The difference of the merged model from what was trained: the adapter on its NF4 base."""
+    note(f"{place.folder} was trained on its base in NF4, unlike the merged model; measuring the difference")
     try:
         trained = logits_of(load(place, dtype=torch.float32, nf4=True).network, prompts)
     except ConfigError as error:
         note(f"the difference to the NF4 base was not measured: {error}")
         return {}
     return {
-        "quantised_difference": difference(trained, merged),
-        "quantised_loss": mean_loss(trained, prompts),
+        "quantized_difference": difference(trained, merged),
+        "quantized_loss": mean_loss(trained, prompts),
         "loss": mean_loss(merged, prompts),
     }
 
 
-def _copied(place: Place, beside: Path, note: Note) -> dict[str, Any]:
-    """The folder as it is, but for what belongs to nobody, reloaded and compared."""
+def _copied(place: FoundModel, beside: Path, note: Note) -> dict[str, Any]:
+    """The folder's known files, reloaded and compared."""
     loaded = load(place)
     prompts, prompts_from = check_prompts(loaded, note)
     original = logits_of(loaded.network, prompts)
@@ -164,7 +168,7 @@ def _copied(place: Place, beside: Path, note: Note) -> dict[str, Any]:
     beside.mkdir()
     for file in files:
         shutil.copyfile(file, beside / file.name)
-    again = Place(place.kind, beside, place.base_folder, None, False)
+    again = FoundModel(place.kind, beside, place.base_folder, None, False)
     reloaded = logits_of(load(again).network, prompts)
     return {
         "num_prompts": len(prompts),
@@ -174,7 +178,7 @@ def _copied(place: Place, beside: Path, note: Note) -> dict[str, Any]:
     }
 
 
-def _copy_tokenizer(place: Place, beside: Path) -> None:
+def _copy_tokenizer(place: FoundModel, beside: Path) -> None:
     """Tokenizer, chat template and generation defaults, byte for byte: the adapter's own before its base's."""
     owner = place.folder if (place.folder / "tokenizer.json").is_file() else place.model_folder
     for name in hf.TOKENIZER_FILES:
@@ -187,17 +191,17 @@ def _copy_tokenizer(place: Place, beside: Path) -> None:
 
 
 def check_prompts(loaded: Loaded, note: Note) -> tuple[list[Passage], str]:
-    """What to compare logits on, the realest to be had: held-out documents, sample prompts, else built-in ones."""
+    """Prompts to compare logits on: held-out documents if available, else sample prompts, else built-in ones."""
     run_folder = loaded.place.run_folder
     if run_folder is not None:
-        with suppress(TriviumError, OSError):  # a run whose data is gone can still be exported
+        with suppress(TriviumError, OSError):  # a run without its data can still be exported
             passages = passages_of_run(run_folder, note)
             chosen = passages[:: max(1, len(passages) // NUM_PROMPTS)][:NUM_PROMPTS]
             return [passage.end(MAX_PROMPT_TOKENS) for passage in chosen], "held-out documents"
     given = read_record(run_folder).config.get("sample") if run_folder is not None else None
     prompts = (given.get("prompts") if isinstance(given, dict) else None) or []
     source = "sample prompts" if prompts else "built-in prompts"
-    questions = [Question([{"role": "user", "content": prompt}]) for prompt in prompts or BUILT_IN_PROMPTS]
+    questions = [EvalPrompt([{"role": "user", "content": prompt}]) for prompt in prompts or BUILT_IN_PROMPTS]
     texts = [prompt_text(loaded.tokenizer, question, loaded.converses, thinking=False) for question in questions]
     return [Passage.of(ids).end(MAX_PROMPT_TOKENS) for ids in loaded.tokenizer(texts).input_ids], source
 
@@ -225,22 +229,22 @@ def mean_loss(logits: Logits, prompts: Sequence[Passage]) -> float:
 
 
 def _require_equal(expected: Logits, reloaded: Logits, what: str) -> float:
-    """The largest difference, once it is known to be small enough.
+    """The largest difference of a logit.
 
-    Raises: TriviumError.
+    Raises: TriviumError when it is too large.
     """
     found = difference(expected, reloaded)
     if math.isnan(found) or found > MAX_DIFFERENCE:
         raise TriviumError(
             f"{what} do not compute the same: their logits differ by up to {found:.3g} on {len(expected)} prompts, and "
             f"{MAX_DIFFERENCE:g} is allowed. Nothing was kept. An adapter of tied embeddings cannot be merged; serve "
-            "it beside its base instead."
+            "it unmerged instead."
         )
     return found
 
 
 def _sync(folder: Path) -> None:
-    """Make every file durable before the folder gets its name."""
+    """Fsync every file before the folder is renamed."""
     for file in folder.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())

@@ -1,7 +1,6 @@
 """Public benchmarks through EleutherAI's lm-evaluation-harness, which the extra `eval` installs.
 
-Hands it the loaded model and passes its figures on; what a task is, and how it is scored, is the harness's. Used by
-`trivium eval`.
+The harness defines and scores the tasks.
 """
 
 from importlib import import_module
@@ -23,20 +22,18 @@ def require_harness() -> None:
 
 
 def run_tasks(loaded: Loaded, tasks: list[str]) -> dict[str, dict[str, float]]:
-    """The figures of each task, by the names of metric and filter that the harness gives them.
+    """The metrics of each task, by the harness's names of metric and filter.
 
-    Raises: ConfigError when the harness is not installed, or does not know a task.
+    Raises: ConfigError when the harness is not installed, or does not have a task.
     """
     require_harness()
-    # By name: a type checker must not ask for a package that few install.
+    # By name, since type checkers do not find the optional package.
     lm_eval, tasks_module = import_module("lm_eval"), import_module("lm_eval.tasks")
     manager = tasks_module.TaskManager()
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise ConfigError(
-            f"lm-evaluation-harness knows no task {', '.join(unknown)}. It lists them with: lm_eval ls tasks"
-        )
+        raise ConfigError(f"lm-evaluation-harness has no task {', '.join(unknown)}. List them with: lm_eval ls tasks")
     if loaded.kind == "adapter":
-        # The harness ties the weights of what it is given, which fails on tables that PEFT wraps; they are tied.
+        # The harness ties the weights again, which fails on embeddings that PEFT wraps.
         loaded.network.tie_weights = lambda *_, **__: None
     model = import_module("lm_eval.models.huggingface").HFLM(
         pretrained=loaded.network, tokenizer=loaded.tokenizer, batch_size=BATCH_ROWS

@@ -1,8 +1,7 @@
 """Loss on documents and conversations that were kept out of training, over the tokens that training supervises.
 
-A file becomes tokens by the very code that builds training data; the losses come from the transformers model in plain
-padded batches, so this is also a second opinion on the engine. Answers are `answers`. Used by the command line,
-`compare` and `export`.
+A file is tokenized by the code that builds training data; the losses come from the transformers model in plain padded
+batches, independent of the engine.
 """
 
 import math
@@ -35,11 +34,11 @@ DEFAULT_SEQ_LEN: int = Data.model_fields["seq_len"].default
 
 @dataclass(frozen=True)
 class Passage:
-    """A stretch of tokens that is read in one go.
+    """A sequence of tokens for one forward pass.
 
     Attributes:
         ids: int64 [T].
-        labels: int64 [T], the token that follows each, NO_LABEL where it carries no loss.
+        labels: int64 [T], the token that follows each, NO_LABEL where it is not supervised.
         weights: float32 [T], the loss weight of each label.
     """
 
@@ -49,21 +48,21 @@ class Passage:
 
     @classmethod
     def of(cls, ids: Sequence[int]) -> "Passage":
-        """A text each of whose tokens is the label of the one before it."""
+        """A text with all tokens supervised."""
         whole = np.array(ids, dtype=np.int64)
         return cls(whole, np.append(whole[1:], NO_LABEL), np.ones(len(whole), dtype=np.float32))
 
     def end(self, num_tokens: int) -> "Passage":
-        """Its last tokens, where a conversation has its answer."""
+        """Its last tokens, which hold the answer of a conversation."""
         return Passage(self.ids[-num_tokens:], self.labels[-num_tokens:], self.weights[-num_tokens:])
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a model lost on a held-out set.
+    """A model's loss on a held-out set.
 
     Attributes:
-        loss: weighted mean, nats a supervised token.
+        loss: weighted mean, nats per supervised token.
         perplexity: exp(loss).
         bits_per_byte: the same loss over the bytes of the supervised text, comparable between tokenizers.
         num_tokens: supervised tokens.
@@ -76,30 +75,32 @@ class HeldOut:
 
 
 def passages_of_run(path: Path, note: Callable[[str], None]) -> list[Passage]:
-    """What a run's own evaluations read.
+    """The held-out set of a run's own evaluations.
 
-    Raises: ConfigError when it holds nothing out; what `prepare` raises when its data is gone.
+    Raises: ConfigError when it is empty; what `prepare` raises when the run's data is missing.
     """
     folder = RunFolder.existing(path)
     job = prepare(load_run(folder.run_yaml, []).run, note)
     passages = _passages(job.held_out)
     if not passages:
-        raise ConfigError(f"The run {path} holds nothing out. Name a file to measure the loss on: --held-out FILE.")
+        raise ConfigError(
+            f"The run {path} has no held-out documents. Give a file to measure the loss on: --held-out FILE."
+        )
     return passages
 
 
 def passages_of_file(
     path: Path, tokenizer: Any, seq_len: int = DEFAULT_SEQ_LEN, note: Callable[[str], None] = lambda text: None
 ) -> list[Passage]:
-    """All that can be used of a file of documents or conversations, as training would read it.
+    """The usable records of a file of documents or conversations, as training reads them.
 
     Args:
         path: a file or folder in any format that training reads.
-        tokenizer: whose tokens, and whose chat template.
-        seq_len: a longer document is read in pieces of this length; of a longer conversation, the turns that fit.
-        note: is told what could not be used.
+        tokenizer: with its chat template.
+        seq_len: longer documents are cut into pieces of this length; longer conversations keep the messages that fit.
+        note: called with what could not be used.
 
-    Raises: ConfigError or BadData when it is not there or holds nothing that could be learnt.
+    Raises: ConfigError or BadData when the file is missing or has no supervised token.
     """
     with tempfile.TemporaryDirectory(prefix="trivium-held-out-") as cache_dir:
         settings = BuildSettings(
@@ -116,12 +117,12 @@ def passages_of_file(
         store = built.open()
         passages = _passages(sequential_batches(store, seq_len, seq_len, store.num_tokens))
     if not passages:
-        raise BadData(f"{path} holds no token whose loss could be measured. Give a file with documents or answers.")
+        raise BadData(f"{path} has no supervised token. Give a file with documents or answers.")
     return passages
 
 
 def _passages(batches: Sequence[Batch]) -> list[Passage]:
-    """The pieces of packed batches one by one, but for those without a label."""
+    """The pieces of packed batches that have labels."""
     passages = []
     for batch in batches:
         weights = torch.ones(len(batch.tokens))
@@ -138,19 +139,19 @@ def _passages(batches: Sequence[Batch]) -> list[Passage]:
 def measure(
     loaded: Loaded, passages: Sequence[Passage], every: Callable[[int, int], None] = lambda done, total: None
 ) -> HeldOut:
-    """The loss of a model on a held-out set, each passage read by itself.
+    """The loss of a model on a held-out set, each passage separately.
 
     Args:
         loaded: the model.
-        passages: with ids of its own tokenizer.
-        every: is told (passages read, passages in all).
+        passages: with ids of its tokenizer.
+        every: called with (passages done, all passages).
     """
     network, head = loaded.network.model, loaded.network.get_output_embeddings()
     sum_losses = sum_weights = 0.0
     num_tokens = num_bytes = num_read = 0
     for batch in _batches(passages):
         ids, labels, weights = (tensor.to(network.device) for tensor in _padded(batch))
-        # Padding stands behind every token that counts, so causal attention needs no mask to overlook it.
+        # Padding is on the right, so causal attention needs no mask.
         hidden = network(input_ids=ids, use_cache=False).last_hidden_state
         places = labels != NO_LABEL
         for rows, targets, shares in zip(
@@ -172,7 +173,7 @@ def measure(
 
 
 def _batches(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
-    """Passages of like length together, at most BATCH_TOKENS with their padding."""
+    """Passages of similar length, at most BATCH_TOKENS including padding."""
     batch: list[Passage] = []
     for passage in sorted(passages, key=lambda passage: len(passage.ids)):
         if batch and (len(batch) + 1) * len(passage.ids) > BATCH_TOKENS:
@@ -184,7 +185,7 @@ def _batches(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
 
 
 def _padded(batch: Sequence[Passage]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, labels and weights, each [passages, longest], padded behind."""
+    """Ids, labels and weights, each [passages, longest], right-padded."""
     size = (len(batch), max(len(passage.ids) for passage in batch))
     ids, labels = torch.zeros(size, dtype=torch.int64), torch.full(size, NO_LABEL)
     weights = torch.zeros(size)

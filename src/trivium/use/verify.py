@@ -1,8 +1,7 @@
-"""Prove from the records of a run that it read every sample it should, once, in order, and what it ended with.
+"""Verify that a run read every sample of its plan once and in order, and that its files are intact.
 
-The order is computed anew from run.yaml and the token stores, every step's digest from the tokens they hold; nothing
-is taken from the run but what is compared. Checkpoints and the result are checked byte by byte. Used by `trivium
-verify`.
+The order is recomputed from run.yaml and the token stores, and every step's digest from their tokens. Checkpoints and
+the result are checked byte by byte.
 """
 
 from collections.abc import Callable
@@ -19,14 +18,14 @@ from trivium.files import sha256_file
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What was proven of a run.
+class Verification:
+    """What was verified.
 
     Attributes:
-        num_steps: steps whose tokens are those of the plan.
-        num_tokens: tokens they read.
-        is_finished: whether the run came to its end.
-        checkpoints: folders whose every byte is what was written.
+        num_steps: steps that read exactly their tokens.
+        num_tokens: tokens of those steps.
+        is_finished: whether the run is finished.
+        checkpoints: names of the intact checkpoints.
     """
 
     num_steps: int
@@ -35,15 +34,15 @@ class Proof:
     checkpoints: list[str]
 
 
-def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], None]) -> Proof:
+def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], None]) -> Verification:
     """Replay the ledger of a run against its data.
 
     Args:
         path: the run folder.
-        note: is told what takes long.
-        every: is told (step, steps of the ledger) as it goes.
+        note: called with a line when something takes long.
+        every: called with (step, steps of the ledger).
 
-    Raises: TriviumError naming the first step, or the checkpoint, that is not what it should be.
+    Raises: TriviumError naming the first step or checkpoint that differs.
     """
     folder = RunFolder.existing(path)
     job = prepare(load_run(folder.run_yaml, []).run, note)
@@ -54,14 +53,14 @@ def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], 
     for index, record in enumerate(records):
         step = index + 1
         if record["step"] != step:
-            raise TriviumError(f"{folder.ledger.path}: found step {record['step']} where step {step} should stand.")
+            raise TriviumError(f"{folder.ledger.path}: found step {record['step']}, expected step {step}.")
         batches = job.batches.step(index)
         digest = step_digest(digest, [batch.digests for batch in batches])
         num_tokens += sum(batch.num_tokens for batch in batches)
         if (record["digest"], record["num_tokens"]) != (digest, num_tokens):
             raise TriviumError(
-                f"Step {step:,} of {path} did not read what its plan says: the ledger has {record['digest'][:12]} "
-                f"after {record['num_tokens']:,} tokens, the data gives {digest[:12]} after {num_tokens:,}. Either the "
+                f"Step {step:,} of {path} did not read its tokens: the ledger has {record['digest'][:12]} "
+                f"after {record['num_tokens']:,} tokens, the data gives {digest[:12]} after {num_tokens:,}. The "
                 "records or the data changed since."
             )
         every(step, len(records))
@@ -70,13 +69,13 @@ def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], 
         raise TriviumError(f"{path} says it finished after step {finished['step']}, its ledger ends at {len(records)}.")
     for name, expected in (finished or {}).get("model_sha256", {}).items():
         if sha256_file(folder.result / name) != expected:
-            raise TriviumError(f"{folder.result / name} is not what the run ended with: its SHA-256 differs.")
+            raise TriviumError(f"{folder.result / name} changed after the run: its SHA-256 differs.")
     if finished is not None and len(records) != job.num_steps:
         raise TriviumError(f"{path} says it finished, after {len(records)} of {job.num_steps} steps.")
     verified = []
     for step in checkpoint.steps(folder.checkpoints):
         state = checkpoint.verify(checkpoint.step_folder(folder.checkpoints, step))
         if step > len(records) or state["ledger"] != records[step - 1]["digest"]:
-            raise TriviumError(f"The checkpoint of step {step:,} belongs to another history than the ledger of {path}.")
+            raise TriviumError(f"The checkpoint of step {step:,} does not match the ledger of {path}.")
         verified.append(checkpoint.step_folder(folder.checkpoints, step).name)
-    return Proof(len(records), num_tokens, finished is not None, verified)
+    return Verification(len(records), num_tokens, finished is not None, verified)

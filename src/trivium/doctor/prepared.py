@@ -1,15 +1,14 @@
-"""What the doctor looks at: a prepared run with the facts around it, and a trial of its engine.
+"""What the rules look at: a prepared run with the facts around it, and the run with its engine built.
 
-Gathers, and judges nothing. Everything is read from where training reads it: the stores, the tokenizer, the model's
-folder, the engine itself. Imported inside `doctor`.
+Gathers facts and judges nothing. Everything is read from where training reads it: the token stores, the tokenizer, the
+model's folder, the engine.
 """
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,35 +28,35 @@ from trivium.errors import BadData, ConfigError
 from trivium.model import hf
 from trivium.plan.workload import Workload, of_run
 
-LOOKED_AT_SAMPLES = 4096
-LOOKED_AT_TOKENS = 1 << 22
-LOOKED_AT_CONVERSATIONS = 64
+MAX_SAMPLES = 4096
+MAX_SAMPLE_TOKENS = 1 << 22
+MAX_CONVERSATIONS = 64
 READ_BLOCK_BYTES = 1 << 16
 
 
-class Sample(NamedTuple):
-    """A conversation of a store, or the end of a document, and by how much the loss of each token counts."""
+class StoredSample(NamedTuple):
+    """One document of a token store, or its last `seq_len` tokens, with the loss weight of each token."""
 
     ids: np.ndarray
     weights: np.ndarray
     """uint8 [tokens], hundredths; the first token is never a label."""
     is_ready_made: bool
-    """Whether its store was made elsewhere."""
+    """Whether the user brought the store."""
 
     @property
     def supervised(self) -> np.ndarray:
-        """The places of the tokens that are learnt, int [supervised]."""
+        """Positions of the supervised tokens, int [supervised]."""
         return 1 + np.flatnonzero(self.weights[1:])
 
 
 @dataclass(frozen=True)
-class Case:
-    """A run that is ready to begin.
+class PreparedRun:
+    """A run that is ready to start.
 
     Attributes:
-        job: the run with its tokenizer, stores and sizes.
-        machine: what it would compute on.
-        conversations: the first ones of its sources, as they lie in the files.
+        job: the run with its tokenizer, token stores and model shape.
+        machine: the device it would run on.
+        conversations: the first ones of each source, as they are in the files.
     """
 
     job: Job
@@ -66,12 +65,12 @@ class Case:
 
     @property
     def run(self) -> Run:
-        """What the run file says."""
+        """The run file's values."""
         return self.job.run
 
     @cached_property
     def workload(self) -> Workload:
-        """One step in the planner's numbers."""
+        """One optimizer step in the planner's numbers."""
         job, machine = self.job, self.machine
         return of_run(job.run, job.shape, job.facts, machine.precision, machine.device_type)
 
@@ -83,63 +82,55 @@ class Case:
         return None
 
     @cached_property
-    def samples(self) -> list[Sample]:
-        """Some of the stores' samples, spread evenly: few enough to be read in a moment, whatever the stores' size."""
+    def samples(self) -> list[StoredSample]:
+        """Samples spread evenly over the token stores, a bounded number whatever the stores' size."""
         samples = []
         for built, source in zip(self.job.built, self.run.data.sources, strict=True):
             store, most = built.open(), self.run.data.seq_len
             mean_length = max(1.0, float(np.minimum(store.lengths, most).mean())) if len(store) else 1.0
-            share = int(min(LOOKED_AT_SAMPLES, LOOKED_AT_TOKENS / mean_length)) // len(self.job.built)
-            for document in spread(len(store), max(1, share)):
+            share = int(min(MAX_SAMPLES, MAX_SAMPLE_TOKENS / mean_length)) // len(self.job.built)
+            for document in evenly_spaced(len(store), max(1, share)):
                 length = int(store.lengths[document])
                 ids = store.tokens(document, max(0, length - most), length)
                 weights = loss_weights(store, document, max(0, length - most), length)
                 weights = np.full(len(ids), FULL_WEIGHT, dtype=np.uint8) if weights is None else weights
-                samples.append(Sample(ids, weights, source.store is not None))
+                samples.append(StoredSample(ids, weights, source.store is not None))
         return samples
 
     @cached_property
     def model_config(self) -> dict[str, Any]:
-        """The model's config.json; empty when the weights start at random."""
-        return self._model_file("config.json")
+        """The model's config.json; empty for random weights."""
+        folder = self.job.weights_folder
+        return hf.read_json(folder / "config.json") if folder is not None else {}
 
     @cached_property
-    def generation_config(self) -> dict[str, Any]:
-        """The model's generation_config.json; empty where there is none."""
-        return self._model_file("generation_config.json")
-
-    def _model_file(self, name: str) -> dict[str, Any]:
-        folder = self.job.weights_folder
-        return dict(hf.read_json(folder / name)) if folder is not None and (folder / name).is_file() else {}
-
-    @property
     def model_stop_ids(self) -> list[int]:
-        """Where the model that training starts from stops writing: generation_config.json, else config.json."""
-        said = self.generation_config.get("eos_token_id", self.model_config.get("eos_token_id"))
-        return said if isinstance(said, list) else [] if said is None else [said]
+        """Tokens at which generation stops in the model that training starts from; empty for random weights."""
+        folder = self.job.weights_folder
+        return hf.read_stop_ids(folder) if folder is not None else []
 
     def show(self, token: int) -> str:
         """A token as text."""
         return str(self.job.tokenizer.convert_ids_to_tokens(int(token)))
 
 
-def spread(num_items: int, num_chosen: int) -> list[int]:
-    """At most `num_chosen` of the numbers below `num_items`, evenly spread."""
+def evenly_spaced(num_items: int, num_chosen: int) -> list[int]:
+    """At most `num_chosen` of the numbers below `num_items`, evenly spaced."""
     if num_items <= num_chosen:
         return list(range(num_items))
     return np.linspace(0, num_items - 1, num_chosen).astype(int).tolist()
 
 
-def read_conversations(run: Run, with_hub: bool) -> list[Conversation]:
-    """The first conversations of every source; of Hub data sets only `with_hub`, since that asks the network.
+def prepare_checks(job: Job, machine: Machine, with_hub: bool) -> PreparedRun:
+    """A prepared run with the first conversations of its sources; of Hub data sets only `with_hub` (needs network).
 
     Raises: BadData or ConfigError when a source cannot be read.
     """
-    sources = [source for source in run.data.sources if source.path or (source.hub and with_hub)]
+    sources = [source for source in job.run.data.sources if source.path or (source.hub and with_hub)]
     found: list[Conversation] = []
     for source in sources:
-        found += islice(_conversations(run, source), LOOKED_AT_CONVERSATIONS)
-    return found
+        found += islice(_conversations(job.run, source), MAX_CONVERSATIONS)
+    return PreparedRun(job, machine, found)
 
 
 def _conversations(run: Run, source: Source) -> Iterator[Conversation]:
@@ -153,28 +144,17 @@ def _conversations(run: Run, source: Source) -> Iterator[Conversation]:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A case with its engine built, to try things on. Nothing of it is kept: the run begins with another engine.
+class LoadedRun:
+    """A prepared run with its own engine, which is thrown away after the checks; training builds another."""
 
-    Attributes:
-        case: what it is a trial of.
-        engine: with the run's first weights and no dropout, so that the same computed twice is the same.
-        folder: where it may write, on the disk of the run's checkpoints.
-    """
-
-    case: Case
+    prepared: PreparedRun
     engine: Engine
-    folder: Path
 
 
-def build_trial(case: Case, folder: Path) -> Trial:
+def load(prepared: PreparedRun) -> LoadedRun:
     """Load the model and build its engine.
 
-    Raises: ConfigError when the weights or the adapter cannot be.
+    Raises: ConfigError when the weights or the adapter cannot be loaded.
     """
-    job = case.job
-    if job.run.adapter is not None:
-        adapter = job.run.adapter.model_copy(update={"dropout": 0.0})
-        job = replace(job, run=job.run.model_copy(update={"adapter": adapter}))
-    torch.manual_seed(job.run.seed)
-    return Trial(case, build_engine(job, case.machine), folder)
+    torch.manual_seed(prepared.run.seed)
+    return LoadedRun(prepared, build_engine(prepared.job, prepared.machine))
