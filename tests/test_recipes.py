@@ -14,8 +14,9 @@ from trivium.config.load import load_run
 from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.engine.build import build_engine
 from trivium.engine.device import Machine
-from trivium.engine.loop import Progress, take_step
+from trivium.engine.loop import Progress, batches_ahead, train_step
 from trivium.engine.prepare import prepare
+from trivium.engine.ranks import ALONE
 from trivium.engine.runfolder import RunFolder
 from trivium.model.resolve import planned_shape
 from trivium.model.shape import QwenShape
@@ -118,7 +119,8 @@ def test_recipe_trains_one_step(name, small, tmp_path):
 
     folder = RunFolder(tmp_path / run.name)
     folder.path.mkdir()
-    figures = take_step(job, engine, folder, Progress(job.inputs))
+    with batches_ahead(job, machine, 0, ALONE) as ahead:
+        figures = train_step(job, engine, ahead, folder, Progress(job.inputs), ALONE)
 
     assert math.isfinite(figures["train/loss"]) and figures["train/grad_norm"] > 0.0
     assert any(not torch.equal(value, trained[key]) for key, value in engine.model.named_parameters() if key in trained)
