@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trivium.config.run import COUNT_SUFFIXES, METHOD_DEFAULTS, Run, parse_count, with_method_defaults
+from trivium.config.inputs import COUNT_SUFFIXES, parse_count
+from trivium.config.run import METHOD_DEFAULTS, Run, with_method_defaults
 
 MINIMAL = {"name": "x", "method": "scratch", "model": "1M", "data": "a.txt"}
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from trivium.config.run import Source
+from trivium.config.inputs import Source
 from trivium.data.source.corpus import open_corpus
 from trivium.data.store import build as module
 from trivium.data.store.build import BuildSettings, BuiltStore, build_sources
@@ -170,7 +170,7 @@ def test_other_inputs_are_other_stores(tmp_path, tokenizer):
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from trivium.config.run import Source
+from trivium.config.inputs import Source
 from trivium.data.store import partial
 from trivium.data.store.build import BuildSettings, StoreJob
 from trivium.data.source.corpus import open_corpus

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.data.broken_records import BROKEN_RECORDS
-from trivium.config.run import Source
+from trivium.config.inputs import Source
 from trivium.data.chat.samples import ConversationSettings
 from trivium.data.store.build import BuildSettings, BuiltStore, build_sources
 from trivium.data.store.train_tokenizer import train_tokenizer_from_sources

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.broken_records import BROKEN_RECORDS, LONG_RECORD_BYTES, SHORT_SEQ_LEN
-from trivium.config.run import Source
+from trivium.config.inputs import Source
 from trivium.data.chat.formats import Conversation, Document, parse
 from trivium.data.chat.layout import RecordLayout, detect, from_dataset_info
 from trivium.data.chat.messages import Turn

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.qwen_tokenizers import REAL, needs_real
-from trivium.config.run import Source
+from trivium.config.inputs import Source
 from trivium.data.chat.samples import ConversationSettings
 from trivium.data.look.inspect import Look, inspect_all
 from trivium.data.store.build import BuildSettings, build_sources

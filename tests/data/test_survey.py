@@ -12,7 +12,7 @@ from pyarrow import parquet
 from tokenizers import Tokenizer
 
 from tests.support.qwen_tokenizers import REAL, needs_real
-from trivium.config.run import Source
+from trivium.config.inputs import Source
 from trivium.data.chat.samples import ConversationSettings
 from trivium.data.look import survey as survey_module
 from trivium.data.look.survey import estimated_tokens, survey

@@ -15,7 +15,7 @@ import click
 from pydantic import ValidationError
 
 from trivium.cli.progress import building
-from trivium.config.run import Data, Source
+from trivium.config.inputs import Data, Source
 from trivium.errors import ConfigError
 
 if TYPE_CHECKING:

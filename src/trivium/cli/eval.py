@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trivium.cli.progress import waiting
-from trivium.config.run import Data
+from trivium.config.inputs import Data
 from trivium.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import click
 
-from trivium.config.run import parse_count
+from trivium.config.inputs import parse_count
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.shape import Family, QwenShape

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trivium.config.run import METHOD_DEFAULTS, parse_count
+from trivium.config.inputs import parse_count
+from trivium.config.run import METHOD_DEFAULTS
 from trivium.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trivium.config.run import Source
+    from trivium.config.inputs import Source
     from trivium.model.shape import QwenShape
     from trivium.plan.request import PlanRequest, ResolvedRequest
     from trivium.plan.search import Plan
@@ -206,7 +207,7 @@ def _plan(request: "PlanRequest", run_file: Path | None, as_json: bool) -> None:
 def _ask(request: "PlanRequest") -> "ResolvedRequest":
     """What the answers to the questions ask for. Raises: ConfigError where there is no terminal to ask on."""
     from trivium.cli.plan_questions import ask
-    from trivium.config.run import Source
+    from trivium.config.inputs import Source
     from trivium.plan.request import resolve_situation
 
     if not (sys.stdin.isatty() and sys.stderr.isatty()):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trivium.config.run import parse_count
+from trivium.config.inputs import parse_count
 from trivium.errors import ConfigError
 from trivium.plan import devices
 from trivium.plan.devices import Device

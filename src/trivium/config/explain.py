@@ -16,7 +16,8 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticUndefined
 
-from trivium.config.run import METHOD_DEFAULTS, Part, Run, parse_count
+from trivium.config.inputs import Part, parse_count
+from trivium.config.run import METHOD_DEFAULTS, Run
 
 SHORTHANDS: dict[str, list[dict[str, Any]]] = {
     "Model": [{"type": "string", "description": "A parameter count like 25M, a catalog name, a folder or a Hub id."}],

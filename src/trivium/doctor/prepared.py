@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from trivium.config.run import Run, Source
+from trivium.config.inputs import Source
+from trivium.config.run import Run
 from trivium.data.chat.formats import Conversation
 from trivium.data.chat.template import ChatTemplate, describe_template
 from trivium.data.columns import FULL_WEIGHT, loss_weights

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from trivium.config.run import Run, Source, TrainTokenizer
+from trivium.config.inputs import Source, TrainTokenizer
+from trivium.config.run import Run
 from trivium.data.batch.order import Order
 from trivium.data.batch.pack import Batch, StoreBatches, sequential_batches
 from trivium.data.chat.samples import ConversationSettings

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from trivium.config.inputs import Source
 from trivium.config.load import flatten
-from trivium.config.run import Run, Source
+from trivium.config.run import Run
 from trivium.data.store.build import BuiltStore
 from trivium.data.store.tally import describe_counts
 from trivium.engine.device import Machine, describe, probe

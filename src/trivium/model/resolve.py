@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trivium.config.run import Run, TrainTokenizer
+from trivium.config.inputs import TrainTokenizer
+from trivium.config.run import Run
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.shape import QwenShape

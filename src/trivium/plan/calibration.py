@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from trivium.config.run import Part
+from trivium.config.inputs import Part
 from trivium.config.yaml_tree import printable
 from trivium.errors import ConfigError
 from trivium.files import atomic_write

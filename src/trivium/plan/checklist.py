@@ -6,7 +6,8 @@ Warnings apply to any method, the recommended one or the one in a run file. Neve
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from trivium.config.run import METHOD_DEFAULTS, parse_count
+from trivium.config.inputs import parse_count
+from trivium.config.run import METHOD_DEFAULTS
 from trivium.model.resolve import published_shape
 from trivium.model.shape import QwenShape
 from trivium.plan.decide import TOKENS_PER_PARAM, Decision, short

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from trivium.config.run import METHOD_DEFAULTS, parse_count
+from trivium.config.inputs import parse_count
+from trivium.config.run import METHOD_DEFAULTS
 from trivium.model import catalog
 from trivium.model.resolve import published_shape
 from trivium.model.shape import QwenShape

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from trivium.config.run import Part
+from trivium.config.inputs import Part
 from trivium.config.yaml_tree import Problem, parse_tree, printable, read_file
 from trivium.errors import ConfigError
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
+from trivium.config.inputs import COUNT_PATTERN, Source, parse_count
 from trivium.config.load import ResolvedRun, load_run, quote
-from trivium.config.run import COUNT_PATTERN, METHOD_DEFAULTS, Run, Source, parse_count
+from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError
 from trivium.model.resolve import hub_id, planned_shape, shape_of_name
 from trivium.model.shape import QwenShape

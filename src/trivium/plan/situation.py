@@ -7,7 +7,8 @@ imports torch.
 import math
 from dataclasses import dataclass
 
-from trivium.config.run import METHOD_DEFAULTS, Adapter, BatchSize, TrainTokenizer
+from trivium.config.inputs import TrainTokenizer
+from trivium.config.run import METHOD_DEFAULTS, Adapter, BatchSize
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.resolve import published_shape

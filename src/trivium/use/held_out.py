@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from trivium.config.inputs import Data, Source
 from trivium.config.load import load_run
-from trivium.config.run import Data, Source
 from trivium.data.batch.pack import NO_LABEL, Batch, sequential_batches
 from trivium.data.chat.samples import ConversationSettings
 from trivium.data.store.build import BuildSettings, build_sources

@@ -14,7 +14,7 @@ from trivium.data.chat.messages import FUNCTION_CALL
 from trivium.errors import BadData, ConfigError
 
 if TYPE_CHECKING:
-    from trivium.config.run import Source
+    from trivium.config.inputs import Source
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text"]
 

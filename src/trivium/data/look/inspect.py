@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trivium.config.run import Data, Source
+from trivium.config.inputs import Data, Source
 from trivium.data.chat.formats import Conversation, Document
 from trivium.data.chat.samples import ChatEncoder, ConversationSettings
 from trivium.data.columns import LOSS_WEIGHTS, REASONING, loss_weights

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from trivium.config.run import Data, Source
+from trivium.config.inputs import Data, Source
 from trivium.data.chat.formats import Conversation
 from trivium.data.chat.samples import ConversationSettings
 from trivium.data.columns import LOSS_WEIGHTS, REASONING

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trivium.config.run import Source
+from trivium.config.inputs import Source
 from trivium.data.chat.layout import RecordLayout, detect, from_dataset_info
 from trivium.data.source.blocks import (
     BLOCK_BYTES,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from trivium.config.run import Data, Source
+from trivium.config.inputs import Data, Source
 from trivium.data.chat.samples import ConversationSettings
 from trivium.data.chat.template import describe_template
 from trivium.data.columns import LOSS_WEIGHTS, REASONING, Column

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
-from trivium.config.run import Source
+from trivium.config.inputs import Source
 from trivium.data.chat.formats import Conversation, Document
 from trivium.data.source.corpus import Corpus, open_corpus
 from trivium.data.source.records import read_records
