@@ -196,16 +196,6 @@ def train_there(job: Job, folder: Path, output: Path) -> tuple[list[float], list
     return trainer.losses, norms
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """So small a model is slower on several, and much slower where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_every_step_has_the_loss_of_trl_and_peft(method: str, base: Path, tmp_path: Path) -> None:
     job = prepare(run_of(method, base, tmp_path), note=lambda _: None)

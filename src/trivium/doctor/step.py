@@ -17,7 +17,7 @@ def one_step(loaded: LoadedRun) -> Violation | None:
     """M04: a forward and backward pass over the first micro-batch."""
     batch, engine = loaded.prepared.job.batches.step(0)[0], loaded.engine
     try:
-        loss = engine.forward_backward([batch])
+        loss = engine.forward_backward([batch])["loss"]
         norm = math.sqrt(sum(float(g.float().pow(2).sum()) for g in gradients(engine).values()))
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):

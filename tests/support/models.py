@@ -14,6 +14,11 @@ STORIES = [
     "Tom has a small blue boat. The boat is on the lake.",
     "The owl sleeps in the old tree. At night the owl sings.",
 ]
+PAIRS = [
+    ("What does Lily draw?", "A house."),
+    ("Where is the boat?", "On the lake."),
+    ("Who sings?", '{"name": "owl"}'),
+]
 
 
 def make_base(folder: Path, tie: bool = True, seed: int = 0, family: str = "qwen3") -> Path:
