@@ -21,7 +21,7 @@ tokenizers: .venv/dev.stamp
 	$(BIN)/python -m tests.support.qwen_tokenizers
 
 test: tokenizers
-	$(BIN)/pytest -q -m "not gpu and not long"
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not long"
 
 test-long: tokenizers
 	$(BIN)/pytest -q -m long

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engine.runs import write_conversations, write_corpus
-from tests.use.models import make_base
+from tests.support.models import make_base
 from trivium.config.load import load_run
 from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.engine.build import build_engine
@@ -110,7 +110,6 @@ def shrunken(name: str, small: Small, runs_dir: Path) -> Run:
 def test_recipe_trains_one_step(name, small, tmp_path):
     run = shrunken(name, small, tmp_path)
     machine = Machine(torch.device("cpu"), DTYPES[run.precision], 1e9, 8 << 30)
-    torch.set_num_threads(1)
     job = prepare(run, lambda text: None, machine)
     assert job.has_conversations == (run.loss_tokens == "assistant")
     engine = build_engine(job, machine)

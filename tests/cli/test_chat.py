@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -12,19 +13,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.use.conftest import PAIRS
-from tests.use.models import make_base, teach
+from tests.support.models import PAIRS
 from trivium.cli.main import trivium as cli
 
 COMMAND = [sys.executable, "-m", "trivium.cli", "chat"]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def workplace(tmp_path_factory, base, taught) -> Path:
     """A folder with a base that goes on with texts, and a model that answers."""
     folder = tmp_path_factory.mktemp("workplace")
-    make_base(folder / "base")
-    teach(make_base(folder / "taught", seed=3), PAIRS)
+    shutil.copytree(base, folder / "base")
+    shutil.copytree(taught, folder / "taught")
     return folder
 
 

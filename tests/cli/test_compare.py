@@ -2,19 +2,18 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 from click.testing import CliRunner
 
-from tests.use.conftest import PAIRS
-from tests.use.models import STORIES, make_adapter, make_base, make_run
+from tests.support.models import PAIRS, STORIES, make_run
 from trivium.cli.main import trivium as cli
 
 
-def test_a_run_beside_its_base(tmp_path: Path, monkeypatch):
-    base = make_base(tmp_path / "base")
+def test_a_run_beside_its_base(base: Path, adapter: Path, tmp_path: Path, monkeypatch):
     run = make_run(tmp_path / "runs" / "tuned", f"method: qlora\nweights: nf4\nmodel: {{name: {base}}}\n")
-    make_adapter(run / "adapter", base)
+    shutil.copytree(adapter, run / "adapter")
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in PAIRS]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.doctor.cases import byte_tokenizer, chat_rows, write_base, write_rows, zero_rows
+from tests.doctor.cases import chat_rows, write_rows
+from tests.support.models import byte_tokenizer, write_base, zero_rows
 from trivium.cli.main import trivium
 from trivium.doctor import examine
 

@@ -1,6 +1,7 @@
 """`trivium eval`: figures on stdout, the rest on stderr, every answer in a file."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,8 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.use.conftest import PAIRS
-from tests.use.models import STORIES, make_base, teach
+from tests.support.models import PAIRS, STORIES
 from trivium.cli.main import trivium as cli
 
 
@@ -20,10 +20,10 @@ def trivium(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def workplace(tmp_path_factory, taught) -> Path:
     """A folder with a model that answers, prompts with answers, and documents."""
     folder = tmp_path_factory.mktemp("workplace")
-    teach(make_base(folder / "taught", seed=3), PAIRS)
+    shutil.copytree(taught, folder / "taught")
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in PAIRS] + [{"prompt": "?", "answer": "never"}]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES))

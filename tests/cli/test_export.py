@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.use.models import make_adapter, make_base, make_run
+from tests.support.models import make_adapter, make_base, make_run
 from trivium.cli.main import trivium as cli
 
 

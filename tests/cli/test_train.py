@@ -93,8 +93,8 @@ def test_another_setting_is_refused_with_its_name(workplace):
 
 
 def test_verify_proves_the_run_and_finds_what_was_changed(workplace, tmp_path):
-    proof = trivium(workplace, "verify", "runs/small", "--json")
-    assert proof.returncode == 0, proof.stderr
+    proof = invoke(workplace, "verify", "runs/small", "--json")
+    assert proof.exit_code == 0, proof.stderr
     assert json.loads(proof.stdout)["num_steps"] == 12 and json.loads(proof.stdout)["is_finished"]
     ledger = workplace / "runs" / "small" / "ledger.jsonl"
     whole = ledger.read_text()
@@ -140,8 +140,8 @@ def test_chat_runs_no_code_of_the_folder_and_reads_no_pickle(workplace):
 
 
 def test_chat_completes_a_prompt_from_the_command_line(workplace):
-    spoken = trivium(workplace, "chat", "runs/small", "-p", "Once upon", "--max-new-tokens", "6", "--seed", "1")
-    assert spoken.returncode == 0, spoken.stderr
+    spoken = invoke(workplace, "chat", "runs/small", "-p", "Once upon", "--max-new-tokens", "6", "--seed", "1")
+    assert spoken.exit_code == 0, spoken.stderr
     assert spoken.stdout.startswith("Once upon") and len(spoken.stdout) > len("Once upon\n")
     nothing = invoke(workplace, "chat", "no-such-folder", "-p", "x")
     assert nothing.exit_code == 2 and "is not a model" in nothing.stderr
@@ -205,8 +205,8 @@ def test_a_model_that_computes_nan_is_stopped_and_the_documents_named(workplace)
 
 def test_data_that_is_not_there_leaves_no_run_folder(workplace):
     (workplace / "gone.yaml").write_text("method: scratch\nmodel: 1M\ndata: gone.jsonl\n")
-    refused = trivium(workplace, "train", "gone.yaml")
-    assert refused.returncode == 2 and "gone.jsonl" in refused.stderr
+    refused = invoke(workplace, "train", "gone.yaml")
+    assert refused.exit_code == 2 and "gone.jsonl" in refused.stderr
     assert not (workplace / "runs" / "gone").exists()
 
 

@@ -65,11 +65,6 @@ PIECES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def real():
-    return {name: load_tokenizer(REAL / name) for name in REAL_NAMES}
-
-
 def text(draw: random.Random, may_be_empty: bool = False) -> str:
     """Some pieces; blank text only where it may be empty."""
     found = "".join(draw.choices(PIECES, k=draw.choice([1, 1, 2, 3, 5, 8])))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from tests.support.qwen_tokenizers import REAL, REAL_NAMES, needs_real
+from tests.support.qwen_tokenizers import REAL_NAMES, needs_real
 from trivium.data import tokenizer as module
 from trivium.data.tokenizer import (
     CHATML_TEMPLATE,
@@ -40,11 +40,6 @@ def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / request.param
     train_tokenizer(iter(TEXTS), request.param, 300, folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def real():
-    return {name: load_tokenizer(REAL / name) for name in REAL_NAMES}
 
 
 def test_trained_tokenizer_is_what_hugging_face_expects(trained):

@@ -1,35 +1,24 @@
-"""Small real runs for the doctor: model folders, conversations and documents, prepared as training prepares them."""
+"""Small real runs for the doctor: conversations and documents, prepared as training prepares them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.support.models import byte_tokenizer
 from tests.support.qwen_tokenizers import real_tokenizer
 from trivium.config.run import Run, with_method_defaults
-from trivium.data.tokenizer import load_tokenizer, train_tokenizer
+from trivium.data.tokenizer import load_tokenizer
 from trivium.doctor.examine import LOADED_RULES, PREPARED_RULES, RUN_RULES
 from trivium.doctor.findings import Finding, check
 from trivium.doctor.prepared import LoadedRun, PreparedRun, prepare_checks
 from trivium.engine.device import Machine
 from trivium.engine.prepare import prepare
-from trivium.model import hf
-from trivium.model.qwen import Qwen, init_weights
-from trivium.model.shape import QwenShape
 
 MACHINE = Machine(torch.device("cpu"), torch.float32, 1e15, memory_bytes=8 << 30)
-END_OF_TEXT, TURN_START, TURN_END = 256, 257, 258
 PAIRS = [(f"What does fox number {n} do?", f"It draws {n} red houses.") for n in range(40)]
-
-
-def byte_tokenizer(folder: Path, template: str | None = None) -> Path:
-    """259 tokens with plain ChatML, or with a template of one's own."""
-    train_tokenizer(["a"], "byte", 259, folder)
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    return folder
 
 
 def thinking_tokenizer(folder: Path) -> Path:
@@ -43,43 +32,6 @@ def thinking_tokenizer(folder: Path) -> Path:
     tokenizer.chat_template = config["chat_template"]
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def write_base(
-    folder: Path,
-    tokenizer: Path,
-    tie: bool = True,
-    stops: Sequence[int] = (TURN_END, END_OF_TEXT),
-    edit: Callable[[Qwen], object] = lambda model: None,
-    **sizes: Any,
-) -> Path:
-    """A pretrained model as the Hub has it: its rows all differ, unless `edit` makes them the same."""
-    numbers = {
-        "family": "qwen3",
-        "vocab_size": 64 * -(-len(load_tokenizer(tokenizer)) // 64),
-        "hidden_size": 16,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "tie_word_embeddings": tie,
-    }
-    model = Qwen(QwenShape(**numbers | sizes))
-    init_weights(model, seed=0)
-    with torch.no_grad():
-        edit(model)
-    hf.save_folder(model, folder, tokenizer, torch.float32, {"eos_token_id": list(stops), "pad_token_id": stops[-1]})
-    return folder
-
-
-def zero_rows(*tokens: int) -> Callable[[Qwen], object]:
-    """Make these tokens look as in base models that were never trained on them."""
-
-    def edit(model: Qwen) -> None:
-        model.model.embed_tokens.weight[list(tokens)] = 0.0
-
-    return edit
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

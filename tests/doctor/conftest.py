@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.doctor.cases import byte_tokenizer, chat_rows, text_rows, thinking_tokenizer, write_base, write_rows
+from tests.doctor.cases import chat_rows, text_rows, thinking_tokenizer, write_rows
+from tests.support.models import byte_tokenizer, write_base
 
 
 @pytest.fixture(scope="session")

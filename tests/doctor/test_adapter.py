@@ -2,12 +2,13 @@
 
 import pytest
 
-from tests.doctor.cases import found_in, run_of, write_base
+from tests.doctor.cases import found_in, run_of
+from tests.support.models import write_base
 
 
 @pytest.fixture(scope="module")
 def untied(tokenizer, tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("untied") / "model", tokenizer, tie=False)
+    return write_base(tmp_path_factory.mktemp("untied") / "model", tokenizer, tie_word_embeddings=False)
 
 
 def peft_adapter(folder, base, **options):

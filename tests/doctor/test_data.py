@@ -7,20 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.doctor.cases import (
-    PAIRS,
-    byte_tokenizer,
-    chat_rows,
-    found_in,
-    prepared_of,
-    real_tokenizer,
-    run_of,
-    severity_of,
-    text_rows,
-    write_base,
-    write_rows,
-)
+from tests.doctor.cases import PAIRS, chat_rows, found_in, prepared_of, run_of, severity_of, text_rows, write_rows
 from tests.doctor.test_tokens import write_store
+from tests.support.models import byte_tokenizer, write_base
+from tests.support.qwen_tokenizers import real_tokenizer
 from trivium.data.tokenizer import CHATML_TEMPLATE, load_tokenizer
 from trivium.doctor.examine import examine
 from trivium.errors import BadData

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.doctor.cases import byte_tokenizer, found_in, prepared_of, run_of, severity_of, write_base
+from tests.doctor.cases import found_in, prepared_of, run_of, severity_of
+from tests.support.models import byte_tokenizer, write_base
 from trivium.doctor.prepared import PreparedRun
 from trivium.engine.device import Machine
 

@@ -4,15 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.doctor.cases import (
-    chat_rows,
-    found_in,
-    prepared_of,
-    real_tokenizer,
-    run_of,
-    write_base,
-    write_rows,
-)
+from tests.doctor.cases import chat_rows, found_in, prepared_of, run_of, write_rows
+from tests.support.models import write_base
+from tests.support.qwen_tokenizers import real_tokenizer
 from trivium.doctor.prepared import load
 
 SHAPE = {
@@ -33,7 +27,7 @@ def test_conversations_on_a_chat_model(method, base, chats, tmp_path):
 
 
 def test_an_untied_model(tokenizer, chats, tmp_path):
-    base = write_base(tmp_path / "untied", tokenizer, tie=False)
+    base = write_base(tmp_path / "untied", tokenizer, tie_word_embeddings=False)
     no_findings(run_of(tmp_path, chats, method="lora", model=str(base)), tmp_path)
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.doctor.cases import found_in, prepared_of, run_of, severity_of, write_base
+from tests.doctor.cases import found_in, prepared_of, run_of, severity_of
+from tests.support.models import write_base
 from trivium.doctor.prepared import LoadedRun, load
 
 

@@ -6,18 +6,8 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from tests.doctor.cases import (
-    END_OF_TEXT,
-    TURN_END,
-    TURN_START,
-    byte_tokenizer,
-    found_in,
-    prepared_of,
-    run_of,
-    severity_of,
-    write_base,
-    zero_rows,
-)
+from tests.doctor.cases import found_in, prepared_of, run_of, severity_of
+from tests.support.models import END_OF_TEXT, TURN_END, TURN_START, byte_tokenizer, write_base, zero_rows
 from trivium.data.columns import LOSS_WEIGHTS
 from trivium.data.store.megatron import StoreWriter
 from trivium.data.tokenizer import CHATML_TEMPLATE
@@ -94,7 +84,7 @@ def copy_row(model) -> None:
 @pytest.mark.parametrize("tie", [True, False])
 def test_q04_untrained_rows_that_stay_frozen(tie, tokenizer, chats, tmp_path):
     edit = zero_rows(TURN_START, TURN_END) if tie else copy_row
-    base = write_base(tmp_path / "base", tokenizer, tie=tie, edit=edit)
+    base = write_base(tmp_path / "base", tokenizer, tie_word_embeddings=tie, edit=edit)
     named = {"train_tokens": ["<|im_start|>"]}
     prepared = prepared_of(run_of(tmp_path, chats, method="lora", model=str(base), adapter=named))
     found = found_in(prepared)["Q04"]

@@ -75,15 +75,12 @@ def run_values(corpus: Path, runs_dir: Path, **values: Any) -> dict[str, Any]:
 
 def train(values: dict[str, Any], observer: Any = None) -> None:
     """Start or resume a run, in this process."""
-    import torch
-
     from trivium.config.load import ResolvedRun
     from trivium.config.run import Run, with_method_defaults
     from trivium.doctor.examine import IDS
     from trivium.engine.loop import Silent
     from trivium.train import train_quietly
 
-    torch.set_num_threads(1)
     train_quietly(ResolvedRun(Run.model_validate(with_method_defaults(values)), {}), observer or Silent(), IDS)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.memory_store import random_store
+from tests.support.models import small_model, small_shape
 from trivium.config.run import Optimizer
 from trivium.data.batch.order import Order
 from trivium.data.batch.pack import StoreBatches, pack
@@ -16,30 +17,12 @@ from trivium.model.shape import QwenShape
 CONFIG = Optimizer(lr=1e-3, weight_decay=0.1)
 
 
-def small_shape(family: str = "qwen3", tied: bool = True) -> QwenShape:
-    return QwenShape(
-        family=family,
-        vocab_size=500,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=tied,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=128,
-    )
+def engine_shape(family: str = "qwen3", tied: bool = True) -> QwenShape:
+    return small_shape(family=family, vocab_size=500, tie_word_embeddings=tied)
 
 
 def small_engine(family: str = "qwen3", tied: bool = True, config: Optimizer = CONFIG) -> Engine:
-    model = Qwen(small_shape(family, tied))
-    init_weights(model, seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)
-    return Engine(model, config)
+    return Engine(small_model(engine_shape(family, tied), scale=3.0), config)
 
 
 def rows_of(sequences_per_micro_batch: int, sequences_per_step: int = 4) -> StoreBatches:
@@ -152,7 +135,7 @@ def test_save_and_load_go_on_bit_for_bit(tmp_path, state_dtype):
         state_dtype == "8bit"
     )
     torch.manual_seed(99)
-    second = Engine(Qwen(small_shape(tied=False)), config)
+    second = Engine(Qwen(engine_shape(tied=False)), config)
     init_weights(second.model, seed=50)
     assert second.load(tmp_path / "step-00000003")["step"] == 3
     for step in range(3, 6):

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.engine.test_engine import CONFIG, small_shape
+from tests.engine.test_engine import CONFIG, engine_shape
 from tests.support.memory_store import random_store
+from tests.support.models import small_model
 from trivium.config.run import Adapter
 from trivium.data.batch.pack import Batch, pack
 from trivium.engine.engine import Engine
 from trivium.engine.objective import NextToken, Objective, OfLogprobs
 from trivium.model import adapter
-from trivium.model.qwen import Documents, Qwen, init_weights
+from trivium.model.qwen import Documents, Qwen
 
 TOKEN_IDS = [3, 77, 410]
 
@@ -65,11 +66,8 @@ class Clipped(OfLogprobs):
 
 def model_of(kind: str) -> Qwen:
     torch.manual_seed(0)
-    model = Qwen(small_shape("qwen2" if kind == "qwen2" else "qwen3", tied=kind != "untied"))
-    init_weights(model, seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
+    shape = engine_shape("qwen2" if kind == "qwen2" else "qwen3", tied=kind != "untied")
+    model = small_model(shape, scale=2.0)
     if kind.startswith("adapter"):
         model.requires_grad_(False)
         adapter.inject(model, Adapter(rank=4), seed=2, token_ids=TOKEN_IDS if kind.endswith("tokens") else [])

@@ -116,7 +116,6 @@ def test_portions_may_change_and_nothing_else(corpus, tmp_path):
 def command(arguments: list[str], headroom_bytes: int | None, errors: Path) -> None:
     """The command line in this process, which may hold no more than so many bytes beyond what it holds now."""
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
-    torch.set_num_threads(1)
     if headroom_bytes is not None:
         held = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
         assert held is not None

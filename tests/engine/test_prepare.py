@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 
 from tests.engine.runs import adapt_values, write_conversations
+from tests.support.models import END_OF_TEXT, byte_tokenizer, write_base
 from trivium.config.run import Run, with_method_defaults
 from trivium.data.columns import loss_weights
 from trivium.data.store.megatron import Selection, Store
-from trivium.data.tokenizer import train_tokenizer
 from trivium.engine.loop import Silent
 from trivium.engine.prepare import Job, prepare
 from trivium.errors import ConfigError
-from trivium.model import hf
-from trivium.model.qwen import Qwen, init_weights
-from trivium.model.shape import QwenShape
 
 TEMPLATE = """\
 {%- for message in messages %}
@@ -35,26 +32,8 @@ TEMPLATE = """\
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    train_tokenizer(iter(["fox crow hen"]), "byte", 259, folder / "tokenizer")
-    (folder / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
-    shape = QwenShape(
-        family="qwen3",
-        vocab_size=320,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        tie_word_embeddings=True,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=128,
-    )
-    model = Qwen(shape)
-    init_weights(model, 0)
-    hf.save_folder(model, folder / "model", folder / "tokenizer", model.head_weight.dtype)
-    return folder / "model"
+    byte_tokenizer(folder / "tokenizer", TEMPLATE)
+    return write_base(folder / "model", folder / "tokenizer", [END_OF_TEXT])
 
 
 def write_mixed(path: Path, num_reasoned: int, num_plain: int) -> Path:

@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from tests.support.models import small_model, small_shape
 from trivium.config.run import Run, with_method_defaults
 from trivium.data.batch.pack import Batch
 from trivium.data.tokenizer import train_tokenizer
@@ -42,8 +43,6 @@ from trivium.engine.device import Machine
 from trivium.engine.optim import learning_rate
 from trivium.engine.prepare import Job, prepare
 from trivium.model import adapter, hf
-from trivium.model.qwen import Qwen, init_weights
-from trivium.model.shape import QwenShape
 from trivium.quickstart.grammar import story
 
 STEPS = 50
@@ -72,26 +71,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     rng = Random(0)
     train_tokenizer([story(rng).text for _ in range(300)], "bpe", 600, folder / "tokenizer")
-    model = Qwen(
-        QwenShape(
-            family="qwen3",
-            vocab_size=640,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            tie_word_embeddings=True,
-            rope_theta=1e6,
-            rms_norm_eps=1e-6,
-            max_position_embeddings=256,
-        )
-    )
-    init_weights(model, seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
+    model = small_model(small_shape(vocab_size=640, hidden_size=64, intermediate_size=128), scale=2.0)
     hf.save_folder(model, folder / "model", folder / "tokenizer", torch.float32)
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat(rng)) + "\n" for _ in range(400)))
     return folder
@@ -196,16 +176,6 @@ def train_there(job: Job, folder: Path, output: Path) -> tuple[list[float], list
     return trainer.losses, norms
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """So small a model is slower on several, and much slower where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_every_step_has_the_loss_of_trl_and_peft(method: str, base: Path, tmp_path: Path) -> None:
     job = prepare(run_of(method, base, tmp_path), note=lambda _: None)

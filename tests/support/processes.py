@@ -93,10 +93,8 @@ def run_rank(
 ) -> None:
     """What each process does: join the group, call the function, send what it returned or its traceback."""
     os.environ.update(environment)
-    import torch
     from torch import distributed
 
-    torch.set_num_threads(1)
     with open(stack_file, "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         try:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.use.conftest import PAIRS
+from tests.support.models import PAIRS
 from trivium.errors import BadData, ConfigError
 from trivium.use import answers as module
 from trivium.use.answers import (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.models import PAIRS
 from tests.support.qwen_tokenizers import REAL, needs_real
-from tests.use.conftest import PAIRS
 from trivium.data.chat.formats import parse
 from trivium.data.chat.layout import RecordLayout
 from trivium.data.chat.samples import ChatEncoder

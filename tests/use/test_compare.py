@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.runs import adapt_values, train, write_conversations
-from tests.use.conftest import PAIRS
-from tests.use.models import STORIES, make_adapter, make_base, make_run
+from tests.support.models import PAIRS, STORIES, make_adapter, make_base, make_run
 from trivium.engine.record import read_record
 from trivium.engine.runfolder import RunFolder
 from trivium.use.answers import answers, read_questions, score

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.use.models import make_adapter, make_base, make_run
+from tests.support.models import make_adapter, make_base, make_run
 from trivium.errors import ConfigError, TriviumError
 from trivium.files import sha256_file
 from trivium.use.export import export

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.use.models import make_adapter, make_base
+from tests.support.models import make_adapter, make_base
 from trivium.errors import ConfigError
 from trivium.use.harness import require_harness, run_tasks
 from trivium.use.load import load

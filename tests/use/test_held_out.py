@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engine.runs import adapt_values, run_values, train, write_conversations, write_corpus
-from tests.use.models import STORIES
+from tests.support.models import STORIES
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import BadData, ConfigError
 from trivium.use import held_out

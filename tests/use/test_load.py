@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.use.models import make_adapter, make_base, make_run, set_stops
+from tests.support.models import make_adapter, make_base, make_run, set_stops
 from trivium.errors import ConfigError
 from trivium.use.load import find, load
 

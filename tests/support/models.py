@@ -1,19 +1,93 @@
-"""Small real models, adapters and run folders, made with stock transformers and PEFT."""
+"""Small real models, adapters and run folders: `make_*` with stock transformers and PEFT, the rest with our model."""
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trivium.data.tokenizer import load_tokenizer, train_tokenizer
+from trivium.model import hf
+from trivium.model.qwen import Qwen, init_weights
+from trivium.model.shape import QwenShape
+
+END_OF_TEXT, TURN_START, TURN_END = 256, 257, 258
 
 STORIES = [
     "Lily the fox likes to draw. She draws a big red house.",
     "Tom has a small blue boat. The boat is on the lake.",
     "The owl sleeps in the old tree. At night the owl sings.",
 ]
+PAIRS = [
+    ("What does Lily draw?", "A house."),
+    ("Where is the boat?", "On the lake."),
+    ("Who sings?", '{"name": "owl"}'),
+]
+
+
+def small_shape(**changes: Any) -> QwenShape:
+    """The sizes of most models in tests; a test that needs others names them."""
+    numbers = {
+        "family": "qwen3",
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 256,
+    }
+    return QwenShape(**numbers | changes)
+
+
+def small_model(shape: QwenShape, scale: float = 1.0) -> Qwen:
+    """A model with random weights, `scale` times as large as a new model's: larger ones have larger gradients."""
+    model = Qwen(shape)
+    init_weights(model, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model
+
+
+def byte_tokenizer(folder: Path, template: str | None = None) -> Path:
+    """259 tokens with plain ChatML, or with a template of one's own."""
+    train_tokenizer(["a"], "byte", 259, folder)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def write_base(
+    folder: Path,
+    tokenizer: Path,
+    stops: Sequence[int] = (TURN_END, END_OF_TEXT),
+    edit: Callable[[Qwen], object] = lambda model: None,
+    scale: float = 1.0,
+    **sizes: Any,
+) -> Path:
+    """A base model as published: no two of its embeddings are equal, unless `edit` makes them so."""
+    vocab_size = 64 * -(-len(load_tokenizer(tokenizer)) // 64)
+    model = small_model(small_shape(**{"vocab_size": vocab_size} | sizes), scale)
+    with torch.no_grad():
+        edit(model)
+    hf.save_folder(model, folder, tokenizer, torch.float32, {"eos_token_id": list(stops), "pad_token_id": stops[-1]})
+    return folder
+
+
+def zero_rows(*tokens: int) -> Callable[[Qwen], object]:
+    """Make these tokens look as in base models that were never trained on them."""
+
+    def edit(model: Qwen) -> None:
+        model.model.embed_tokens.weight[list(tokens)] = 0.0
+
+    return edit
 
 
 def make_base(folder: Path, tie: bool = True, seed: int = 0, family: str = "qwen3") -> Path:
