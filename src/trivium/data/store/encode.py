@@ -1,7 +1,7 @@
 """Encoding: blocks of raw records become token ids, in one or several processes, in the order of the blocks.
 
-Workers are spawned processes. They import transformers only to render conversations, and never torch. Memory is
-bounded, since at most a few blocks per worker are in progress.
+Workers are spawned processes; they import transformers only if there are conversations to render. Memory is bounded,
+since at most a few blocks per worker are in progress.
 """
 
 import hashlib
