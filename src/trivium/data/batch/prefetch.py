@@ -6,7 +6,6 @@ The batches depend only on the step number, so prefetching never changes a run.
 from collections.abc import Callable
 from queue import Empty, Full, Queue
 from threading import Event, Thread
-from types import TracebackType
 
 from trivium.data.batch.pack import Batch, BatchSource
 
@@ -46,9 +45,7 @@ class Prefetch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closed.set()
         self._thread.join()
 

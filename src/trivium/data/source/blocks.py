@@ -369,21 +369,19 @@ def json_pieces(
 
     `start` is the position of the first record. With a `field`, other fields are dropped.
     """
-    lines: list[bytes] = []
-    num_bytes, number = 0, start.offset
+    number, lines = start.offset, (_json_line(record, field) for record in records)
+    while taken := _take(lines, block_bytes):
+        piece = Piece(name, "json", number + 1, b"".join(taken), None, layout)
+        number += len(taken)
+        yield piece, Position(start.file, number, number + 1)
 
-    def piece() -> tuple[Piece, Position]:
-        first_line = number - len(lines) + 1
-        return Piece(name, "json", first_line, b"".join(lines), None, layout), Position(start.file, number, number + 1)
 
-    for number, record in enumerate(records, start=start.offset + 1):
-        lines.append(_json_line(record, field))
-        num_bytes += len(lines[-1])
-        if num_bytes >= block_bytes:
-            yield piece()
-            lines, num_bytes = [], 0
-    if lines:
-        yield piece()
+def _take(lines: Iterator[bytes], most_bytes: int) -> list[bytes]:
+    taken, num_bytes = [], 0
+    while num_bytes < most_bytes and (line := next(lines, None)):
+        taken.append(line)
+        num_bytes += len(line)
+    return taken
 
 
 def _json_line(record: Any, field: str | None) -> bytes:
