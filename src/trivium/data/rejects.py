@@ -102,9 +102,8 @@ class Reject(NamedTuple):
         return cls(file, line, error.reason.value, error.detail)
 
 
-JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-
-
 def json_type(value: object) -> str:
     """Name of a JSON value's type for messages."""
-    return JSON_TYPES.get(type(value), "null")
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    names |= {int: "a number", float: "a number"}
+    return names.get(type(value), "null")

@@ -188,8 +188,6 @@ class Encoding:
     """Appended to each document: `<|endoftext|>` if the vocabulary has it, else the tokenizer's eos_token."""
     vocab_size: int
     """Number of ids, including added tokens."""
-    control_tokens: tuple[str, ...]
-    """Special tokens and tokens like `<think>`; their text inside a document is encoded as plain text."""
 
     @property
     def added_ids(self) -> list[int]:
@@ -218,7 +216,6 @@ def document_encoding(tokenizer: "PreTrainedTokenizerFast") -> Encoding:
         tokenizer_json=json.dumps(content, ensure_ascii=False),
         end_id=int(end_id),
         vocab_size=len(tokenizer),
-        control_tokens=tuple(token["content"] for token in content["added_tokens"] if token["special"]),
     )
 
 
@@ -231,8 +228,8 @@ class DocumentEncoder:
         self._tokenizer.encode_special_tokens = True
         self._end_id = encoding.end_id
         self.dtype = token_dtype(encoding.vocab_size)
-        tokens = sorted(encoding.control_tokens, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        tokens = (token["content"] for token in content["added_tokens"] if token["special"])
+        self._control = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
         pattern = _word_pattern(content)
         self._words = WordEncoder(self._tokenizer, pattern) if pattern else None
 

@@ -176,10 +176,11 @@ class BatchSource(Protocol):
         ...
 
 
+@dataclass
 class StoreBatches:
     """Reads token stores in their global order and packs the micro-batches of every optimizer step.
 
-    Args:
+    Attributes:
         stores: the token stores, numbered as in `order`.
         order: the order of packed sequences.
         sequences_per_step: packed sequences of one optimizer step.
@@ -187,19 +188,11 @@ class StoreBatches:
         num_sequences: packed sequences of the whole run; None for no limit.
     """
 
-    def __init__(
-        self,
-        stores: Sequence[TokenStore],
-        order: Order,
-        sequences_per_step: int,
-        sequences_per_micro_batch: int,
-        num_sequences: int | None,
-    ) -> None:
-        self.stores = stores
-        self.order = order
-        self.sequences_per_step = sequences_per_step
-        self.sequences_per_micro_batch = sequences_per_micro_batch
-        self.num_sequences = num_sequences
+    stores: Sequence[TokenStore]
+    order: Order
+    sequences_per_step: int
+    sequences_per_micro_batch: int
+    num_sequences: int | None
 
     def step(self, step: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
         """See `BatchSource`.

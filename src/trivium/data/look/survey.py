@@ -155,8 +155,8 @@ def _survey(
     read, num_bytes = _estimate(corpus, _blocks(corpus, sizes, MOST_BYTES_READ))
     if not sizes and num_bytes >= MOST_BYTES_READ:
         raise BadData(
-            f"{corpus.name}: is larger than {MOST_BYTES_READ >> 20} MiB, and its total size is unknown. Give the number "
-            "of its records or tokens instead, or download it."
+            f"{corpus.name}: is larger than {MOST_BYTES_READ >> 20} MiB, and its total size is unknown. Give the "
+            "number of its records or tokens instead, or download it."
         )
     num_records = _records_by_footer(corpus)
     if num_records is None:

@@ -229,9 +229,11 @@ class StoreJob:
         """Tokenize the records that are not in the partial store yet, then publish it as `folder`."""
         partial_folder = partial_of(folder)
         columns: tuple[Column, ...] = () if self.chat is None else CHAT_COLUMNS
-        with Partial(partial_folder, token_dtype(self.encoding.vocab_size), columns) as partial:
-            with _disk_full_explained(partial_folder):
-                self._encode_into(partial)
+        with (
+            _disk_full_explained(partial_folder),
+            Partial(partial_folder, token_dtype(self.encoding.vocab_size), columns) as partial,
+        ):
+            self._encode_into(partial)
             try:
                 self.corpus.require_unchanged()
             except BadData:
@@ -243,8 +245,7 @@ class StoreJob:
                     f"{self.corpus.name}: has no documents. Expected at least one record with text; check that it is "
                     "the right file."
                 )
-            with _disk_full_explained(partial_folder):
-                publish(partial, folder, self.settings.held_out, self.encoding.added_ids, inputs)
+            publish(partial, folder, self.settings.held_out, self.encoding.added_ids, inputs)
 
     def _encode_into(self, partial: Partial) -> None:
         settings, num_bytes = self.settings, self.corpus.num_bytes

@@ -161,7 +161,7 @@ class Store:
                 raise BadData(
                     f"{file}: no such file. Expected a store's folder, or the common prefix of a .bin and an .idx."
                 )
-        self._map_index(self._read_header())
+        self._map_index()
         self.num_tokens = self._check_index()
         """Tokens of all documents."""
         self._tokens = np.memmap(self.bin_path, self.dtype, "r") if self.num_tokens else np.empty(0, self.dtype)
@@ -182,8 +182,8 @@ class Store:
             )
         return np.memmap(path, column.dtype, "r") if num_values else np.empty(0, column.dtype)
 
-    def _read_header(self) -> int:
-        """Set `dtype` and return the number of sequences."""
+    def _map_index(self) -> None:
+        """Check the header and memory-map the arrays after it."""
         with self._index_path.open("rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
@@ -199,9 +199,6 @@ class Store:
             raise self._broken(f"has {found:,} bytes; its header promises {expected:,}")
         if num_borders == 0:
             raise self._broken("has no document borders")
-        return num_sequences
-
-    def _map_index(self, num_sequences: int) -> None:
         index = self._index = np.memmap(self._index_path, np.uint8, "r")
         pointers_at = HEADER.size + 4 * num_sequences
         borders_at = pointers_at + 8 * num_sequences
