@@ -1,4 +1,4 @@
-"""The token proof: what is supervised of each answer is, id for id, what serving sends and what the model would write.
+"""The token proof: prompts and supervised answers equal, id for id, what serving sends and the model generates.
 
 The oracle is transformers alone: `apply_chat_template` on plain messages for every answer, written without `chat.py`.
 """
@@ -71,7 +71,7 @@ def real():
 
 
 def text(draw: random.Random, may_be_empty: bool = False) -> str:
-    """Some pieces; blank text only where it may be empty."""
+    """Text of some pieces, blank only if allowed."""
     found = "".join(draw.choices(PIECES, k=draw.choice([1, 1, 2, 3, 5, 8])))
     if may_be_empty:
         return draw.choice(["", found])
@@ -102,7 +102,7 @@ def answer(draw: random.Random) -> dict:
 
 
 def conversation(seed: int) -> dict:
-    """A row as a file may have it: 1 to 6 answers, each after a question or after the results of calls."""
+    """A record with 1 to 6 answers, each after a question or after tool results."""
     draw = random.Random(seed)
     messages, row = [], {"messages": []}
     if draw.random() < 0.5:
@@ -127,7 +127,7 @@ def conversation(seed: int) -> dict:
 
 
 def serve(tokenizer, messages: list[dict], tools: list[dict] | None, turn: int):
-    """(ids that serving sends, ids of the answer, enable_thinking) for one turn, by transformers alone."""
+    """(prompt ids of serving, answer ids, enable_thinking) for one turn, computed with transformers alone."""
 
     def render(upto: int, **how):
         return tokenizer.apply_chat_template(messages[:upto], tools=tools, return_dict=False, **how)
@@ -144,12 +144,12 @@ def serve(tokenizer, messages: list[dict], tools: list[dict] | None, turn: int):
 
 
 def as_served(row: dict) -> list[dict]:
-    """The messages without what only training reads."""
+    """The messages without the keys that only training reads."""
     return [{key: value for key, value in message.items() if key != "weight"} for message in row["messages"]]
 
 
 def mismatches(tokenizer, row: dict, encoded, first: int = 0) -> int:
-    """Answers whose ids or weights differ from what serving would have had; each must be there once."""
+    """Answers whose ids or weights differ from serving; each must occur once."""
     messages, tools = as_served(row), row.get("tools")
     supervised = {
         index: round(100 * message.get("weight", 1))
@@ -172,7 +172,7 @@ def mismatches(tokenizer, row: dict, encoded, first: int = 0) -> int:
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_every_answer_is_what_serving_would_have_whatever_the_pad_token(real, name):
+def test_every_answer_equals_serving_with_any_pad_token(real, name):
     tokenizer = load_tokenizer(REAL / name)
     num_answers = 0
     for number, pad in enumerate(PADS):
@@ -195,7 +195,7 @@ SPEECH = st.lists(ANY_TEXT | st.sampled_from(PIECES), min_size=1, max_size=4).ma
 @needs_real
 @settings(max_examples=60)
 @given(st.lists(st.tuples(SPEECH, SPEECH, st.none() | SPEECH), min_size=1, max_size=3), st.sampled_from(REAL_NAMES))
-def test_any_text_is_supervised_as_it_is_served(real, pairs, name):
+def test_any_text_is_supervised_like_serving(real, pairs, name):
     messages = []
     for question, reply, reasoning in pairs:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
@@ -219,7 +219,7 @@ def supervised_text(tokenizer, sample) -> list[str]:
 
 
 @needs_real
-def test_one_sample_where_turns_extend_each_other_several_where_not(real):
+def test_conversation_is_one_sample_if_prompts_extend_each_other(real):
     row = talk("a", "b", "c", "d")
     (sample,) = encode(real["qwen2.5-instruct"], row).samples
     assert supervised_text(real["qwen2.5-instruct"], sample) == ["b<|im_end|>", "d<|im_end|>"]
@@ -232,7 +232,7 @@ def test_one_sample_where_turns_extend_each_other_several_where_not(real):
 
 
 @needs_real
-def test_reasoning_is_supervised_where_the_template_shows_it_and_counted_where_not(real):
+def test_reasoning_is_supervised_or_counted_as_lost(real):
     row = talk("a", "b")
     row["messages"][1]["reasoning"] = "So it is."
     encoded = encode(real["qwen3"], row)
@@ -248,7 +248,7 @@ def test_reasoning_is_supervised_where_the_template_shows_it_and_counted_where_n
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_arguments_as_text_are_never_encoded_twice(real, name):
+def test_tool_arguments_given_as_text_are_not_encoded_twice(real, name):
     call = {"type": "function", "function": {"name": "sum", "arguments": {"of": [1, 2]}}}
     as_text = {"type": "function", "function": {"name": "sum", "arguments": '{"of": [1, 2]}'}}
     ids = []
@@ -262,7 +262,7 @@ def test_arguments_as_text_are_never_encoded_twice(real, name):
 
 
 @needs_real
-def test_control_tokens_are_refused_or_told(real):
+def test_control_tokens_are_rejected_or_reported(real):
     tokenizer = real["qwen3"]
     for special in tokenizer.all_special_tokens:
         with pytest.raises(RecordError) as caught:
@@ -275,7 +275,7 @@ def test_control_tokens_are_refused_or_told(real):
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_all_tokens_are_supervised_of_the_whole_conversation(real, name):
+def test_all_tokens_supervises_the_whole_conversation(real, name):
     row = talk("a", "b", "c", "d", "e", "f")
     encoded = encode(real[name], row, seq_len=8, all_tokens=True)
     (sample,) = encoded.samples
@@ -293,7 +293,7 @@ def long_row() -> dict:
 
 @needs_real
 @pytest.mark.parametrize("name", ["qwen2.5-instruct", "qwen3"])
-def test_turns_that_do_not_fit_are_dropped_and_counted(real, name):
+def test_overlong_drop_counts_answers_that_do_not_fit(real, name):
     row = long_row()
     full = encode(real[name], row)
     second = next(one.stop for sample in full.samples for one in sample.answers if one.turn == 4)
@@ -311,7 +311,7 @@ def test_turns_that_do_not_fit_are_dropped_and_counted(real, name):
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
 @pytest.mark.parametrize("seq_len", [170, 300, 340, 480, 600, 2000])
-def test_a_split_conversation_begins_at_the_oldest_user_turn_that_fits(real, name, seq_len):
+def test_overlong_split_starts_at_the_oldest_user_turn_that_fits(real, name, seq_len):
     tokenizer, messages = real[name], long_row()["messages"]
     encoded = encode(tokenizer, {"messages": messages}, seq_len, "split")
     found = {one.turn: (sample, one) for sample in encoded.samples for one in sample.answers}
@@ -331,7 +331,7 @@ def test_a_split_conversation_begins_at_the_oldest_user_turn_that_fits(real, nam
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_a_cut_answer_keeps_its_end_token(real, name):
+def test_overlong_truncate_keeps_the_end_token(real, name):
     row = talk("a", LONG[0], "c", "d")
     sent, written, _ = serve(real[name], row["messages"], None, 1)
     for room in range(1, len(written) + 1):
@@ -347,7 +347,7 @@ def test_a_cut_answer_keeps_its_end_token(real, name):
         assert (encoded.cut_turns, encoded.dropped_turns) == (int(room < len(written)), 1)
 
 
-def test_an_answer_that_nobody_asked_for_is_counted(real_or_byte):
+def test_answer_without_a_prompt_is_counted_as_dropped(real_or_byte):
     messages = [{"role": "assistant", "content": "Hello."}, *talk("a", "b")["messages"]]
     encoded = encode(real_or_byte, {"messages": messages})
     assert encoded.dropped_turns == 1
@@ -390,13 +390,13 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         (HEADED + PROMPT.replace("assistant", "model"), r"'model\\n'.*'assis"),
     ],
 )
-def test_a_template_that_breaks_the_promise_stops_and_shows_the_difference(byte, template, differ):
+def test_template_with_mismatched_prompt_shows_the_difference(byte, template, differ):
     with pytest.raises(BadData, match=differ) as caught:
         ChatEncoder(with_template(byte, template), 100)
     assert "\n" not in str(caught.value)
 
 
-def test_a_promise_broken_later_stops_with_the_turn(byte):
+def test_template_mismatch_in_a_later_turn_names_the_turn(byte):
     forgetful = "{% if messages | length > 3 %}Later: {% endif %}" + HEADED + PROMPT
     tokenizer = with_template(byte, forgetful)
     assert len(encode(tokenizer, talk("a", "b")).samples) == 1
@@ -407,7 +407,7 @@ def test_a_promise_broken_later_stops_with_the_turn(byte):
         encode(with_template(byte, endless), talk("a", "b"))
 
 
-def test_a_tokenizer_that_loses_text_stops(byte, tmp_path):
+def test_tokenizer_that_loses_text_is_an_error(byte, tmp_path):
     content = json.loads((byte / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Replace", "pattern": {"String": "colour"}, "content": "color"}
     for file in byte.iterdir():
@@ -421,12 +421,12 @@ def test_a_tokenizer_that_loses_text_stops(byte, tmp_path):
         encode(tokenizer, talk("a", "two words"))
 
 
-def test_unusable_templates_are_refused(byte):
+def test_describe_template_refuses_unusable_templates(byte):
     with pytest.raises(ConfigError, match="has no chat template"):
         describe_template(with_template(byte, None))
-    with pytest.raises(ConfigError, match="cannot render the simplest conversation"):
+    with pytest.raises(ConfigError, match="cannot render a minimal conversation"):
         describe_template(with_template(byte, "{% for m in messages %}"))
-    with pytest.raises(ConfigError, match="holds no special token"):
+    with pytest.raises(ConfigError, match="without a special token"):
         describe_template(with_template(byte, HEADED.replace("<|im_end|>", "") + PROMPT))
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
     tokenizer = with_template(byte, no_system + HEADED + PROMPT)
@@ -436,7 +436,7 @@ def test_unusable_templates_are_refused(byte):
     assert caught.value.reason == Reason.TEMPLATE
 
 
-def test_templates_are_known(byte):
+def test_describe_template_knows_chatml(byte):
     template = describe_template(load_tokenizer(byte))
     assert (template.known_as, template.end_of_turn, template.end_of_turn_id) == ("plain ChatML", END, 258)
     assert not template.has_thinking_switch
@@ -444,7 +444,7 @@ def test_templates_are_known(byte):
 
 
 @needs_real
-def test_real_templates_are_known(real):
+def test_describe_template_knows_the_qwen_templates(real):
     found = {name: describe_template(real[name]) for name in REAL_NAMES}
     assert all(one.known_as and one.end_of_turn_id == 151645 for one in found.values())
     assert [name for name in REAL_NAMES if found[name].has_thinking_switch] == ["qwen3-base", "qwen3"]
@@ -455,8 +455,8 @@ OTHERS = ["qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", 
 
 @needs_real
 @pytest.mark.parametrize("name", OTHERS)
-def test_templates_nobody_here_wrote_code_for_are_right_too(real, name):
-    """The templates that TRL carries of later models, on Qwen3's tokens."""
+def test_templates_of_other_models_equal_serving(real, name):
+    """Templates of other models shipped with TRL, with Qwen3's tokenizer."""
     trl = importlib.util.find_spec("trl")
     if trl is None or trl.origin is None:
         pytest.skip("TRL is not installed")

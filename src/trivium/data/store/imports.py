@@ -104,8 +104,9 @@ def _read_set(prefix: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             or not np.array_equal(sample[supervised], label[supervised])
         ):
             raise BadData(
-                f"{prefix}: sample {number} of {len(ids)} has a wrong length ({length}), a negative token, or a label "
-                f"that differs from its token and is not {IGNORED}. Binarize the data again."
+                f"{prefix}: sample {number} of {len(ids)} has length {length}, and it or its content is invalid. "
+                f"Expected 1 to {ids.shape[1]:,} tokens, none negative, and labels equal to their tokens or {IGNORED}; "
+                "binarize the data again."
             )
         yield sample, supervised
 
