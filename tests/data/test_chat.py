@@ -104,11 +104,11 @@ def answer(draw: random.Random) -> dict:
 def conversation(seed: int) -> dict:
     """A record with 1 to 6 answers, each after a question or after tool results."""
     draw = random.Random(seed)
-    messages, row = [], {"messages": []}
+    messages, record = [], {"messages": []}
     if draw.random() < 0.5:
         messages.append({"role": "system", "content": text(draw, may_be_empty=True)})
     if draw.random() < 0.3:
-        row["tools"] = TOOLS[: draw.choice([1, 2])]
+        record["tools"] = TOOLS[: draw.choice([1, 2])]
     for _ in range(draw.choice([1, 1, 2, 2, 3, 4])):
         messages += [{"role": "user", "content": text(draw)} for _ in range(draw.choice([1, 1, 1, 2]))]
         while draw.random() < 0.2 and len(messages) < 12:
@@ -123,7 +123,7 @@ def conversation(seed: int) -> dict:
     answers = [message for message in messages if message["role"] == "assistant"]
     if all(message.get("weight") == 0 for message in answers):
         del answers[-1]["weight"]
-    return row | {"messages": messages}
+    return record | {"messages": messages}
 
 
 def serve(tokenizer, messages: list[dict], tools: list[dict] | None, turn: int):
@@ -143,17 +143,17 @@ def serve(tokenizer, messages: list[dict], tools: list[dict] | None, turn: int):
     return sent, tokenizer.encode(written, add_special_tokens=False), thinking
 
 
-def as_served(row: dict) -> list[dict]:
+def as_served(record: dict) -> list[dict]:
     """The messages without the keys that only training reads."""
-    return [{key: value for key, value in message.items() if key != "weight"} for message in row["messages"]]
+    return [{key: value for key, value in message.items() if key != "weight"} for message in record["messages"]]
 
 
-def mismatches(tokenizer, row: dict, encoded, first: int = 0) -> int:
+def mismatches(tokenizer, record: dict, encoded, first: int = 0) -> int:
     """Answers whose ids or weights differ from serving; each must occur once."""
-    messages, tools = as_served(row), row.get("tools")
+    messages, tools = as_served(record), record.get("tools")
     supervised = {
         index: round(100 * message.get("weight", 1))
-        for index, message in enumerate(row["messages"])
+        for index, message in enumerate(record["messages"])
         if message["role"] == "assistant" and message.get("weight", 1)
     }
     found, wrong = [], 0
@@ -179,9 +179,9 @@ def test_every_answer_equals_serving_with_any_pad_token(real, name):
         tokenizer.pad_token = pad or tokenizer.eos_token
         encoder = ChatEncoder(tokenizer, 1 << 20)
         for seed in range(number, NUM_CONVERSATIONS, len(PADS)):
-            row = conversation(seed)
-            encoded = encoder.encode(parse(row, RecordLayout("messages")))
-            assert mismatches(tokenizer, row, encoded) == 0, json.dumps(row)
+            record = conversation(seed)
+            encoded = encoder.encode(parse(record, RecordLayout("messages")))
+            assert mismatches(tokenizer, record, encoded) == 0, json.dumps(record)
             assert all(sample.weights[one.stop - 1] for sample in encoded.samples for one in sample.answers)
             assert not encoded.dropped_turns and not encoded.cut_turns and not encoded.split
             num_answers += sum(len(sample.answers) for sample in encoded.samples)
@@ -210,8 +210,8 @@ def talk(*contents: str, **more) -> dict:
     return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)], **more}
 
 
-def encode(tokenizer, row: dict, seq_len: int = 4096, overlong="drop", all_tokens: bool = False):
-    return ChatEncoder(tokenizer, seq_len, overlong, all_tokens).encode(parse(row, RecordLayout("messages")))
+def encode(tokenizer, record: dict, seq_len: int = 4096, overlong="drop", all_tokens: bool = False):
+    return ChatEncoder(tokenizer, seq_len, overlong, all_tokens).encode(parse(record, RecordLayout("messages")))
 
 
 def supervised_text(tokenizer, sample) -> list[str]:
@@ -220,10 +220,10 @@ def supervised_text(tokenizer, sample) -> list[str]:
 
 @needs_real
 def test_conversation_is_one_sample_if_prompts_extend_each_other(real):
-    row = talk("a", "b", "c", "d")
-    (sample,) = encode(real["qwen2.5-instruct"], row).samples
+    record = talk("a", "b", "c", "d")
+    (sample,) = encode(real["qwen2.5-instruct"], record).samples
     assert supervised_text(real["qwen2.5-instruct"], sample) == ["b<|im_end|>", "d<|im_end|>"]
-    first, second = encode(real["qwen3"], row).samples  # the empty think block of the first is gone from the second
+    first, second = encode(real["qwen3"], record).samples  # the empty think block of the first is gone from the second
     assert [supervised_text(real["qwen3"], one) for one in (first, second)] == [["b<|im_end|>"], ["d<|im_end|>"]]
     assert real["qwen3"].decode(first.ids).endswith("<think>\n\n</think>\n\nb<|im_end|>")
     assert not first.has_reasoning
@@ -233,12 +233,12 @@ def test_conversation_is_one_sample_if_prompts_extend_each_other(real):
 
 @needs_real
 def test_reasoning_is_supervised_or_counted_as_lost(real):
-    row = talk("a", "b")
-    row["messages"][1]["reasoning"] = "So it is."
-    encoded = encode(real["qwen3"], row)
+    record = talk("a", "b")
+    record["messages"][1]["reasoning"] = "So it is."
+    encoded = encode(real["qwen3"], record)
     assert encoded.samples[0].has_reasoning and not encoded.lost_reasoning_turns
     assert supervised_text(real["qwen3"], encoded.samples[0]) == ["<think>\nSo it is.\n</think>\n\nb<|im_end|>"]
-    encoded = encode(real["qwen2.5-instruct"], row)
+    encoded = encode(real["qwen2.5-instruct"], record)
     assert not encoded.samples[0].has_reasoning and encoded.lost_reasoning_turns == 1
     inline = talk("a", "<think>\nSo it is.\n</think>\n\nb")
     for name in ("qwen3", "qwen2.5-instruct"):
@@ -253,9 +253,9 @@ def test_tool_arguments_given_as_text_are_not_encoded_twice(real, name):
     as_text = {"type": "function", "function": {"name": "sum", "arguments": '{"of": [1, 2]}'}}
     ids = []
     for one in (call, as_text):
-        row = talk("a", "b", tools=TOOLS)
-        row["messages"][1]["tool_calls"] = [one]
-        (sample,) = encode(real[name], row).samples
+        record = talk("a", "b", tools=TOOLS)
+        record["messages"][1]["tool_calls"] = [one]
+        (sample,) = encode(real[name], record).samples
         ids.append(sample.ids.tolist())
     assert ids[0] == ids[1]
     assert '{"name": "sum", "arguments": {"of": [1, 2]}}' in real[name].decode(ids[1])
@@ -276,35 +276,35 @@ def test_control_tokens_are_rejected_or_reported(real):
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
 def test_all_tokens_supervises_the_whole_conversation(real, name):
-    row = talk("a", "b", "c", "d", "e", "f")
-    encoded = encode(real[name], row, seq_len=8, all_tokens=True)
+    record = talk("a", "b", "c", "d", "e", "f")
+    encoded = encode(real[name], record, seq_len=8, all_tokens=True)
     (sample,) = encoded.samples
-    expected = real[name].apply_chat_template(row["messages"], return_dict=False)
+    expected = real[name].apply_chat_template(record["messages"], return_dict=False)
     assert sample.ids.tolist() == expected and set(sample.weights.tolist()) == {100}
 
 
 LONG = [" ".join(f"{word}{number}" for number in range(40)) for word in ("one", "two", "three", "four")]
 
 
-def long_row() -> dict:
-    row = talk(LONG[0], "first", LONG[1], "second", LONG[2], "third " + LONG[3], LONG[3], "fourth")
-    return {"messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]}
+def long_record() -> dict:
+    record = talk(LONG[0], "first", LONG[1], "second", LONG[2], "third " + LONG[3], LONG[3], "fourth")
+    return {"messages": [{"role": "system", "content": "Be brief."}, *record["messages"]]}
 
 
 @needs_real
 @pytest.mark.parametrize("name", ["qwen2.5-instruct", "qwen3"])
 def test_overlong_drop_counts_answers_that_do_not_fit(real, name):
-    row = long_row()
-    full = encode(real[name], row)
+    record = long_record()
+    full = encode(real[name], record)
     second = next(one.stop for sample in full.samples for one in sample.answers if one.turn == 4)
-    encoded = encode(real[name], row, seq_len=second)
+    encoded = encode(real[name], record, seq_len=second)
     assert [one.turn for sample in encoded.samples for one in sample.answers] == [2, 4]
     assert max(len(sample.ids) for sample in encoded.samples) == second
     assert (encoded.dropped_turns, encoded.split) == (2, False)
-    encoded = encode(real[name], row, seq_len=second - 1)
+    encoded = encode(real[name], record, seq_len=second - 1)
     assert encoded.dropped_turns == 3
     with pytest.raises(RecordError) as caught:
-        encode(real[name], row, seq_len=60)
+        encode(real[name], record, seq_len=60)
     assert caught.value.reason == Reason.LONGER_THAN_SEQ_LEN
 
 
@@ -312,7 +312,7 @@ def test_overlong_drop_counts_answers_that_do_not_fit(real, name):
 @pytest.mark.parametrize("name", REAL_NAMES)
 @pytest.mark.parametrize("seq_len", [170, 300, 340, 480, 600, 2000])
 def test_overlong_split_starts_at_the_oldest_user_turn_that_fits(real, name, seq_len):
-    tokenizer, messages = real[name], long_row()["messages"]
+    tokenizer, messages = real[name], long_record()["messages"]
     encoded = encode(tokenizer, {"messages": messages}, seq_len, "split")
     found = {one.turn: (sample, one) for sample in encoded.samples for one in sample.answers}
     expected, begin = {}, 1
@@ -332,15 +332,15 @@ def test_overlong_split_starts_at_the_oldest_user_turn_that_fits(real, name, seq
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
 def test_overlong_truncate_keeps_the_end_token(real, name):
-    row = talk("a", LONG[0], "c", "d")
-    sent, written, _ = serve(real[name], row["messages"], None, 1)
+    record = talk("a", LONG[0], "c", "d")
+    sent, written, _ = serve(real[name], record["messages"], None, 1)
     for room in range(1, len(written) + 1):
         seq_len = len(sent) + room
         if room == 1:
             with pytest.raises(RecordError):
-                encode(real[name], row, seq_len, "truncate")
+                encode(real[name], record, seq_len, "truncate")
             continue
-        encoded = encode(real[name], row, seq_len, "truncate")
+        encoded = encode(real[name], record, seq_len, "truncate")
         (sample,) = encoded.samples
         assert sample.ids.tolist() == sent + written[: room - 1] + written[-1:]
         assert sample.weights[len(sent) :].tolist() == [100] * room
@@ -467,15 +467,15 @@ def test_templates_of_other_models_equal_serving(real, name):
     tokenizer.chat_template = path.read_text()
     encoder = ChatEncoder(tokenizer, 1 << 20)
     for seed in range(60):
-        row = conversation(seed)
-        for message in row["messages"]:
+        record = conversation(seed)
+        for message in record["messages"]:
             message.pop("weight", None)
-        encoded = encoder.encode(parse(row, RecordLayout("messages")))
+        encoded = encoder.encode(parse(record, RecordLayout("messages")))
         for sample in encoded.samples:
             for one in sample.answers:
                 sent = tokenizer.apply_chat_template(
-                    as_served(row)[: one.turn],
-                    tools=row.get("tools"),
+                    as_served(record)[: one.turn],
+                    tools=record.get("tools"),
                     add_generation_prompt=True,
                     return_dict=False,
                     **({} if one.thinking is None else {"enable_thinking": one.thinking}),

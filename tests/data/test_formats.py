@@ -56,7 +56,7 @@ def test_parse_rejects_broken_records_with_the_reason(form, line, reason, encode
 
 
 def test_broken_records_cover_every_reason():
-    readers_own = {Reason.UTF16}  # a file's, not a row's
+    readers_own = {Reason.UTF16}  # of a file, not of a record
     templates_own = {Reason.TEMPLATE}  # tests/data/test_chat.py
     assert {reason for _, _, reason in BROKEN_RECORDS} == set(Reason) - readers_own - templates_own
     assert len(set(Reason)) >= 36
@@ -233,7 +233,7 @@ def test_detect_refuses_no_or_two_matching_formats():
         detect([{"question": "a", "reply": "b"}], RecordLayout("auto"), "a.jsonl")
     with pytest.raises(BadData, match=r"\(none\)"):
         detect([7], RecordLayout("auto"), "a.jsonl")
-    with pytest.raises(BadData, match="format: text, alpaca or prompt"):
+    with pytest.raises(BadData, match="`format` to text, alpaca or prompt"):
         detect([{"instruction": "a", "output": "b", "text": "a b"}], RecordLayout("auto"), "a.jsonl")
 
 

@@ -22,7 +22,7 @@ from trivium.data.batch.pack import (
 document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
 
-def rows_of(lengths, seq_len=16, sequences_per_step=4, sequences_per_micro_batch=2, num_sequences=None):
+def batches_of(lengths, seq_len=16, sequences_per_step=4, sequences_per_micro_batch=2, num_sequences=None):
     store = random_store(np.random.default_rng(0), lengths)
     order = Order([store.lengths], None, seq_len, seed=3)
     return store, StoreBatches([store], order, sequences_per_step, sequences_per_micro_batch, num_sequences)
@@ -30,11 +30,11 @@ def rows_of(lengths, seq_len=16, sequences_per_step=4, sequences_per_micro_batch
 
 @given(document_lengths)
 def test_pack_makes_every_token_but_the_first_a_label_once(lengths):
-    store, rows = rows_of(lengths)
-    rows.num_sequences = rows.order.num_sequences(0)
+    store, source = batches_of(lengths)
+    source.num_sequences = source.order.num_sequences(0)
     labels = []
-    for step in range(-(-rows.num_sequences // rows.sequences_per_step)):
-        for batch in rows.step(step):
+    for step in range(-(-source.num_sequences // source.sequences_per_step)):
+        for batch in source.step(step):
             labels += batch.supervised_labels[: batch.num_supervised].tolist()
     expected = [int(token) for document in store.documents for token in document[1:]]
     assert sorted(labels) == sorted(expected)
@@ -42,8 +42,8 @@ def test_pack_makes_every_token_but_the_first_a_label_once(lengths):
 
 @given(document_lengths, st.integers(0, 5))
 def test_pack_fills_batches_with_the_documents_of_their_spans(lengths, step):
-    store, rows = rows_of(lengths)
-    for batch in rows.step(step):
+    store, source = batches_of(lengths)
+    for batch in source.step(step):
         assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == (32,)
         assert batch.cu_seqlens.tolist()[: len(batch.bounds)] == list(batch.bounds)
         assert set(batch.cu_seqlens.tolist()[len(batch.bounds) :]) <= {32}
@@ -67,9 +67,9 @@ def test_pack_fills_batches_with_the_documents_of_their_spans(lengths, step):
 def test_step_reads_the_same_for_any_ranks_and_micro_batches(lengths, step, world_size, num_sequences):
     ledgers, spans = set(), set()
     for per_micro_batch in (1, 2, 4):
-        store, rows = rows_of(lengths, sequences_per_micro_batch=per_micro_batch, num_sequences=num_sequences)
+        store, source = batches_of(lengths, sequences_per_micro_batch=per_micro_batch, num_sequences=num_sequences)
         store.masks = [np.full(length, 100 if number % 3 else 50, np.uint8) for number, length in enumerate(lengths)]
-        shares = [rows.step(step, rank, world_size) for rank in range(world_size)]
+        shares = [source.step(step, rank, world_size) for rank in range(world_size)]
         assert len({len(one) for one in shares}) == 1, "every rank makes as many forwards"
         in_order = [batch for micro_batches in zip(*shares, strict=True) for batch in micro_batches]
         ledgers.add(step_digest("", [batch.digests for batch in in_order]))
@@ -91,8 +91,8 @@ def test_share_gives_every_batch_to_one_rank_and_pads_the_rest(lengths, world_si
 
 
 def test_last_step_reads_the_remaining_sequences():
-    _, rows = rows_of([16] * 10, sequences_per_step=4, sequences_per_micro_batch=4, num_sequences=10)
-    assert [sum(batch.num_tokens for batch in rows.step(step)) for step in range(4)] == [64, 64, 32, 0]
+    _, source = batches_of([16] * 10, sequences_per_step=4, sequences_per_micro_batch=4, num_sequences=10)
+    assert [sum(batch.num_tokens for batch in source.step(step)) for step in range(4)] == [64, 64, 32, 0]
 
 
 @given(document_lengths, st.integers(1, 400))

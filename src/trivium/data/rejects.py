@@ -28,7 +28,7 @@ class Reason(StrEnum):
     TOO_LONG = "too long"
 
     # Of conversations: the record.
-    MEDIA = "holds images, audio or video"
+    MEDIA = "contains images, audio or video"
     MESSAGES_NOT_LIST = "messages are not a list"
     NO_MESSAGES = "no messages"
     PROMPT_NOT_TEXT = "prompt is not text"

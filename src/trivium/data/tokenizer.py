@@ -228,8 +228,9 @@ class DocumentEncoder:
         self._tokenizer.encode_special_tokens = True
         self._end_id = encoding.end_id
         self.dtype = token_dtype(encoding.vocab_size)
-        tokens = (token["content"] for token in content["added_tokens"] if token["special"])
-        self._control = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+        tokens: list[str] = [token["content"] for token in content["added_tokens"] if token["special"]]
+        tokens.sort(key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
         pattern = _word_pattern(content)
         self._words = WordEncoder(self._tokenizer, pattern) if pattern else None
 

@@ -105,7 +105,9 @@ def _from_list(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
 def _from_pair(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
     """Messages of the history, the question and the answer; the last two may be texts or lists of messages."""
     turns = _history(record, layout)
-    prompt, extra = _question(record, layout), _optional(record, layout, "input")
+    prompt, extra = _optional(record, layout, "prompt"), _optional(record, layout, "input")
+    if prompt is None and extra is None:
+        prompt = _required(record, layout, "prompt")
     answer = _required(record, layout, "answer")
     if isinstance(prompt, list):
         turns += _messages(prompt, layout)
@@ -122,14 +124,6 @@ def _from_pair(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
     if not text.strip():
         raise RecordError(Reason.EMPTY_ANSWER)
     return [*turns, Turn("assistant", text, weight=FULL_WEIGHT)]
-
-
-def _question(record: dict[str, Any], layout: RecordLayout) -> Any:
-    """The prompt, which may be missing from a record with an input."""
-    prompt = _optional(record, layout, "prompt")
-    if prompt is None and _optional(record, layout, "input") is None:
-        return _required(record, layout, "prompt")
-    return prompt
 
 
 def _history(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:

@@ -111,8 +111,8 @@ def detect(records: Sequence[object], layout: RecordLayout, where: str) -> Recor
     ((best, _),) = counts.most_common(1)
     if best == "both":
         raise BadData(
-            f"{where}: the records have both a text ({layout.text_field!r}) and a question with an answer. Choose one "
-            "by setting `format` to text, alpaca or prompt."
+            f"{where}: the records have both a text ({layout.text_field!r}) and a question with an answer. Set "
+            "`format` to text, alpaca or prompt."
         )
     return replace(layout, format=cast(Format, best))
 

@@ -142,7 +142,7 @@ class ChatEncoder:
     def encode(self, conversation: Conversation) -> Encoded:
         """Encode one conversation.
 
-        Raises: RecordError when it gives no sample, BadData when an answer does not continue what serving sends.
+        Raises: RecordError when it has no usable answer, BadData when a prompt differs from what serving sends.
         """
         has_control_text = self._check_control_tokens(conversation)
         if self._all_tokens:

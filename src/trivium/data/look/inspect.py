@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trivium.config.run import Data, Source
-from trivium.data.chat.formats import Conversation, Document
+from trivium.data.chat.formats import Document
 from trivium.data.chat.samples import ChatEncoder, ConversationSettings
 from trivium.data.columns import LOSS_WEIGHTS, REASONING, loss_weights
 from trivium.data.look.show import Shown, as_samples, as_spans, as_text
@@ -156,15 +156,11 @@ def _read(corpus: Corpus, _look: Look, inspection: Inspection, tally: Tally) -> 
         lengths = []
         for record in read_records(block.pieces, corpus.reading):
             content = record.content
+            tally.add_record(content)
             if isinstance(content, Reject):
-                tally.rejected_by_reason[content.reason] += 1
                 inspection.note_rejects([content])
-                continue
-            tally.num_samples += 1
-            if isinstance(content, Conversation):
-                tally.conversations += 1
-                tally.reasoning_documents += any(turn.weight and turn.thinks for turn in content.turns)
-            lengths.append(sum(len(span.text.encode("utf-8", "surrogatepass")) for span in as_text(content)))
+            else:
+                lengths.append(sum(len(span.text.encode("utf-8", "surrogatepass")) for span in as_text(content)))
         yield np.array(lengths, dtype=np.int64)
 
 

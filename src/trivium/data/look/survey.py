@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from trivium.config.run import Data, Source
-from trivium.data.chat.formats import Conversation
+from trivium.data.chat.formats import Conversation, Document
 from trivium.data.chat.samples import ConversationSettings
 from trivium.data.columns import LOSS_WEIGHTS, REASONING
-from trivium.data.rejects import Reject
 from trivium.data.source.blocks import SourceBlock, file_kind
 from trivium.data.source.corpus import Corpus, FileCorpus, NoHashes, find_corpus
 from trivium.data.source.records import read_records
@@ -192,22 +191,16 @@ def _estimate(corpus: Corpus, blocks: Iterator[SourceBlock]) -> tuple[Tally, int
     for block in blocks:
         num_bytes += sum(len(piece.data) for piece in block.pieces)
         for record in read_records(block.pieces, corpus.reading):
-            content = record.content
-            if isinstance(content, Reject):
-                tally.rejected_by_reason[content.reason] += 1
-                continue
-            tally.num_samples += 1
-            if isinstance(content, Conversation):
-                _estimate_conversation(content, tally)
-            else:
-                tally.num_tokens += estimated_tokens(content.text) + 1  # and the end token
+            tally.add_record(record.content)
+            if isinstance(record.content, Conversation):
+                _estimate_conversation(record.content, tally)
+            elif isinstance(record.content, Document):
+                tally.num_tokens += estimated_tokens(record.content.text) + 1  # and the end token
     return tally, num_bytes
 
 
 def _estimate_conversation(conversation: Conversation, tally: Tally) -> None:
     """Estimate the tokens of tools and messages with ChatML around them, as one sample."""
-    tally.conversations += 1
-    tally.reasoning_documents += any(turn.weight and turn.thinks for turn in conversation.turns)
     if conversation.tools:
         tally.num_tokens += estimated_tokens(json.dumps(conversation.tools, ensure_ascii=False))
     for turn in conversation.turns:

@@ -151,8 +151,9 @@ def _read_file(
             form = cast(PieceFormat, "json" if kind == "json" else reading.documents)
             border = BLANK_LINES if form == "paragraph" else LINE_END
             with open_decompressed(file.path) as stream:
-                refusal = _whole_file_refusal(file)
-                layout = file.layout if kind == "json" else None
+                refusal = Reason.UTF16 if stream.read(2) in UTF16_BOMS else None
+            layout = file.layout if kind == "json" else None
+            with open_decompressed(file.path) as stream:
                 _skip(stream, start.offset)
                 for first_line, data, too_long, after in _cut_records(stream, border, reading, start, block_bytes):
                     reason = Reason.TOO_LONG if too_long else refusal
@@ -179,12 +180,6 @@ def open_decompressed(path: Path) -> BinaryIO:
 
         return cast(BinaryIO, pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
     return path.open("rb")
-
-
-def _whole_file_refusal(file: SourceFile) -> Reason | None:
-    """Reason to reject all records of a file, from its first bytes."""
-    with open_decompressed(file.path) as stream:
-        return Reason.UTF16 if stream.read(2) in UTF16_BOMS else None
 
 
 def is_list(path: Path) -> bool:

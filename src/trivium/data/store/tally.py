@@ -4,6 +4,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+from trivium.data.chat.formats import Conversation, Document
+from trivium.data.rejects import Reject
+
 COUNTS = (
     "records",
     "kept",
@@ -54,6 +57,16 @@ class Tally:
         """Add another tally's counts."""
         for name in (one.name for one in fields(self)):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def add_record(self, content: Document | Conversation | Reject) -> None:
+        """Count a record as one sample or one reject, without its tokens."""
+        if isinstance(content, Reject):
+            self.rejected_by_reason[content.reason] += 1
+            return
+        self.num_samples += 1
+        if isinstance(content, Conversation):
+            self.conversations += 1
+            self.reasoning_documents += any(turn.weight and turn.thinks for turn in content.turns)
 
     @property
     def rejected(self) -> int:
