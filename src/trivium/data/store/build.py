@@ -325,8 +325,8 @@ def _check_hashes(folder: Path, expected_hashes: dict[str, str], sha256: Callabl
         found = sha256(folder / name) if (folder / name).is_file() else "missing"
         if found != expected:
             raise BadData(
-                f"{folder / name}: its SHA-256 is {found[:12]}, the manifest says {expected[:12]}. Delete {folder} and "
-                "run the same command again; check the disk."
+                f"{folder / name}: its SHA-256 is {found[:12]}, the manifest says {expected[:12]}, so it is not what "
+                f"was built. Delete {folder} and run the same command again; check the disk."
             )
 
 
