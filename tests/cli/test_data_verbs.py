@@ -1,4 +1,4 @@
-"""`trivium data` and `trivium tokenizer`: paths and figures on stdout, remarks on stderr, exit codes as promised."""
+"""`trivium data` and `trivium tokenizer`: results on stdout, remarks on stderr, documented exit codes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def call(*arguments: object):
     return CliRunner().invoke(trivium, list(map(str, arguments)))
 
 
-def test_from_text_to_tokenizer_to_store_to_eyes(tmp_path, stories):
+def test_tokenizer_train_then_data_build_then_inspect(tmp_path, stories):
     folder, cache = tmp_path / "tokenizer", tmp_path / "cache"
     trained = call("tokenizer", "train", stories, "--vocab-size", 300, "--out", folder, "--cache-dir", cache)
     assert (trained.exit_code, trained.stdout.strip()) == (0, str(folder))
@@ -61,14 +61,14 @@ CHATS = [
 
 @pytest.fixture
 def chats(tmp_path):
-    """A file of conversations, and options that name a tokenizer and a cache."""
+    """A file of conversations, and a tokenizer next to it."""
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
     train_tokenizer(iter(["abc"]), "byte", 259, tmp_path / "tokenizer")
     return path
 
 
-def test_conversations_are_built_and_shown_with_their_supervised_tokens(tmp_path, chats):
+def test_data_build_and_inspect_show_supervised_tokens(tmp_path, chats):
     options = ("--tokenizer", tmp_path / "tokenizer", "--seq-len", 64)
     seen = call("data", "inspect", chats, *options).stdout
     assert "3 records = 2 kept + 0 split into several samples + 1 rejected" in seen
@@ -87,7 +87,7 @@ def test_conversations_are_built_and_shown_with_their_supervised_tokens(tmp_path
     assert whole[0]["supervised_tokens"] == whole[0]["tokens"] - 2
 
 
-def test_fields_and_formats_are_named(tmp_path, chats):
+def test_data_inspect_takes_fields_and_formats(tmp_path, chats):
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"frage": "2 + 2?", "antwort": "4"}\n')
     named = ("--format", "prompt", "--fields", "prompt=frage", "--fields", "answer=antwort")
@@ -103,7 +103,7 @@ def test_fields_and_formats_are_named(tmp_path, chats):
 
 
 @pytest.mark.parametrize("no_color", [None, "1"])
-def test_a_terminal_sees_colors_unless_it_wants_none(tmp_path, chats, no_color):
+def test_data_inspect_uses_colors_unless_no_color(tmp_path, chats, no_color):
     environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     main, side = pty.openpty()
     command = [sys.executable, "-m", "trivium.cli", "data", "inspect", chats]
@@ -116,7 +116,7 @@ def test_a_terminal_sees_colors_unless_it_wants_none(tmp_path, chats, no_color):
     assert ("[[assistant: 4" in seen) == bool(no_color)
 
 
-def test_a_binarized_folder_becomes_a_store(tmp_path):
+def test_data_import_converts_a_binarized_folder(tmp_path):
     folder, out = tmp_path / "binarized", tmp_path / "imported"
     folder.mkdir()
     write_set(folder, "a", [([1, 2, 3], [IGNORED, 2, 3]), ([4], [4])])
@@ -128,7 +128,7 @@ def test_a_binarized_folder_becomes_a_store(tmp_path):
     assert call("data", "import", out, "--out", tmp_path / "other").exit_code == 4
 
 
-def test_bad_data_is_exit_4_and_a_wrong_name_exit_2(tmp_path, stories):
+def test_exit_codes_of_bad_data_and_wrong_names(tmp_path, stories):
     folder = tmp_path / "tokenizer"
     call("tokenizer", "train", stories, "--kind", "byte", "--out", folder, "--cache-dir", tmp_path / "cache")
     options = ("--tokenizer", folder, "--cache-dir", tmp_path / "cache")
@@ -138,7 +138,7 @@ def test_bad_data_is_exit_4_and_a_wrong_name_exit_2(tmp_path, stories):
     assert call("data", "inspect", tmp_path / "gone").exit_code == 2
 
 
-def test_workers_import_nothing_heavy():
+def test_worker_processes_import_nothing_heavy():
     module = "trivium.data.store.encode"
     script = f"import sys, {module}; print({{'torch', 'transformers', 'datasets', 'pyarrow'}} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

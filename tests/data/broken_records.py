@@ -1,4 +1,4 @@
-"""Every kind of record that cannot be used, with the reason it is rejected for: (format, the line, reason).
+"""Records that cannot be used, one or more for every reason: (format, line, reason).
 
 A line is bytes as they are in a file, or a value that is written as JSON. `LONG_RECORD_BYTES` and
 `SHORT_SEQ_LEN` are the limits that the records named too long exceed.

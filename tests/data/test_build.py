@@ -1,4 +1,4 @@
-"""Builds: the same store for any number of workers, after any kill, next to any other build; bad data stops them."""
+"""Builds: the same store for any number of workers, after kills and with concurrent builds; bad data is an error."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def documents(store: Store) -> list[list[int]]:
     return [store.tokens(index).tolist() for index in range(len(store))]
 
 
-def test_every_document_is_there_once_with_its_end(tmp_path, tokenizer):
+def test_build_stores_every_document_once_with_its_end_token(tmp_path, tokenizer):
     texts = make_texts(300)
     built = build(write_jsonl(tmp_path / "a.jsonl", texts), tokenizer, tmp_path / "cache")
     train, held_out = documents(built.open()), documents(built.open_held_out())
@@ -85,7 +85,7 @@ def test_every_document_is_there_once_with_its_end(tmp_path, tokenizer):
     assert built.report["tokens_per_document"]["max"] == max(lengths)
 
 
-def test_workers_and_blocks_change_nothing(tmp_path, tokenizer):
+def test_build_does_not_depend_on_workers_or_block_size(tmp_path, tokenizer):
     (tmp_path / "texts").mkdir()
     for name, number in (("b.jsonl", 400), ("a.jsonl", 500)):
         write_jsonl(tmp_path / "texts" / name, make_texts(number), ["null"])
@@ -108,7 +108,7 @@ def test_workers_and_blocks_change_nothing(tmp_path, tokenizer):
     ]
 
 
-def test_same_inputs_are_tokenized_once_and_checked_each_time(tmp_path, tokenizer, monkeypatch):
+def test_build_reuses_and_checks_an_existing_store(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(50), ["{}"])
     first = build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
     monkeypatch.setattr(module, "encode_blocks", None)
@@ -121,14 +121,14 @@ def test_same_inputs_are_tokenized_once_and_checked_each_time(tmp_path, tokenize
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(BadData, match="not what was built"):
+    with pytest.raises(BadData, match="the manifest says"):
         build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
     os.truncate(first.path / "manifest.json", 100)
-    with pytest.raises(BadData, match="store cannot be checked"):
+    with pytest.raises(BadData, match=r"manifest\.json: cannot be read"):
         build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
 
 
-def test_a_store_is_hashed_again_when_a_file_changed_and_by_verify_always(tmp_path, tokenizer, monkeypatch):
+def test_verify_hashes_all_files_and_build_only_changed_ones(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(50))
     monkeypatch.setattr("trivium.data.source.corpus.FRESH_NANOSECONDS", 0)
     built = build(path, tokenizer, tmp_path / "cache")
@@ -140,21 +140,21 @@ def test_a_store_is_hashed_again_when_a_file_changed_and_by_verify_always(tmp_pa
     before, content = tokens.stat(), bytearray(tokens.read_bytes())
     content[len(content) // 2] ^= 1
     tokens.write_bytes(content)
-    with pytest.raises(BadData, match="not what was built"):
+    with pytest.raises(BadData, match="the manifest says"):
         build(path, tokenizer, tmp_path / "cache")
     os.utime(tokens, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if the disk had flipped it
     assert build(path, tokenizer, tmp_path / "cache") == built
-    with pytest.raises(BadData, match=r"tokens\.bin.*not what was built"):
+    with pytest.raises(BadData, match=r"tokens\.bin.*the manifest says"):
         built.verify()
 
 
-def test_the_manifest_records_the_control_tokens_of_training(tmp_path, tokenizer):
+def test_manifest_lists_the_control_tokens_in_training(tmp_path, tokenizer):
     built = build(write_jsonl(tmp_path / "a.jsonl", make_texts(50)), tokenizer, tmp_path / "cache")
     control = sorted(tokenizer.get_added_vocab().values())
     assert built.find_control_tokens(control) == set(built.open().found_among(control)) == {tokenizer.eos_token_id}
 
 
-def test_other_inputs_are_other_stores(tmp_path, tokenizer):
+def test_build_makes_a_new_store_for_different_inputs(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(50))
     train_tokenizer(iter(make_texts(30)), "char", 300, tmp_path / "char")
     folders = {
@@ -192,7 +192,7 @@ if __name__ == "__main__":
 
 
 def start_build(source: Path, tokenizer, cache: Path, workers: int) -> subprocess.Popen[str]:
-    """A build in a process of its own; it gets the encoding ready made, since transformers takes long to start."""
+    """A build in a separate process; it is given the encoding, since importing transformers is slow."""
     script, encoding = source.with_name("build_script.py"), source.with_name("encoding")
     script.write_text(SCRIPT)
     encoding.write_text(json.dumps(asdict(document_encoding(tokenizer))))
@@ -201,7 +201,7 @@ def start_build(source: Path, tokenizer, cache: Path, workers: int) -> subproces
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_builds_go_on_and_end_with_the_same_bytes(tmp_path, tokenizer, workers):
+def test_killed_builds_resume_and_give_the_same_bytes(tmp_path, tokenizer, workers):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(6000), ["{}", '{"text": "cut'])
     whole = build(path, tokenizer, tmp_path / "whole")
     cache = tmp_path / "killed"
@@ -230,7 +230,7 @@ def size_of_partial(cache: Path) -> int:
     return sum(path.stat().st_size for path in cache.glob("*.partial/documents.bin"))
 
 
-def test_two_builds_at_once_make_one_store(tmp_path, tokenizer):
+def test_concurrent_builds_make_one_store(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
     builds = [start_build(path, tokenizer, tmp_path / "cache", 1) for _ in range(2)]
     ends = [process.communicate() for process in builds]
@@ -239,7 +239,7 @@ def test_two_builds_at_once_make_one_store(tmp_path, tokenizer):
     assert contents(Path(folder)) == contents(build(path, tokenizer, tmp_path / "alone").path)
 
 
-def test_a_killed_worker_is_an_error_and_the_work_is_kept(tmp_path, tokenizer):
+def test_killed_worker_is_an_error_and_finished_work_is_kept(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(6000))
     cache = tmp_path / "cache"
     process = start_build(path, tokenizer, cache, 2)
@@ -253,7 +253,7 @@ def test_a_killed_worker_is_an_error_and_the_work_is_kept(tmp_path, tokenizer):
     assert size_of_partial(cache) > 0
 
 
-def test_too_many_bad_records_stop_the_build_and_are_kept_for_reading(tmp_path, tokenizer):
+def test_build_stops_with_too_many_rejects_and_keeps_their_list(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(90), ["{}"] * 7 + ["null"] * 3)
     with pytest.raises(BadData) as caught:
         build(path, tokenizer, tmp_path / "cache")
@@ -269,7 +269,7 @@ def test_too_many_bad_records_stop_the_build_and_are_kept_for_reading(tmp_path, 
     assert built.report["rejected_by_reason"] == {"field missing": 7, "not a JSON object": 3}
 
 
-def test_hopeless_data_stops_early(tmp_path, tokenizer):
+def test_build_stops_early_with_mostly_rejects(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(10), ["{}"] * 40_000)
     with pytest.raises(BadData, match="field missing"):
         build(path, tokenizer, tmp_path / "cache", block_bytes=4000)
@@ -277,21 +277,21 @@ def test_hopeless_data_stops_early(tmp_path, tokenizer):
     assert 9_990 <= len(rejects.read_text().splitlines()) < 12_000
 
 
-def test_nothing_to_learn_from_is_an_error(tmp_path, tokenizer):
+def test_build_without_documents_is_an_error(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n\n")
-    with pytest.raises(BadData, match="holds no document"):
+    with pytest.raises(BadData, match="has no documents"):
         build(tmp_path / "a.jsonl", tokenizer, tmp_path / "cache")
     with pytest.raises(ConfigError, match="no such file"):
         build(tmp_path / "gone", tokenizer, tmp_path / "cache")
 
 
-def test_a_cache_inside_the_source_is_no_source(tmp_path, tokenizer):
+def test_build_skips_a_cache_folder_inside_the_source(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", make_texts(50))
     first = build(tmp_path, tokenizer, tmp_path / "runs" / "cache")
     assert build(tmp_path, tokenizer, tmp_path / "runs" / "cache") == first
 
 
-def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, tokenizer, monkeypatch):
+def test_build_detects_a_file_that_changes_while_it_is_read(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(100))
     encode = module.encode_blocks
 
@@ -305,7 +305,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, tokenizer, m
     assert not list((tmp_path / "cache").glob("store-*/"))
 
 
-def test_duplicates_are_counted_and_stay_together(tmp_path, tokenizer):
+def test_duplicates_are_counted_and_split_together(tmp_path, tokenizer):
     texts = make_texts(200)
     built = build(
         write_jsonl(tmp_path / "a.jsonl", texts + texts[:70] + texts[:30]), tokenizer, tmp_path / "cache", held_out=0.2
@@ -324,14 +324,14 @@ def test_duplicates_are_counted_and_stay_together(tmp_path, tokenizer):
     (["a"], 0.5, (1, 0)),
     (["a", "b"], 0.0, (2, 0)),
 ])  # fmt: skip
-def test_small_corpora_leave_neither_side_empty(tmp_path, tokenizer, texts, held_out, expected):
+def test_held_out_split_leaves_neither_side_empty(tmp_path, tokenizer, texts, held_out, expected):
     built = build(write_jsonl(tmp_path / "a.jsonl", texts), tokenizer, tmp_path / "cache", held_out=held_out)
     store = built.open_held_out()
     found = (len(built.open()), len(store) if store else 0)
     assert found == expected if expected else sorted(found) == [1, 2]
 
 
-def test_distinct_hashes_are_counted_exactly_in_buckets(tmp_path, monkeypatch):
+def test_count_distinct_is_exact_with_buckets(tmp_path, monkeypatch):
     monkeypatch.setattr("trivium.data.store.publish.BUCKET_HASHES", 100)
     generator = np.random.default_rng(0)
     values = generator.integers(0, 2**63, (700, 2), dtype=np.uint64)
@@ -343,7 +343,7 @@ def test_distinct_hashes_are_counted_exactly_in_buckets(tmp_path, monkeypatch):
     assert held_out_limit(0.5, 0, HASH_VALUES - 1) == HIGH_VALUES // 2 - 1
 
 
-def test_rounded_lengths_stay_close():
+def test_round_lengths_stays_close():
     lengths = np.arange(1, 200_000, 7)
     rounded = round_lengths(lengths)
     assert (rounded[lengths < 1024] == lengths[lengths < 1024]).all() and (rounded <= lengths).all()
@@ -351,7 +351,7 @@ def test_rounded_lengths_stay_close():
     assert describe_lengths({5: 1, 7: 3})["p50"] == 7
 
 
-def test_control_tokens_written_out_are_counted_and_harmless(tmp_path, tokenizer):
+def test_control_tokens_in_documents_are_counted_and_stay_text(tmp_path, tokenizer):
     texts = ["plain", "ends <|im_end|> here", "<|endoftext|>"]
     built = build(write_jsonl(tmp_path / "a.jsonl", texts), tokenizer, tmp_path / "cache", held_out=0.0)
     assert built.report["control_token_records"] == 2
@@ -359,18 +359,18 @@ def test_control_tokens_written_out_are_counted_and_harmless(tmp_path, tokenizer
         assert [token for token in ids if token >= len(tokenizer) - 3] == [tokenizer.eos_token_id]
 
 
-def test_a_ready_store_is_used_as_it_is(tmp_path, tokenizer):
+def test_external_store_is_used_unchanged(tmp_path, tokenizer):
     with StoreWriter(tmp_path / "theirs", np.dtype(np.int32)) as writer:
         writer.add(np.arange(10, dtype=np.int32), np.array([4, 6]))
     built = build(Source(store=str(tmp_path / "theirs")), tokenizer, tmp_path / "cache")
     assert documents(built.open()) == [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9]] and built.open_held_out() is None
     with StoreWriter(tmp_path / "other", np.dtype(np.int32)) as writer:
         writer.add(np.array([len(tokenizer)], dtype=np.int32), np.array([1]))
-    with pytest.raises(BadData, match="another tokenizer"):
+    with pytest.raises(BadData, match="store built with this tokenizer"):
         build(Source(store=str(tmp_path / "other")), tokenizer, tmp_path / "cache")
 
 
-def test_a_data_set_of_datasets_gives_what_its_files_give(tmp_path, tokenizer):
+def test_hub_corpus_equals_its_files(tmp_path, tokenizer):
     (tmp_path / "set").mkdir()
     path = write_jsonl(tmp_path / "set" / "train.jsonl", make_texts(100))
     streamed = build(Source(hub=str(tmp_path / "set")), tokenizer, tmp_path / "cache", block_bytes=2000)
@@ -381,7 +381,7 @@ def test_a_data_set_of_datasets_gives_what_its_files_give(tmp_path, tokenizer):
         build(Source(hub=str(tmp_path / "set"), split="nosuch"), tokenizer, tmp_path / "cache")
 
 
-def test_tokenizers_are_trained_once_on_a_sample_that_is_always_the_same(tmp_path):
+def test_train_tokenizer_from_sources_is_deterministic_and_cached(tmp_path):
     sources = [Source(path=str(write_jsonl(tmp_path / f"{number}.jsonl", make_texts(number)))) for number in (300, 400)]
     options = {"kind": "bpe", "vocab_size": 300, "max_document_mib": 1.0}
     folder = train_tokenizer_from_sources(sources, cache_dir=tmp_path / "cache", **options)
@@ -391,11 +391,11 @@ def test_tokenizers_are_trained_once_on_a_sample_that_is_always_the_same(tmp_pat
     assert len(AutoTokenizer.from_pretrained(folder)) == 300
     other = train_tokenizer_from_sources(sources, cache_dir=tmp_path / "other", **options)
     assert contents(other) == contents(folder)
-    with pytest.raises(ConfigError, match="holds tokens, not text"):
+    with pytest.raises(ConfigError, match="is a store of tokens"):
         train_tokenizer_from_sources([Source(store="x")], cache_dir=tmp_path / "cache", **options)
 
 
-def test_samples_of_large_corpora_are_spread_and_bounded(tmp_path, monkeypatch):
+def test_sample_texts_is_spread_and_bounded(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(4000))
     corpus = open_corpus(Source(path=str(path)), 1.0, tmp_path)
     blocks = type(corpus).blocks
@@ -407,7 +407,7 @@ def test_samples_of_large_corpora_are_spread_and_bounded(tmp_path, monkeypatch):
     assert texts == list(sample_texts([corpus], 100_000))
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path, tokenizer, monkeypatch):
+def test_build_checks_disk_space_before_writing(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(100))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100))

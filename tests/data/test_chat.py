@@ -1,4 +1,4 @@
-"""The token proof: what is supervised of each answer is, id for id, what serving sends and what the model would write.
+"""The token proof: prompts and supervised answers equal, id for id, what serving sends and the model generates.
 
 The oracle is transformers alone: `apply_chat_template` on plain messages for every answer, written without `chat.py`.
 """
@@ -66,7 +66,7 @@ PIECES = [
 
 
 def text(draw: random.Random, may_be_empty: bool = False) -> str:
-    """Some pieces; blank text only where it may be empty."""
+    """Text of some pieces, blank only if allowed."""
     found = "".join(draw.choices(PIECES, k=draw.choice([1, 1, 2, 3, 5, 8])))
     if may_be_empty:
         return draw.choice(["", found])
@@ -97,13 +97,13 @@ def answer(draw: random.Random) -> dict:
 
 
 def conversation(seed: int) -> dict:
-    """A row as a file may have it: 1 to 6 answers, each after a question or after the results of calls."""
+    """A record with 1 to 6 answers, each after a question or after tool results."""
     draw = random.Random(seed)
-    messages, row = [], {"messages": []}
+    messages, record = [], {"messages": []}
     if draw.random() < 0.5:
         messages.append({"role": "system", "content": text(draw, may_be_empty=True)})
     if draw.random() < 0.3:
-        row["tools"] = TOOLS[: draw.choice([1, 2])]
+        record["tools"] = TOOLS[: draw.choice([1, 2])]
     for _ in range(draw.choice([1, 1, 2, 2, 3, 4])):
         messages += [{"role": "user", "content": text(draw)} for _ in range(draw.choice([1, 1, 1, 2]))]
         while draw.random() < 0.2 and len(messages) < 12:
@@ -118,11 +118,11 @@ def conversation(seed: int) -> dict:
     answers = [message for message in messages if message["role"] == "assistant"]
     if all(message.get("weight") == 0 for message in answers):
         del answers[-1]["weight"]
-    return row | {"messages": messages}
+    return record | {"messages": messages}
 
 
 def serve(tokenizer, messages: list[dict], tools: list[dict] | None, turn: int):
-    """(ids that serving sends, ids of the answer, enable_thinking) for one turn, by transformers alone."""
+    """(prompt ids of serving, answer ids, enable_thinking) for one turn, computed with transformers alone."""
 
     def render(upto: int, **how):
         return tokenizer.apply_chat_template(messages[:upto], tools=tools, return_dict=False, **how)
@@ -138,17 +138,17 @@ def serve(tokenizer, messages: list[dict], tools: list[dict] | None, turn: int):
     return sent, tokenizer.encode(written, add_special_tokens=False), thinking
 
 
-def as_served(row: dict) -> list[dict]:
-    """The messages without what only training reads."""
-    return [{key: value for key, value in message.items() if key != "weight"} for message in row["messages"]]
+def as_served(record: dict) -> list[dict]:
+    """The messages without the keys that only training reads."""
+    return [{key: value for key, value in message.items() if key != "weight"} for message in record["messages"]]
 
 
-def mismatches(tokenizer, row: dict, encoded, first: int = 0) -> int:
-    """Answers whose ids or weights differ from what serving would have had; each must be there once."""
-    messages, tools = as_served(row), row.get("tools")
+def mismatches(tokenizer, record: dict, encoded, first: int = 0) -> int:
+    """Answers whose ids or weights differ from serving; each must occur once."""
+    messages, tools = as_served(record), record.get("tools")
     supervised = {
         index: round(100 * message.get("weight", 1))
-        for index, message in enumerate(row["messages"])
+        for index, message in enumerate(record["messages"])
         if message["role"] == "assistant" and message.get("weight", 1)
     }
     found, wrong = [], 0
@@ -167,16 +167,16 @@ def mismatches(tokenizer, row: dict, encoded, first: int = 0) -> int:
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_every_answer_is_what_serving_would_have_whatever_the_pad_token(real, name):
+def test_every_answer_equals_serving_with_any_pad_token(real, name):
     tokenizer = load_tokenizer(REAL / name)
     num_answers = 0
     for number, pad in enumerate(PADS):
         tokenizer.pad_token = pad or tokenizer.eos_token
         encoder = ChatEncoder(tokenizer, 1 << 20)
         for seed in range(number, NUM_CONVERSATIONS, len(PADS)):
-            row = conversation(seed)
-            encoded = encoder.encode(parse(row, RecordLayout("messages")))
-            assert mismatches(tokenizer, row, encoded) == 0, json.dumps(row)
+            record = conversation(seed)
+            encoded = encoder.encode(parse(record, RecordLayout("messages")))
+            assert mismatches(tokenizer, record, encoded) == 0, json.dumps(record)
             assert all(sample.weights[one.stop - 1] for sample in encoded.samples for one in sample.answers)
             assert not encoded.dropped_turns and not encoded.cut_turns and not encoded.split
             num_answers += sum(len(sample.answers) for sample in encoded.samples)
@@ -190,7 +190,7 @@ SPEECH = st.lists(ANY_TEXT | st.sampled_from(PIECES), min_size=1, max_size=4).ma
 @needs_real
 @settings(max_examples=60)
 @given(st.lists(st.tuples(SPEECH, SPEECH, st.none() | SPEECH), min_size=1, max_size=3), st.sampled_from(REAL_NAMES))
-def test_any_text_is_supervised_as_it_is_served(real, pairs, name):
+def test_any_text_is_supervised_like_serving(real, pairs, name):
     messages = []
     for question, reply, reasoning in pairs:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
@@ -205,8 +205,8 @@ def talk(*contents: str, **more) -> dict:
     return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)], **more}
 
 
-def encode(tokenizer, row: dict, seq_len: int = 4096, overlong="drop", all_tokens: bool = False):
-    return ChatEncoder(tokenizer, seq_len, overlong, all_tokens).encode(parse(row, RecordLayout("messages")))
+def encode(tokenizer, record: dict, seq_len: int = 4096, overlong="drop", all_tokens: bool = False):
+    return ChatEncoder(tokenizer, seq_len, overlong, all_tokens).encode(parse(record, RecordLayout("messages")))
 
 
 def supervised_text(tokenizer, sample) -> list[str]:
@@ -214,11 +214,11 @@ def supervised_text(tokenizer, sample) -> list[str]:
 
 
 @needs_real
-def test_one_sample_where_turns_extend_each_other_several_where_not(real):
-    row = talk("a", "b", "c", "d")
-    (sample,) = encode(real["qwen2.5-instruct"], row).samples
+def test_conversation_is_one_sample_if_prompts_extend_each_other(real):
+    record = talk("a", "b", "c", "d")
+    (sample,) = encode(real["qwen2.5-instruct"], record).samples
     assert supervised_text(real["qwen2.5-instruct"], sample) == ["b<|im_end|>", "d<|im_end|>"]
-    first, second = encode(real["qwen3"], row).samples  # the empty think block of the first is gone from the second
+    first, second = encode(real["qwen3"], record).samples  # the empty think block of the first is gone from the second
     assert [supervised_text(real["qwen3"], one) for one in (first, second)] == [["b<|im_end|>"], ["d<|im_end|>"]]
     assert real["qwen3"].decode(first.ids).endswith("<think>\n\n</think>\n\nb<|im_end|>")
     assert not first.has_reasoning
@@ -227,13 +227,13 @@ def test_one_sample_where_turns_extend_each_other_several_where_not(real):
 
 
 @needs_real
-def test_reasoning_is_supervised_where_the_template_shows_it_and_counted_where_not(real):
-    row = talk("a", "b")
-    row["messages"][1]["reasoning"] = "So it is."
-    encoded = encode(real["qwen3"], row)
+def test_reasoning_is_supervised_or_counted_as_lost(real):
+    record = talk("a", "b")
+    record["messages"][1]["reasoning"] = "So it is."
+    encoded = encode(real["qwen3"], record)
     assert encoded.samples[0].has_reasoning and not encoded.lost_reasoning_turns
     assert supervised_text(real["qwen3"], encoded.samples[0]) == ["<think>\nSo it is.\n</think>\n\nb<|im_end|>"]
-    encoded = encode(real["qwen2.5-instruct"], row)
+    encoded = encode(real["qwen2.5-instruct"], record)
     assert not encoded.samples[0].has_reasoning and encoded.lost_reasoning_turns == 1
     inline = talk("a", "<think>\nSo it is.\n</think>\n\nb")
     for name in ("qwen3", "qwen2.5-instruct"):
@@ -243,21 +243,21 @@ def test_reasoning_is_supervised_where_the_template_shows_it_and_counted_where_n
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_arguments_as_text_are_never_encoded_twice(real, name):
+def test_tool_arguments_given_as_text_are_not_encoded_twice(real, name):
     call = {"type": "function", "function": {"name": "sum", "arguments": {"of": [1, 2]}}}
     as_text = {"type": "function", "function": {"name": "sum", "arguments": '{"of": [1, 2]}'}}
     ids = []
     for one in (call, as_text):
-        row = talk("a", "b", tools=TOOLS)
-        row["messages"][1]["tool_calls"] = [one]
-        (sample,) = encode(real[name], row).samples
+        record = talk("a", "b", tools=TOOLS)
+        record["messages"][1]["tool_calls"] = [one]
+        (sample,) = encode(real[name], record).samples
         ids.append(sample.ids.tolist())
     assert ids[0] == ids[1]
     assert '{"name": "sum", "arguments": {"of": [1, 2]}}' in real[name].decode(ids[1])
 
 
 @needs_real
-def test_control_tokens_are_refused_or_told(real):
+def test_control_tokens_are_rejected_or_reported(real):
     tokenizer = real["qwen3"]
     for special in tokenizer.all_special_tokens:
         with pytest.raises(RecordError) as caught:
@@ -270,44 +270,44 @@ def test_control_tokens_are_refused_or_told(real):
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_all_tokens_are_supervised_of_the_whole_conversation(real, name):
-    row = talk("a", "b", "c", "d", "e", "f")
-    encoded = encode(real[name], row, seq_len=8, all_tokens=True)
+def test_all_tokens_supervises_the_whole_conversation(real, name):
+    record = talk("a", "b", "c", "d", "e", "f")
+    encoded = encode(real[name], record, seq_len=8, all_tokens=True)
     (sample,) = encoded.samples
-    expected = real[name].apply_chat_template(row["messages"], return_dict=False)
+    expected = real[name].apply_chat_template(record["messages"], return_dict=False)
     assert sample.ids.tolist() == expected and set(sample.weights.tolist()) == {100}
 
 
 LONG = [" ".join(f"{word}{number}" for number in range(40)) for word in ("one", "two", "three", "four")]
 
 
-def long_row() -> dict:
-    row = talk(LONG[0], "first", LONG[1], "second", LONG[2], "third " + LONG[3], LONG[3], "fourth")
-    return {"messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]}
+def long_record() -> dict:
+    record = talk(LONG[0], "first", LONG[1], "second", LONG[2], "third " + LONG[3], LONG[3], "fourth")
+    return {"messages": [{"role": "system", "content": "Be brief."}, *record["messages"]]}
 
 
 @needs_real
 @pytest.mark.parametrize("name", ["qwen2.5-instruct", "qwen3"])
-def test_turns_that_do_not_fit_are_dropped_and_counted(real, name):
-    row = long_row()
-    full = encode(real[name], row)
+def test_overlong_drop_counts_answers_that_do_not_fit(real, name):
+    record = long_record()
+    full = encode(real[name], record)
     second = next(one.stop for sample in full.samples for one in sample.answers if one.turn == 4)
-    encoded = encode(real[name], row, seq_len=second)
+    encoded = encode(real[name], record, seq_len=second)
     assert [one.turn for sample in encoded.samples for one in sample.answers] == [2, 4]
     assert max(len(sample.ids) for sample in encoded.samples) == second
     assert (encoded.dropped_turns, encoded.split) == (2, False)
-    encoded = encode(real[name], row, seq_len=second - 1)
+    encoded = encode(real[name], record, seq_len=second - 1)
     assert encoded.dropped_turns == 3
     with pytest.raises(RecordError) as caught:
-        encode(real[name], row, seq_len=60)
+        encode(real[name], record, seq_len=60)
     assert caught.value.reason == Reason.LONGER_THAN_SEQ_LEN
 
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
 @pytest.mark.parametrize("seq_len", [170, 300, 340, 480, 600, 2000])
-def test_a_split_conversation_begins_at_the_oldest_user_turn_that_fits(real, name, seq_len):
-    tokenizer, messages = real[name], long_row()["messages"]
+def test_overlong_split_starts_at_the_oldest_user_turn_that_fits(real, name, seq_len):
+    tokenizer, messages = real[name], long_record()["messages"]
     encoded = encode(tokenizer, {"messages": messages}, seq_len, "split")
     found = {one.turn: (sample, one) for sample in encoded.samples for one in sample.answers}
     expected, begin = {}, 1
@@ -326,23 +326,23 @@ def test_a_split_conversation_begins_at_the_oldest_user_turn_that_fits(real, nam
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_a_cut_answer_keeps_its_end_token(real, name):
-    row = talk("a", LONG[0], "c", "d")
-    sent, written, _ = serve(real[name], row["messages"], None, 1)
+def test_overlong_truncate_keeps_the_end_token(real, name):
+    record = talk("a", LONG[0], "c", "d")
+    sent, written, _ = serve(real[name], record["messages"], None, 1)
     for room in range(1, len(written) + 1):
         seq_len = len(sent) + room
         if room == 1:
             with pytest.raises(RecordError):
-                encode(real[name], row, seq_len, "truncate")
+                encode(real[name], record, seq_len, "truncate")
             continue
-        encoded = encode(real[name], row, seq_len, "truncate")
+        encoded = encode(real[name], record, seq_len, "truncate")
         (sample,) = encoded.samples
         assert sample.ids.tolist() == sent + written[: room - 1] + written[-1:]
         assert sample.weights[len(sent) :].tolist() == [100] * room
         assert (encoded.cut_turns, encoded.dropped_turns) == (int(room < len(written)), 1)
 
 
-def test_an_answer_that_nobody_asked_for_is_counted(real_or_byte):
+def test_answer_without_a_prompt_is_counted_as_dropped(real_or_byte):
     messages = [{"role": "assistant", "content": "Hello."}, *talk("a", "b")["messages"]]
     encoded = encode(real_or_byte, {"messages": messages})
     assert encoded.dropped_turns == 1
@@ -385,13 +385,13 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         (HEADED + PROMPT.replace("assistant", "model"), r"'model\\n'.*'assis"),
     ],
 )
-def test_a_template_that_breaks_the_promise_stops_and_shows_the_difference(byte, template, differ):
+def test_template_with_mismatched_prompt_shows_the_difference(byte, template, differ):
     with pytest.raises(BadData, match=differ) as caught:
         ChatEncoder(with_template(byte, template), 100)
     assert "\n" not in str(caught.value)
 
 
-def test_a_promise_broken_later_stops_with_the_turn(byte):
+def test_template_mismatch_in_a_later_turn_names_the_turn(byte):
     forgetful = "{% if messages | length > 3 %}Later: {% endif %}" + HEADED + PROMPT
     tokenizer = with_template(byte, forgetful)
     assert len(encode(tokenizer, talk("a", "b")).samples) == 1
@@ -402,7 +402,7 @@ def test_a_promise_broken_later_stops_with_the_turn(byte):
         encode(with_template(byte, endless), talk("a", "b"))
 
 
-def test_a_tokenizer_that_loses_text_stops(byte, tmp_path):
+def test_tokenizer_that_loses_text_is_an_error(byte, tmp_path):
     content = json.loads((byte / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Replace", "pattern": {"String": "colour"}, "content": "color"}
     for file in byte.iterdir():
@@ -416,12 +416,12 @@ def test_a_tokenizer_that_loses_text_stops(byte, tmp_path):
         encode(tokenizer, talk("a", "two words"))
 
 
-def test_unusable_templates_are_refused(byte):
+def test_describe_template_refuses_unusable_templates(byte):
     with pytest.raises(ConfigError, match="has no chat template"):
         describe_template(with_template(byte, None))
-    with pytest.raises(ConfigError, match="cannot render the simplest conversation"):
+    with pytest.raises(ConfigError, match="cannot render a minimal conversation"):
         describe_template(with_template(byte, "{% for m in messages %}"))
-    with pytest.raises(ConfigError, match="holds no special token"):
+    with pytest.raises(ConfigError, match="without a special token"):
         describe_template(with_template(byte, HEADED.replace("<|im_end|>", "") + PROMPT))
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
     tokenizer = with_template(byte, no_system + HEADED + PROMPT)
@@ -431,7 +431,7 @@ def test_unusable_templates_are_refused(byte):
     assert caught.value.reason == Reason.TEMPLATE
 
 
-def test_templates_are_known(byte):
+def test_describe_template_knows_chatml(byte):
     template = describe_template(load_tokenizer(byte))
     assert (template.known_as, template.end_of_turn, template.end_of_turn_id) == ("plain ChatML", END, 258)
     assert not template.has_thinking_switch
@@ -439,7 +439,7 @@ def test_templates_are_known(byte):
 
 
 @needs_real
-def test_real_templates_are_known(real):
+def test_describe_template_knows_the_qwen_templates(real):
     found = {name: describe_template(real[name]) for name in REAL_NAMES}
     assert all(one.known_as and one.end_of_turn_id == 151645 for one in found.values())
     assert [name for name in REAL_NAMES if found[name].has_thinking_switch] == ["qwen3-base", "qwen3"]
@@ -450,8 +450,8 @@ OTHERS = ["qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", 
 
 @needs_real
 @pytest.mark.parametrize("name", OTHERS)
-def test_templates_nobody_here_wrote_code_for_are_right_too(real, name):
-    """The templates that TRL carries of later models, on Qwen3's tokens."""
+def test_templates_of_other_models_equal_serving(real, name):
+    """Templates of other models shipped with TRL, with Qwen3's tokenizer."""
     trl = importlib.util.find_spec("trl")
     if trl is None or trl.origin is None:
         pytest.skip("TRL is not installed")
@@ -462,15 +462,15 @@ def test_templates_nobody_here_wrote_code_for_are_right_too(real, name):
     tokenizer.chat_template = path.read_text()
     encoder = ChatEncoder(tokenizer, 1 << 20)
     for seed in range(60):
-        row = conversation(seed)
-        for message in row["messages"]:
+        record = conversation(seed)
+        for message in record["messages"]:
             message.pop("weight", None)
-        encoded = encoder.encode(parse(row, RecordLayout("messages")))
+        encoded = encoder.encode(parse(record, RecordLayout("messages")))
         for sample in encoded.samples:
             for one in sample.answers:
                 sent = tokenizer.apply_chat_template(
-                    as_served(row)[: one.turn],
-                    tools=row.get("tools"),
+                    as_served(record)[: one.turn],
+                    tools=record.get("tools"),
                     add_generation_prompt=True,
                     return_dict=False,
                     **({} if one.thinking is None else {"enable_thinking": one.thinking}),

@@ -1,4 +1,4 @@
-"""Columns and sequences: values arrive at the tokens they belong to, and the sequences of a document stay apart."""
+"""Columns and sequences: values stay aligned with their tokens, and the sequences of a document stay separate."""
 
 import json
 from itertools import pairwise
@@ -61,7 +61,7 @@ def test_column_reads_what_the_writer_was_given(tmp_path_factory, documents, see
 
 
 def packed(store, whole, seed):
-    """All batches of an epoch, and each span with the place where it begins."""
+    """All batches of an epoch, and each span with its start in the batch."""
     order = Order([store.lengths], None, SEQ_LEN, seed % 1000, whole)
     for row in range(order.num_sequences(0)):
         spans = order.sequence(row)
@@ -128,6 +128,19 @@ def test_order_keeps_documents_of_several_sequences_whole(tmp_path_factory, docu
         assert len(found) == -(-sum(sequences) // SEQ_LEN)
 
 
+def test_pack_refuses_a_column_with_different_dtypes(tmp_path):
+    stores = []
+    for dtype in ("float32", "float64"):
+        column = Column("rewards", dtype)
+        with StoreWriter(tmp_path / dtype, np.dtype(np.uint16), [column]) as writer:
+            writer.add(np.arange(3, dtype=np.uint16), np.array([3]), {column.name: np.ones(3, dtype)})
+        stores.append(Store(tmp_path / dtype))
+    spans = np.array([[0, 0, 0, 3], [1, 0, 0, 3]])
+    with pytest.raises(BadData, match="'rewards' of source 1 has dtype float64.*float32"):
+        pack(stores, spans, 8)
+    pack([stores[0], stores[0]], spans, 8)
+
+
 def test_pack_gives_stores_without_a_column_its_default(tmp_path):
     store, _ = write(tmp_path / "tokens", [[8]], seed=0, columns=(LOG_PROBS,))
     plain = random_store(np.random.default_rng(0), [6])
@@ -139,7 +152,7 @@ def test_pack_gives_stores_without_a_column_its_default(tmp_path):
 
 
 def pack_of_old(stores, spans, num_tokens):
-    """Packing as it was before columns and sequences: the oracle for stores that have neither."""
+    """Reference implementation of packing without columns and sequences."""
     tokens = np.zeros(num_tokens, dtype=np.int64)
     labels = np.full(num_tokens, NO_LABEL, dtype=np.int64)
     hundredths = np.full(num_tokens, 100, dtype=np.uint8)
@@ -182,7 +195,7 @@ def pack_of_old(stores, spans, num_tokens):
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), SEEDS, st.booleans(), st.booleans())
-def test_pack_of_plain_stores_is_bit_for_bit_what_it_was(lengths, seed, whole, has_weights):
+def test_pack_without_columns_is_bit_identical_to_the_reference(lengths, seed, whole, has_weights):
     rng = np.random.default_rng(seed)
     store = random_store(rng, lengths)
     if has_weights:
@@ -200,7 +213,7 @@ def test_pack_of_plain_stores_is_bit_for_bit_what_it_was(lengths, seed, whole, h
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "garbage", "dtype", "name"])
-def test_columns_that_are_broken_are_found_out(tmp_path, damage):
+def test_store_detects_broken_columns(tmp_path, damage):
     write(tmp_path / "tokens", [[3, 4], [5]], seed=0)
     declaration, values = tmp_path / "tokens.columns.json", tmp_path / "tokens.rewards.col"
     declared = json.loads(declaration.read_text())
@@ -217,7 +230,7 @@ def test_columns_that_are_broken_are_found_out(tmp_path, damage):
         Store(tmp_path)
 
 
-def test_fingerprint_tells_columns_apart(tmp_path):
+def test_fingerprint_depends_on_columns(tmp_path):
     prints = set()
     for name, seed, columns in (("a", 1, ()), ("b", 1, (LOSS_WEIGHTS,)), ("c", 1, (LOG_PROBS,))):
         prints.add(write(tmp_path / name, [[5], [6]], seed, columns)[0].fingerprint)

@@ -1,4 +1,4 @@
-"""Conversations from file to store: every row is kept, split or rejected, whatever its format and container."""
+"""Conversations from file to store: every record is kept, split or rejected, in any format and container."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def samples(built: BuiltStore) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("overlong", ["drop", "split", "truncate"])
-def test_records_in_are_kept_or_split_or_rejected(tokenizer, tmp_path, overlong):
+def test_every_record_is_kept_split_or_rejected(tokenizer, tmp_path, overlong):
     rng = Random(1)
     good = [{"messages": make_messages(rng, max_answers=8)} for _ in range(300)]
     broken = [row for form, row, _ in BROKEN_RECORDS if form == "messages" and not isinstance(row, bytes)] * 3
@@ -93,7 +93,7 @@ def test_records_in_are_kept_or_split_or_rejected(tokenizer, tmp_path, overlong)
         assert report["cut_turns"] + report["dropped_turns"] > 0
 
 
-def test_every_sample_ends_with_a_supervised_end_of_turn_and_fits(tokenizer, tmp_path):
+def test_samples_fit_and_end_with_a_supervised_end_of_turn(tokenizer, tmp_path):
     rng = Random(2)
     source = write_rows(tmp_path / "a.jsonl", [{"messages": make_messages(rng)} for _ in range(200)])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -118,7 +118,7 @@ def test_all_samples_of_a_conversation_are_held_out_together(tokenizer, tmp_path
     assert sides[0] | sides[1] == {mark.strip() for mark in marks}
 
 
-def test_workers_and_blocks_change_nothing(tokenizer, tmp_path):
+def test_conversations_do_not_depend_on_workers_or_block_size(tokenizer, tmp_path):
     rng = Random(4)
     source = write_rows(tmp_path / "a.jsonl", [{"messages": make_messages(rng)} for _ in range(300)])
     one = build(source, tokenizer, tmp_path / "one")
@@ -158,7 +158,7 @@ def test_every_container_and_format_gives_the_same_samples(tokenizer, tmp_path):
     assert all(one == found[0] for one in found[1:])
 
 
-def test_documents_among_conversations_are_supervised_whole(tokenizer, tmp_path):
+def test_documents_among_conversations_are_fully_supervised(tokenizer, tmp_path):
     folder = tmp_path / "both"
     folder.mkdir()
     write_rows(folder / "a.jsonl", [{"messages": make_messages(Random(6))}])
@@ -177,7 +177,7 @@ def test_settings_that_change_samples_change_the_store(tokenizer, tmp_path):
     assert build(source, tokenizer, tmp_path / "cache", overlong="split").path != first.path
 
 
-def test_what_reasons_is_marked(tokenizer, tmp_path):
+def test_samples_with_reasoning_are_marked(tokenizer, tmp_path):
     reasoned = {"messages": [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "owl"}]}
     reasoned["messages"][1]["reasoning_content"] = "hen"
     plain = {"messages": [{"role": "user", "content": "crow"}, {"role": "assistant", "content": "owl"}]}
@@ -186,13 +186,13 @@ def test_what_reasons_is_marked(tokenizer, tmp_path):
     assert np.asarray(built.open().lengths)[0] > np.asarray(built.open().lengths)[1]
 
 
-def test_an_unknown_format_says_what_was_found_and_what_to_do(tokenizer, tmp_path):
+def test_unknown_format_error_names_the_fields(tokenizer, tmp_path):
     source = write_rows(tmp_path / "a.jsonl", [{"frage": "fox", "antwort": "owl"}])
     with pytest.raises(BadData, match=r"'frage', 'antwort', which fit no known format.*fields"):
         build(source, tokenizer, tmp_path / "cache")
 
 
-def test_a_tokenizer_without_a_template_is_refused(tokenizer, tmp_path):
+def test_tokenizer_without_a_chat_template_is_refused(tokenizer, tmp_path):
     source = write_rows(tmp_path / "a.jsonl", [{"messages": make_messages(Random(8))}])
     plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     plain.chat_template = None
@@ -200,7 +200,7 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer, tmp_path):
         build(source, plain, tmp_path / "cache")
 
 
-def test_a_tokenizer_is_trained_on_what_is_said(tmp_path):
+def test_tokenizer_is_trained_on_the_messages(tmp_path):
     rows = [{"messages": make_messages(Random(number))} for number in range(20)]
     source = write_rows(tmp_path / "a.jsonl", rows)
     folder = train_tokenizer_from_sources(

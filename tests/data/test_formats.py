@@ -1,4 +1,4 @@
-"""Formats: one conversation under every name it goes by, every broken row with its reason, and no row lost."""
+"""Formats: conversations in every format, broken records with their reasons, and no record lost."""
 
 import json
 import subprocess
@@ -50,13 +50,13 @@ def outcome(line, layout, encoder):
 
 
 @pytest.mark.parametrize(("form", "line", "reason"), BROKEN_RECORDS)
-def test_a_broken_record_says_why(form, line, reason, encoder):
+def test_parse_rejects_broken_records_with_the_reason(form, line, reason, encoder):
     data = line if isinstance(line, bytes) else json.dumps(line).encode()
     assert outcome(data, RecordLayout(form), encoder) == reason
 
 
-def test_there_is_a_broken_record_for_every_reason():
-    readers_own = {Reason.UTF16}  # a file's, not a row's
+def test_broken_records_cover_every_reason():
+    readers_own = {Reason.UTF16}  # of a file, not of a record
     templates_own = {Reason.TEMPLATE}  # tests/data/test_chat.py
     assert {reason for _, _, reason in BROKEN_RECORDS} == set(Reason) - readers_own - templates_own
     assert len(set(Reason)) >= 36
@@ -118,7 +118,7 @@ SHARED = [("system", "Be brief."), ("human", "How warm\nis it in Oslo?"), ("gpt"
         ),
     ],
 )
-def test_one_conversation_under_every_name(record, form, fields, roles):
+def test_parse_reads_one_conversation_in_every_format(record, form, fields, roles):
     layout = detect([{"broken": 1}, record, record], RecordLayout("auto", fields, roles), "a.jsonl")
     assert layout == RecordLayout(form, fields, roles)
     assert json.loads(json.dumps(asdict(layout))) == asdict(layout)
@@ -158,7 +158,7 @@ CALLED_VALUE = json.dumps({"name": "warmth", "arguments": json.dumps(CALL["funct
         },
     ],
 )
-def test_tools_and_calls_under_every_name(record):
+def test_parse_reads_tools_and_calls_in_every_format(record):
     called = Turn("assistant", "", tool_calls=(CALL,), weight=100)
     expected = Conversation((ASK, called, Turn("tool", "4.0"), REPLY), (TOOL,))
     found = parse(record, detect([record], RecordLayout("auto"), "a.jsonl"))
@@ -190,7 +190,7 @@ def test_tools_and_calls_under_every_name(record):
         ),
     ],
 )
-def test_what_an_answer_may_say_of_itself(changed, expected):
+def test_parse_reads_train_weight_and_reasoning(changed, expected):
     record = {
         "messages": [
             {"role": "user", "content": "x"},
@@ -204,12 +204,12 @@ def test_what_an_answer_may_say_of_itself(changed, expected):
     assert found.turns[1].thinks == (expected.reasoning is not None)
 
 
-def test_reasoning_inside_the_content_is_noticed():
+def test_thinks_finds_reasoning_inside_the_content():
     assert Turn("assistant", "<think>\nSo.\n</think>\n\na").thinks
     assert not Turn("assistant", "<think>\n\n</think>\n\na").thinks
 
 
-def test_history_is_supervised_too():
+def test_parse_supervises_the_history():
     record = {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}
     turns = [
         Turn("user", "a"),
@@ -220,7 +220,7 @@ def test_history_is_supervised_too():
     assert parse(record, RecordLayout("alpaca")) == Conversation(tuple(turns))
 
 
-def test_plain_text_is_a_document():
+def test_parse_reads_plain_text_as_a_document():
     layout = detect([{"text": "a"}, {"text": "b", "id": 1}], RecordLayout("auto"), "a.jsonl")
     assert parse({"text": "a"}, layout) == Document("a")
     assert detect([{"body": "a"}], RecordLayout("auto", text_field="body"), "a.jsonl").format == "text"
@@ -228,12 +228,12 @@ def test_plain_text_is_a_document():
     assert detect([record], RecordLayout("auto"), "a.jsonl").format == "messages"
 
 
-def test_what_fits_no_format_or_two_is_told():
-    with pytest.raises(BadData, match=r"a\.jsonl: .*'question', 'reply'.*fields, for example"):
+def test_detect_refuses_no_or_two_matching_formats():
+    with pytest.raises(BadData, match=r"a\.jsonl: .*'question', 'reply'.*fields`, for example"):
         detect([{"question": "a", "reply": "b"}], RecordLayout("auto"), "a.jsonl")
     with pytest.raises(BadData, match=r"\(none\)"):
         detect([7], RecordLayout("auto"), "a.jsonl")
-    with pytest.raises(BadData, match="format: text, alpaca or prompt"):
+    with pytest.raises(BadData, match="`format` to text, alpaca or prompt"):
         detect([{"instruction": "a", "output": "b", "text": "a b"}], RecordLayout("auto"), "a.jsonl")
 
 
@@ -300,16 +300,16 @@ def test_dataset_info_of_conversations(info):
     ("name", "expected"),
     [
         ("nowhere", "has no data set 'nowhere'"),
-        ("preferences", "ranking is not understood"),
-        ("pictures", "images as a column"),
-        ("misspelt", "colums is not understood"),
-        ("mistagged", "role as a tag"),
-        ("some", "num_samples is not understood"),
+        ("preferences", "key ranking is not supported"),
+        ("pictures", "column images is not supported"),
+        ("misspelt", "key colums is not supported"),
+        ("mistagged", "tag role is not supported"),
+        ("some", "key num_samples is not supported"),
         ("elsewhere", "neither file_name nor hf_hub_url"),
         ("strange", "formatting is 'chatml'"),
     ],
 )
-def test_dataset_info_that_is_not_understood_is_refused(info, name, expected):
+def test_dataset_info_with_unsupported_settings_is_refused(info, name, expected):
     with pytest.raises(ConfigError, match=expected):
         described(info, name)
 
@@ -345,7 +345,7 @@ FORMATS = ["messages", "sharegpt", "alpaca", "prompt", "text"]
 
 @settings(max_examples=250)
 @given(record=RECORD | JSON, form=st.sampled_from(FORMATS))
-def test_any_record_is_kept_or_refused(encoder, record, form):
+def test_parse_keeps_or_rejects_any_record(encoder, record, form):
     try:
         content = parse(record, RecordLayout(form))
     except RecordError:
@@ -364,7 +364,7 @@ LINE = RECORD.map(lambda value: json.dumps(value).encode()) | st.binary(max_size
 
 @settings(max_examples=100)
 @given(st.lists(LINE, max_size=8))
-def test_every_line_of_a_file_is_kept_or_refused(encoder, lines):
+def test_read_records_keeps_or_rejects_any_line(encoder, lines):
     lines = [GOOD, *(line.replace(b"\n", b"") for line in lines)]
     layout, num_kept, num_refused = RecordLayout("messages"), 0, 0
     for record in read_records([Piece("f", "json", 1, b"\n".join(lines), None, layout)], READING):

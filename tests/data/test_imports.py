@@ -1,4 +1,4 @@
-"""Imports: what the binarizer wrote is in the store, token for token, label for label, or refused."""
+"""Import: every token and label of the binarizer is in the store, or its sample is rejected."""
 
 import json
 
@@ -19,7 +19,7 @@ ROWS = st.lists(
 
 @settings(max_examples=25)
 @given(ROWS)
-def test_every_record_is_in_the_store_or_refused(tmp_path_factory, rows):
+def test_import_stores_or_rejects_every_sample(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("binarized")
     samples = [([i for i, _ in row], [i if supervised else IGNORED for i, supervised in row]) for row in rows]
     write_set(folder, "a", samples)
@@ -42,7 +42,7 @@ def test_every_record_is_in_the_store_or_refused(tmp_path_factory, rows):
     assert report["rejected_by_reason"] == ({UNSUPERVISED: len(refused)} if refused else {})
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_import_does_not_overwrite(tmp_path):
     write_set(tmp_path, "a", [([1, 2], [IGNORED, 2])])
     with pytest.raises(ConfigError, match="nothing is overwritten"):
         import_padded_mmap(tmp_path, tmp_path)

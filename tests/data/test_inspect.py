@@ -1,4 +1,4 @@
-"""Inspecting finds what a build finds, and its proofs are what transformers alone gives for each answer."""
+"""Inspect: same counts as a build, and proofs equal to those computed with transformers alone."""
 
 import itertools
 import json
@@ -51,7 +51,7 @@ def look(tokenizer, num_shown: int = 9, **settings) -> Look:
 
 
 @needs_real
-def test_each_answers_proof_is_what_transformers_sends(chats):
+def test_inspect_proofs_equal_transformers(chats):
     tokenizer = load_tokenizer(REAL / "qwen3")
     (found,) = inspect_all([Source(path=str(chats))], look(tokenizer))
     first, second, plain = found.documents
@@ -60,7 +60,9 @@ def test_each_answers_proof_is_what_transformers_sends(chats):
         "chats.jsonl:1, sample 2 of 2",
         "chats.jsonl:2",
     ]
-    assert first.notes == ["2 samples, since the template shows earlier turns differently later"] and not second.notes
+    assert (
+        first.notes == ["2 samples, since the template renders earlier messages differently later"] and not second.notes
+    )
     for shown, messages in ((first, REASONED[:2]), (second, REASONED[:4]), (plain, ROWS[1][:1])):
         (proof,) = shown.proofs
         arguments = {"add_generation_prompt": True, "enable_thinking": proof.thinking}
@@ -74,7 +76,7 @@ def test_each_answers_proof_is_what_transformers_sends(chats):
 
 @pytest.mark.parametrize("overlong", ["drop", "split", "truncate"])
 @pytest.mark.parametrize("all_tokens", [False, True])
-def test_a_source_shows_what_a_build_makes_of_it(chats, small, tmp_path, overlong, all_tokens):
+def test_inspect_finds_the_same_as_a_build(chats, small, tmp_path, overlong, all_tokens):
     settings = ConversationSettings(seq_len=256, overlong=overlong, all_tokens=all_tokens)
     source = Source(path=str(chats))
     options = {"held_out": 0.0, "max_reject_share": 1.0, "max_document_mib": 16.0, "workers": 1}
@@ -97,7 +99,7 @@ def test_a_source_shows_what_a_build_makes_of_it(chats, small, tmp_path, overlon
     )
 
 
-def test_without_a_tokenizer_turns_are_shown_as_they_read(chats):
+def test_inspect_without_a_tokenizer_shows_text(chats):
     (found,) = inspect_all([Source(path=str(chats))], look(None, 1))
     (shown,) = found.documents
     assert found.unit == "bytes" and found.num_supervised is None and shown.num_tokens is None
@@ -113,20 +115,20 @@ def test_without_a_tokenizer_turns_are_shown_as_they_read(chats):
     assert found.counts["records"] == 6 and found.counts["kept"] == 3 and found.num_reasoning == 1
 
 
-def test_a_long_conversation_says_what_became_of_it(chats, small):
+def test_inspect_notes_split_dropped_and_cut_answers(chats, small):
     (whole,) = inspect_all([Source(path=str(chats))], look(small, 1))
     assert [proof.turn for proof in whole.documents[0].proofs] == [3, 5]
     seq_len = whole.documents[0].num_tokens - 1
     (dropped,) = inspect_all([Source(path=str(chats))], look(small, 1, seq_len=seq_len))
     assert [proof.turn for proof in dropped.documents[0].proofs] == [3] and dropped.counts["dropped_turns"] == 1
-    assert "1 answers dropped: too long, or nothing before them that they answer" in dropped.documents[0].notes
+    assert "1 answers dropped: too long, or not preceded by a message" in dropped.documents[0].notes
     (split,) = inspect_all([Source(path=str(chats))], look(small, 1, seq_len=seq_len, overlong="split"))
     assert [[proof.turn for proof in shown.proofs] for shown in split.documents] == [[3], [5]]
-    assert "a later answer's history begins at a later user turn, so that it fits" in split.documents[0].notes
+    assert "the start of the history was dropped before later answers to make them fit" in split.documents[0].notes
     assert split.counts["split"] == 1 and split.documents[1].spans[0].text.count("2 + 2?") == 0
 
 
-def test_few_rejects_of_each_reason_are_shown_and_all_are_counted(tmp_path):
+def test_inspect_shows_a_few_rejects_and_counts_all(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join(['{"text": "a"}', *["{}"] * 9, '{"text": null}']) + "\n")
     (found,) = inspect_all([Source(path=str(path))], look(None))

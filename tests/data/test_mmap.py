@@ -1,4 +1,4 @@
-"""Padded samples of Qwen3-Coder's binarizer come back without their padding, and bent files say so."""
+"""Reading padded samples of Qwen3-Coder's binarizer; damaged files are errors."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ PAD = 151643
 
 
 def save_mmap(path: Path, rows: list[list[int]], padding: int) -> None:
-    """As `save_mmap` of the binarizer: rows of int32 padded to the longest, with their shape in a file."""
+    """Like `save_mmap` of the binarizer: int32 samples padded to the longest, with a shape file."""
     longest = max(map(len, rows))
     Path(f"{path}.shape.json").write_text(json.dumps({"n_samples": len(rows), "max_len": longest}))
     array = np.memmap(path, dtype=np.int32, mode="w+", shape=(len(rows), longest))
@@ -34,7 +34,7 @@ def sample(seed: int) -> tuple[list[int], list[int]]:
     return ids, [token if random.random() < 0.5 else IGNORED for token in ids]
 
 
-def test_samples_come_back_in_order_without_padding(tmp_path):
+def test_read_padded_mmap_gives_samples_in_order_without_padding(tmp_path):
     sets = {"b.jsonl": [sample(seed) for seed in range(20)], "a": [([PAD, PAD], [IGNORED, PAD])]}
     for name, samples in sets.items():
         write_set(tmp_path, name, samples)
@@ -62,7 +62,7 @@ def write_length(folder: Path, length: int) -> None:
         (lambda folder: save_mmap(folder / "a.labels.mmap", [[1, 2, 3], [4, 5, 7]], IGNORED), "sample 1 of 2"),
     ],
 )
-def test_bent_files_say_so(tmp_path, spoil, expected):
+def test_read_padded_mmap_refuses_damaged_files(tmp_path, spoil, expected):
     write_set(tmp_path, "a", [([1, 2, 3], [IGNORED, 2, 3]), ([4, 5, 6], [4, 5, 6])])
     assert len(list(read_padded_mmap(tmp_path))) == 2
     spoil(tmp_path)
@@ -70,6 +70,6 @@ def test_bent_files_say_so(tmp_path, spoil, expected):
         list(read_padded_mmap(tmp_path))
 
 
-def test_a_folder_without_such_files_says_what_is_expected(tmp_path):
+def test_read_padded_mmap_refuses_a_folder_without_sets(tmp_path):
     with pytest.raises(BadData, match=r"binarize_data\.py"):
         list(read_padded_mmap(tmp_path))

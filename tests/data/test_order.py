@@ -1,4 +1,4 @@
-"""The order of rows: complete, without repeats, pure, and mixed as asked for."""
+"""The order of packed sequences: complete, without repeats, deterministic, and mixed by weight."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
 @given(st.lists(document_lengths, min_size=1, max_size=3), st.integers(8, 40), st.integers(0, 5), st.integers(0, 3))
-def test_an_epoch_reads_every_token_exactly_once(sources, seq_len, seed, epoch):
+def test_order_reads_every_token_of_an_epoch_once(sources, seq_len, seed, epoch):
     order = Order([np.array(lengths) for lengths in sources], None, seq_len, seed)
     first = sum(order.num_sequences(e) for e in range(epoch))
     read = [np.zeros(length, dtype=int) for lengths in sources for length in lengths]
@@ -28,7 +28,7 @@ def test_an_epoch_reads_every_token_exactly_once(sources, seq_len, seed, epoch):
 
 
 @given(document_lengths, st.integers(8, 40), st.integers(0, 1000))
-def test_a_row_depends_on_nothing_but_its_number(lengths, seq_len, row):
+def test_order_sequence_depends_only_on_its_number(lengths, seq_len, row):
     def build():
         return Order([np.array(lengths)], None, seq_len, seed=7)
 
@@ -38,7 +38,7 @@ def test_a_row_depends_on_nothing_but_its_number(lengths, seq_len, row):
     assert np.array_equal(one.sequence(row), other.sequence(row))
 
 
-def test_epochs_and_seeds_shuffle_differently():
+def test_order_shuffles_epochs_and_seeds_differently():
     lengths = [np.full(200, 10)]
     order = Order(lengths, None, 100, seed=0)
     first, second = ([tuple(order.sequence(e * 20 + r)[:, 1]) for r in range(20)] for e in (0, 1))
@@ -46,7 +46,7 @@ def test_epochs_and_seeds_shuffle_differently():
     assert first != [tuple(Order(lengths, None, 100, seed=1).sequence(r)[:, 1]) for r in range(20)]
 
 
-def test_weights_set_the_share_of_tokens_whatever_the_sizes():
+def test_order_weights_set_the_token_shares():
     rng = np.random.default_rng(0)
     lengths = [rng.integers(20, 200, size=3000), rng.integers(5, 50, size=400)]
     order = Order(lengths, [1.0, 3.0], 128, seed=0)
@@ -59,7 +59,7 @@ def test_weights_set_the_share_of_tokens_whatever_the_sizes():
     assert tokens[1] / tokens.sum() == pytest.approx(order.token_shares(0)[1])
 
 
-def test_a_weighted_source_is_read_evenly_over_the_epochs():
+def test_order_reads_a_weighted_source_evenly_over_epochs():
     order = Order([np.full(100, 10), np.full(100, 10)], [3.0, 1.0], 50, seed=0)
     counts = np.zeros((2, 100), dtype=int)
     for epoch in range(2):
@@ -70,13 +70,13 @@ def test_a_weighted_source_is_read_evenly_over_the_epochs():
 
 
 @given(document_lengths, st.integers(8, 40), st.floats(0.1, 3.9))
-def test_rows_of_a_fraction_of_an_epoch(lengths, seq_len, epochs):
+def test_num_sequences_in_epochs_of_a_fraction(lengths, seq_len, epochs):
     order = Order([np.array(lengths)], None, seq_len, seed=0)
     exact = epochs * order.num_sequences(0)
     assert exact - 1e-6 <= order.num_sequences_in_epochs(epochs) < exact + 1
 
 
-def test_the_fingerprint_sees_lengths_seed_and_row_length():
+def test_order_fingerprint_depends_on_lengths_seed_and_seq_len():
     lengths = [np.array([5, 6, 7])]
     prints = {
         Order(lengths, None, 8, 0).fingerprint(),
@@ -87,13 +87,13 @@ def test_the_fingerprint_sees_lengths_seed_and_row_length():
     assert len(prints) == 4
 
 
-def test_a_source_without_tokens_is_refused():
+def test_order_refuses_a_source_without_tokens():
     with pytest.raises(BadData, match="no tokens"):
         Order([np.array([3, 4]), np.array([], dtype=int)], None, 8, 0)
 
 
 @given(st.lists(document_lengths, min_size=1, max_size=3), st.integers(8, 40), st.integers(0, 5), st.integers(0, 2))
-def test_whole_pieces_are_read_once_and_cut_only_where_they_must_be(sources, seq_len, seed, epoch):
+def test_order_cuts_whole_documents_only_if_too_long(sources, seq_len, seed, epoch):
     order = Order([np.array(lengths) for lengths in sources], None, seq_len, seed, whole=True)
     first = sum(order.num_sequences(e) for e in range(epoch))
     spans = [order.sequence(row) for row in range(first, first + order.num_sequences(epoch))]
@@ -108,7 +108,7 @@ def test_whole_pieces_are_read_once_and_cut_only_where_they_must_be(sources, seq
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200))
-def test_best_fit_leaves_no_two_rows_that_would_fit_into_one(lengths):
+def test_best_fit_leaves_no_two_sequences_that_fit_into_one(lengths):
     row_of = best_fit(lengths, 50)
     filled = np.bincount(row_of, weights=lengths)
     assert filled.max() <= 50 and filled.min() > 0
@@ -116,7 +116,7 @@ def test_best_fit_leaves_no_two_rows_that_would_fit_into_one(lengths):
     assert len(filled) == 1 or smallest.sum() > 50
 
 
-def test_thousands_of_short_conversations_fill_their_rows():
+def test_best_fit_fills_sequences_with_short_conversations():
     lengths = np.random.default_rng(0).integers(20, 200, size=20_000)
     order = Order([lengths], None, 1024, seed=0, whole=True)
     assert lengths.sum() / (1024 * order.num_sequences(0)) > 0.995

@@ -1,4 +1,4 @@
-"""Packing: labels stay inside documents, nothing is lost, and ranks and micro-batches change nothing."""
+"""Packing: labels stay inside documents, no token is lost, and ranks and micro-batch size do not matter."""
 
 import numpy as np
 import pytest
@@ -22,28 +22,28 @@ from trivium.data.batch.pack import (
 document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
 
-def rows_of(lengths, seq_len=16, sequences_per_step=4, sequences_per_micro_batch=2, num_sequences=None):
+def batches_of(lengths, seq_len=16, sequences_per_step=4, sequences_per_micro_batch=2, num_sequences=None):
     store = random_store(np.random.default_rng(0), lengths)
     order = Order([store.lengths], None, seq_len, seed=3)
     return store, StoreBatches([store], order, sequences_per_step, sequences_per_micro_batch, num_sequences)
 
 
 @given(document_lengths)
-def test_every_token_but_each_first_is_a_label_once_an_epoch(lengths):
-    store, rows = rows_of(lengths)
-    rows.num_sequences = rows.order.num_sequences(0)
+def test_pack_makes_every_token_but_the_first_a_label_once(lengths):
+    store, source = batches_of(lengths)
+    source.num_sequences = source.order.num_sequences(0)
     labels = []
-    for step in range(-(-rows.num_sequences // rows.sequences_per_step)):
-        for batch in rows.step(step):
+    for step in range(-(-source.num_sequences // source.sequences_per_step)):
+        for batch in source.step(step):
             labels += batch.supervised_labels[: batch.num_supervised].tolist()
     expected = [int(token) for document in store.documents for token in document[1:]]
     assert sorted(labels) == sorted(expected)
 
 
 @given(document_lengths, st.integers(0, 5))
-def test_a_batch_says_the_truth_about_its_documents(lengths, step):
-    store, rows = rows_of(lengths)
-    for batch in rows.step(step):
+def test_pack_fills_batches_with_the_documents_of_their_spans(lengths, step):
+    store, source = batches_of(lengths)
+    for batch in source.step(step):
         assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == (32,)
         assert batch.cu_seqlens.tolist()[: len(batch.bounds)] == list(batch.bounds)
         assert set(batch.cu_seqlens.tolist()[len(batch.bounds) :]) <= {32}
@@ -64,12 +64,12 @@ def test_a_batch_says_the_truth_about_its_documents(lengths, step):
 
 
 @given(document_lengths, st.integers(0, 6), st.integers(1, 5), st.sampled_from([None, 3, 9, 10]))
-def test_ranks_and_micro_batches_do_not_change_what_a_step_reads(lengths, step, world_size, num_sequences):
+def test_step_reads_the_same_for_any_ranks_and_micro_batches(lengths, step, world_size, num_sequences):
     ledgers, spans = set(), set()
     for per_micro_batch in (1, 2, 4):
-        store, rows = rows_of(lengths, sequences_per_micro_batch=per_micro_batch, num_sequences=num_sequences)
+        store, source = batches_of(lengths, sequences_per_micro_batch=per_micro_batch, num_sequences=num_sequences)
         store.masks = [np.full(length, 100 if number % 3 else 50, np.uint8) for number, length in enumerate(lengths)]
-        shares = [rows.step(step, rank, world_size) for rank in range(world_size)]
+        shares = [source.step(step, rank, world_size) for rank in range(world_size)]
         assert len({len(one) for one in shares}) == 1, "every rank makes as many forwards"
         in_order = [batch for micro_batches in zip(*shares, strict=True) for batch in micro_batches]
         ledgers.add(step_digest("", [batch.digests for batch in in_order]))
@@ -90,13 +90,13 @@ def test_share_gives_every_batch_to_one_rank_and_pads_the_rest(lengths, world_si
     assert all(batch.num_supervised == 0 for one in shares for batch in one if not batch.num_tokens)
 
 
-def test_the_last_step_of_a_counted_run_holds_what_is_left():
-    _, rows = rows_of([16] * 10, sequences_per_step=4, sequences_per_micro_batch=4, num_sequences=10)
-    assert [sum(batch.num_tokens for batch in rows.step(step)) for step in range(4)] == [64, 64, 32, 0]
+def test_last_step_reads_the_remaining_sequences():
+    _, source = batches_of([16] * 10, sequences_per_step=4, sequences_per_micro_batch=4, num_sequences=10)
+    assert [sum(batch.num_tokens for batch in source.step(step)) for step in range(4)] == [64, 64, 32, 0]
 
 
 @given(document_lengths, st.integers(1, 400))
-def test_evaluation_reads_the_first_documents_whole(lengths, max_tokens):
+def test_sequential_batches_read_the_first_documents_whole(lengths, max_tokens):
     store = random_store(np.random.default_rng(0), lengths)
     batches = sequential_batches(store, 32, 16, max_tokens)
     spans = np.concatenate([batch.spans for batch in batches])
@@ -107,7 +107,7 @@ def test_evaluation_reads_the_first_documents_whole(lengths, max_tokens):
     assert len(documents) == len(lengths) or read + lengths[len(documents)] > max_tokens
 
 
-def test_sequence_digests_see_one_changed_token_and_step_digest_its_past():
+def test_digests_change_with_one_token_and_with_the_past():
     store = random_store(np.random.default_rng(0), [20, 12])
     spans = np.array([[0, 0, 0, 20], [0, 1, 0, 12]])
     before = list(sequence_digests(pack([store], spans, 32), [1, 1]))
@@ -119,7 +119,7 @@ def test_sequence_digests_see_one_changed_token_and_step_digest_its_past():
 
 
 @given(document_lengths, st.integers(0, 2**32 - 1))
-def test_loss_falls_on_the_labels_the_mask_names_with_its_weights(lengths, seed):
+def test_pack_supervises_labels_with_their_weights(lengths, seed):
     rng = np.random.default_rng(seed)
     store = random_store(rng, lengths)
     store.masks = [rng.choice(np.array([0, 100, 50], dtype=np.uint8), size=length) for length in lengths]

@@ -1,4 +1,4 @@
-"""Prefetch: the same batches in the same order, errors where they belong, and a thread that ends."""
+"""Prefetch: the same batches in order, errors at the right step, and a thread that ends."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Records and blocks: every kind of bad record has its reason, and where the bytes were cut changes nothing."""
+"""Records and blocks: every bad record has a reason, and block borders do not change the records."""
 
 import gzip
 import json
@@ -77,7 +77,7 @@ def read(path: Path, documents: str = "file", block_bytes: int = 1 << 19, start:
 
 
 @pytest.mark.parametrize(("raw", "reason"), BAD_JSON_RECORDS)
-def test_a_bad_record_says_why_and_its_neighbours_live(raw, reason):
+def test_read_records_rejects_bad_records_and_keeps_the_others(raw, reason):
     data = b'{"text": "before"}\n' + raw + b'\n{"text": "after"}\n'
     before, bad, after = read_records([Piece("f", "json", 1, data)], READING)
     assert (before.content.text, after.content.text, after.line) == ("before", "after", 3)
@@ -86,31 +86,31 @@ def test_a_bad_record_says_why_and_its_neighbours_live(raw, reason):
 
 
 @pytest.mark.parametrize(("raw", "text"), GOOD_JSON_RECORDS)
-def test_odd_but_good_records_are_kept(raw, text):
+def test_read_records_keeps_unusual_but_valid_records(raw, text):
     (record,) = read_records([Piece("f", "json", 1, raw)], READING)
     assert (record.content, record.num_bytes) == (Document(text), len(text.encode()))
 
 
-def test_a_missing_field_names_the_fields_that_are_there():
+def test_missing_field_reject_lists_the_fields():
     (record,) = read_records([Piece("f", "json", 1, b'{"content": "a", "id": 3}')], READING)
     assert record.content.detail == "no 'text'; it has 'content', 'id'"
 
 
-def test_mark_at_the_start_blank_lines_and_missing_last_newline(tmp_path):
+def test_read_records_with_bom_blank_lines_and_no_last_newline(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "b"}')
     assert list(read(path)) == [("a.jsonl", 1, "a"), ("a.jsonl", 4, "b")]
 
 
 @pytest.mark.parametrize("codec", ["utf-16", "utf-16-be"])
-def test_utf16_is_named(tmp_path, codec):
+def test_read_records_rejects_utf16(tmp_path, codec):
     mark = "" if codec == "utf-16" else "\ufeff"
     (tmp_path / "a.txt").write_bytes((mark + "two\nlines").encode(codec))
     assert {row[2] for row in read(tmp_path, "line")} == {Reason.UTF16}
     assert [row[2] for row in read(tmp_path, "file")] == [Reason.UTF16]
 
 
-def test_plain_text_as_files_paragraphs_and_lines(tmp_path):
+def test_read_records_of_files_paragraphs_and_lines(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\r\none\r\ntwo\r\n \t\r\n\r\n  three\n\n\n")
     (tmp_path / "a.md").write_bytes(b" \n")
     assert list(read(tmp_path)) == [("a.md", 1, Reason.EMPTY), ("b.txt", 1, "\none\ntwo\n \t\n\n  three\n\n\n")]
@@ -128,7 +128,7 @@ BYTES_OF_TEXT = st.text(alphabet="ab \n\r\t\u00e9", max_size=60).map(str.encode)
     block_bytes=st.integers(1, 40),
     long=st.integers(3, 12),
 )
-def test_where_blocks_are_cut_changes_no_record(tmp_path_factory, data, documents, block_bytes, long):
+def test_read_blocks_gives_the_same_records_for_any_block_size(tmp_path_factory, data, documents, block_bytes, long):
     path = tmp_path_factory.mktemp("cut") / "a.txt"
     path.write_bytes(data)
     reading = Reading("text", documents, long)
@@ -146,7 +146,7 @@ def test_where_blocks_are_cut_changes_no_record(tmp_path_factory, data, document
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.zst", ".parquet"])
-def test_any_container_gives_the_same_records_from_any_place(tmp_path, suffix):
+def test_read_blocks_gives_the_same_records_from_any_container(tmp_path, suffix):
     texts = [f"document {number} " + "word " * random.Random(number).randrange(60) for number in range(300)]
     path = tmp_path / f"a{suffix}"
     lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
@@ -166,7 +166,7 @@ def test_any_container_gives_the_same_records_from_any_place(tmp_path, suffix):
     assert list(read(path, block_bytes=700, start=blocks[middle - 1].after)) == expected[num_before:]
 
 
-def test_parquet_columns_of_bytes_nulls_and_numbers(tmp_path):
+def test_read_blocks_of_parquet_bytes_nulls_and_numbers(tmp_path):
     table = pyarrow.table({"text": pyarrow.array([b"good", b"\xff\n", None, "\u00e9".encode()]), "n": [1, 2, 3, 4]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     found = [row[1:] for row in read(tmp_path)]
@@ -178,7 +178,7 @@ def test_parquet_columns_of_bytes_nulls_and_numbers(tmp_path):
     }
 
 
-def test_folders_are_read_sorted_once_and_without_end(tmp_path):
+def test_list_files_sorts_and_follows_links_once(tmp_path):
     (tmp_path / "b" / "inner").mkdir(parents=True)
     for name in ("b/inner/2.txt", "b/1.txt", "a.txt", "b/.hidden.txt", "b/image.png"):
         (tmp_path / name).write_text(name)
@@ -199,12 +199,12 @@ def refusal(path: Path) -> str:
     return message
 
 
-def test_sources_that_cannot_be_read_say_so(tmp_path):
+def test_unreadable_sources_are_errors(tmp_path):
     assert "no such file" in refusal(tmp_path / "nowhere")
-    assert "nothing to read" in refusal(tmp_path)
+    assert "no supported files" in refusal(tmp_path)
     for name, content, expected in [
-        ("a.docx", b"x", "cannot be read"),
-        ("a.gz", b"x", "cannot be read"),
+        ("a.docx", b"x", "file type .docx is not supported"),
+        ("a.gz", b"x", "file type .gz is not supported"),
         ("plain.jsonl.gz", b'{"text": "a"}\n', "Not a gzipped file"),
         ("cut.jsonl.gz", gzip.compress(os.urandom(5000))[:3000], "EOFError"),
         ("bent.txt.gz", gzip.compress(b"a" * 500)[:-8] + b"12345678", "cannot be read to its end"),
@@ -212,7 +212,7 @@ def test_sources_that_cannot_be_read_say_so(tmp_path):
         ("cut.txt.zst", zstd(os.urandom(1500))[:-200], "cannot be read to its end"),
         ("cut-list.json", b'[{"text": "a"}, {"text": "b', "breaks off or is not JSON after entry 1"),
         ("no-list.json", b'[{"text": "a"} {"text": "b"}]', "after entry 1"),
-        ("a.parquet", b"PAR1 and no more", "not a readable Parquet"),
+        ("a.parquet", b"PAR1 and no more", "not a valid Parquet"),
     ]:
         (tmp_path / name).write_bytes(content)
         assert expected in refusal(tmp_path / name)
@@ -226,7 +226,7 @@ def test_sources_that_cannot_be_read_say_so(tmp_path):
     st.integers(1, 60),
     st.integers(0, 20),
 )
-def test_a_json_list_is_its_entries_wherever_reading_begins(tmp_path_factory, entries, indent, block_bytes, begin):
+def test_json_list_gives_its_entries_from_any_position(tmp_path_factory, entries, indent, block_bytes, begin):
     path = tmp_path_factory.mktemp("list") / "a.json"
     path.write_text(json.dumps(entries, indent=indent), encoding="utf-8")
     start = Position(0, min(begin, len(entries)), min(begin, len(entries)) + 1)

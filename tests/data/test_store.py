@@ -1,4 +1,4 @@
-"""The token store: what Megatron writes we read, what we write Megatron reads, and a broken one is found out."""
+"""Token stores: compatible with Megatron in both directions, and damage is detected."""
 
 import os
 import struct
@@ -67,7 +67,7 @@ def test_we_read_what_megatron_writes(tmp_path_factory, documents, dtype):
     assert store.largest_token() == max(max(document) for document in joined)
 
 
-def test_bytes_are_those_of_megatron(tmp_path):
+def test_store_bytes_equal_megatron(tmp_path):
     documents = [[1, 2, 3], [4], [5, 6]]
     write(tmp_path / "ours", documents)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
@@ -79,11 +79,11 @@ def test_bytes_are_those_of_megatron(tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size", [259, 65_499, 65_500, 151_669])
-def test_token_type_follows_megatron(vocab_size):
+def test_token_dtype_follows_megatron(vocab_size):
     assert token_dtype(vocab_size) == DType.optimal_dtype(vocab_size)
 
 
-def test_places_that_do_not_exist_are_index_errors(tmp_path):
+def test_store_raises_index_errors(tmp_path):
     write(tmp_path / "tokens", [[1, 2, 3], []])
     store = Store(tmp_path)
     assert store.tokens(0, 3, 3).tolist() == [] and store.tokens(1).tolist() == []
@@ -92,7 +92,7 @@ def test_places_that_do_not_exist_are_index_errors(tmp_path):
             store.tokens(*place)
 
 
-def test_fingerprint_tells_stores_apart(tmp_path):
+def test_fingerprint_depends_on_the_store(tmp_path):
     for name, documents in {"a": [[1, 2], [3]], "b": [[1, 2], [4]], "c": [[1], [2, 3]], "same": [[1, 2], [3]]}.items():
         write(tmp_path / name, documents)
     prints = {name: Store(tmp_path / name).fingerprint for name in ("a", "b", "c", "same")}
@@ -116,20 +116,20 @@ def break_index(offset, content):
         (lambda prefix: prefix.with_suffix(".idx").unlink(), "no such file"),
         (lambda prefix: os.truncate(prefix.with_suffix(".idx"), 20), "cut short"),
         (lambda prefix: os.truncate(prefix.with_suffix(".idx"), 50), "its header promises"),
-        (lambda prefix: os.truncate(prefix.with_suffix(".bin"), 7), "cut short"),
-        (lambda prefix: prefix.with_suffix(".bin").write_bytes(b"a" * 13), "do not belong together"),
+        (lambda prefix: os.truncate(prefix.with_suffix(".bin"), 7), "has 7 bytes and its .idx promises"),
+        (lambda prefix: prefix.with_suffix(".bin").write_bytes(b"a" * 13), "has 13 bytes and its .idx promises 12"),
         (break_index(0, b"GARBAGE"), "MMIDIDX"),
         (break_index(9, struct.pack("<Q", 2)), "version 2"),
-        (break_index(17, b"\x06"), "token type 6"),
+        (break_index(17, b"\x06"), "token dtype 6"),
         (break_index(18, struct.pack("<Q", 2**60)), "promises"),
-        (break_index(34, struct.pack("<i", -1)), "end to end"),
-        (break_index(34, struct.pack("<i", 4)), "end to end"),
-        (break_index(34 + 12, struct.pack("<q", 2)), "end to end"),
+        (break_index(34, struct.pack("<i", -1)), "gaps or overlaps"),
+        (break_index(34, struct.pack("<i", 4)), "gaps or overlaps"),
+        (break_index(34 + 12, struct.pack("<q", 2)), "gaps or overlaps"),
         (break_index(34 + 36 + 8, struct.pack("<q", 3)), "do not rise"),
         (break_index(34 + 36, struct.pack("<q", 1)), "do not rise"),
     ],
 )  # fmt: skip
-def test_a_broken_store_is_found_out(tmp_path, damage, said):
+def test_store_detects_damage(tmp_path, damage, said):
     write(tmp_path / "tokens", [[1, 2, 3], [4], [5, 6]])
     damage(tmp_path / "tokens")
     with pytest.raises(BadData, match=said):

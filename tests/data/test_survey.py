@@ -1,4 +1,4 @@
-"""A survey finds what a build finds where it reads everything, and nearly that where it reads a part."""
+"""Survey: equal to a build if everything is read, and close to it otherwise."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ CHINESE = (
 
 
 def chat(number):
-    """Conversations of several lengths; every third reasons, every fifth has two answers of which one is supervised."""
+    """Conversations of several lengths; every third has reasoning, every fifth has two answers, one supervised."""
     thought = "" if number % 3 else "<think>\nWhiskers and claws.\n</think>\n\n"
     answer = thought + "It is a cat. " * (1 + number % 7)
     first = [{"role": "user", "content": f"What is animal {number}?"}, {"role": "assistant", "content": answer}]
@@ -74,7 +74,7 @@ def build(path, tokenizer, tmp_path, seq_len=4096):
 
 
 @pytest.mark.parametrize("seq_len", [4096, 160])
-def test_conversations_are_counted_as_they_are_built(chats, small, tmp_path, seq_len):
+def test_survey_counts_conversations_like_a_build(chats, small, tmp_path, seq_len):
     built = build(chats, small, tmp_path, seq_len)
     found = survey([Source(path=str(chats))], small, ConversationSettings(seq_len=seq_len))
     report = built.report
@@ -89,7 +89,7 @@ def test_conversations_are_counted_as_they_are_built(chats, small, tmp_path, seq
     assert of_store.reasoning_share == found.reasoning_share
 
 
-def test_documents_are_counted_as_they_are_built(small, tmp_path):
+def test_survey_counts_documents_like_a_build(small, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text * 3}) + "\n" for text in (ENGLISH, KOREAN, CHINESE)))
     built = build(path, small, tmp_path)
@@ -99,7 +99,7 @@ def test_documents_are_counted_as_they_are_built(small, tmp_path):
     assert survey([Source(store=str(built.path))]).num_tokens == found.num_tokens
 
 
-def test_without_a_tokenizer_records_are_exact_and_tokens_near(chats, small):
+def test_survey_without_a_tokenizer_estimates_tokens(chats, small):
     counted, estimated = survey([Source(path=str(chats))], small), survey([Source(path=str(chats))])
     assert not estimated.is_measured and "estimated" in estimated.how
     assert (estimated.num_rows, estimated.num_rejected) == (counted.num_rows, counted.num_rejected)
@@ -108,14 +108,14 @@ def test_without_a_tokenizer_records_are_exact_and_tokens_near(chats, small):
 
 
 @needs_real
-def test_the_estimate_is_near_qwens_tokenizer():
+def test_estimated_tokens_are_close_to_qwens_tokenizer():
     tokenizer = Tokenizer.from_file(str(REAL / "qwen3" / "tokenizer.json"))
     for text in (ENGLISH, KOREAN, CHINESE, ENGLISH + KOREAN):
         assert estimated_tokens(text) == pytest.approx(len(tokenizer.encode(text).ids), rel=0.25)
 
 
 @pytest.mark.parametrize("text", ["", "\ud800", "😀" * 40, "a", "ไทย", "\n" * 999])
-def test_any_text_has_an_estimate(text):
+def test_estimated_tokens_of_any_text(text):
     assert 1 <= estimated_tokens(text) <= max(1, len(text.encode("utf-8", "surrogatepass")))
 
 
@@ -160,7 +160,7 @@ def table(path, rows):
         (table, ".parquet"),
     ],
 )
-def test_a_part_tells_of_the_whole(write, suffix, tmp_path, small, monkeypatch):
+def test_survey_extrapolates_from_a_part(write, suffix, tmp_path, small, monkeypatch):
     rows = [{"text": f"{number}: " + "The miller had a cat. " * (1 + number % 11)} for number in range(6000)]
     source = write(tmp_path / f"rows{suffix}", rows)
     whole = survey([source], None)
@@ -174,8 +174,8 @@ def test_a_part_tells_of_the_whole(write, suffix, tmp_path, small, monkeypatch):
     assert part.num_tokens == pytest.approx(whole.num_tokens, rel=0.1)
 
 
-def test_the_end_of_a_file_counts_as_much_as_its_beginning(tmp_path, monkeypatch):
-    """Short rows first, long ones later: a survey of the beginning alone would be wrong tenfold."""
+def test_survey_samples_the_whole_file(tmp_path, monkeypatch):
+    """Short records first, long ones later: reading only the beginning would be off by a factor of ten."""
     rows = [{"text": "A cat. " * (1 if number < 20_000 else 60)} for number in range(24_000)]
     source = json_lines(tmp_path / "rows.jsonl", rows)
     whole = survey([source])
@@ -184,7 +184,7 @@ def test_the_end_of_a_file_counts_as_much_as_its_beginning(tmp_path, monkeypatch
     assert part.mean_tokens == pytest.approx(whole.mean_tokens, rel=0.1)
 
 
-def test_sources_of_both_kinds_are_weighed_by_their_tokens(chats, tmp_path):
+def test_survey_weighs_sources_by_their_tokens(chats, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text(ENGLISH * 500)
     alone, other = survey([Source(path=str(chats))]), survey([Source(path=str(texts))])
@@ -196,19 +196,19 @@ def test_sources_of_both_kinds_are_weighed_by_their_tokens(chats, tmp_path):
     assert both.supervised_share == pytest.approx(supervised / both.num_tokens)
 
 
-def test_the_planner_takes_it_as_it_is(chats):
+def test_survey_gives_the_planner_its_data_facts(chats):
     found = survey([Source(path=str(chats))])
     facts = DataFacts(**{field.name: getattr(found, field.name) for field in fields(DataFacts)})
     assert facts.num_rows == found.num_rows
 
 
-def test_a_store_within_the_source_is_not_taken_for_data(chats, small, tmp_path):
+def test_survey_skips_a_store_inside_the_source(chats, small, tmp_path):
     build(chats, small, tmp_path)
     found = survey([Source(path=str(tmp_path))], cache_dir=tmp_path / "cache")
     assert found.num_rows == survey([Source(path=str(chats))]).num_rows
 
 
-def test_nothing_usable_is_said(tmp_path):
+def test_survey_without_usable_records_is_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"messages": []}\n')
     with pytest.raises(BadData, match="no usable record"):
@@ -217,6 +217,6 @@ def test_nothing_usable_is_said(tmp_path):
         survey([Source(path=str(tmp_path / "nowhere.jsonl"))])
 
 
-def test_it_waits_for_no_torch():
+def test_survey_does_not_import_torch():
     code = "import sys, trivium.data.look.survey; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Tokenizers: trained ones load in transformers and lose nothing; documents encode as the library itself encodes."""
+"""Tokenizers: trained ones load in transformers and round-trip text; documents encode like in transformers."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def trained(request, tmp_path_factory):
     return folder
 
 
-def test_trained_tokenizer_is_what_hugging_face_expects(trained):
+def test_train_tokenizer_writes_a_hugging_face_folder(trained):
     loaded = AutoTokenizer.from_pretrained(trained)
     assert loaded.is_fast
     assert (loaded.eos_token, loaded.pad_token) == (END_OF_TEXT, END_OF_TEXT)
@@ -60,7 +60,7 @@ def test_trained_tokenizer_is_what_hugging_face_expects(trained):
     assert prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_any_text_comes_back(trained):
+def test_trained_tokenizers_round_trip_any_text(trained):
     loaded = AutoTokenizer.from_pretrained(trained)
 
     @settings(max_examples=200)
@@ -72,7 +72,7 @@ def test_any_text_comes_back(trained):
     comes_back()
 
 
-def test_byte_tokens_are_bytes_and_char_tokens_characters(tmp_path):
+def test_train_tokenizer_kinds_byte_and_char(tmp_path):
     train_tokenizer(iter(TEXTS), "byte", 1000, tmp_path / "byte")
     assert len(load_tokenizer(tmp_path / "byte")("\u00e9a\u65e5").input_ids) == 6
     train_tokenizer(iter(TEXTS), "char", 1000, tmp_path / "char")
@@ -81,7 +81,7 @@ def test_byte_tokens_are_bytes_and_char_tokens_characters(tmp_path):
     assert len(chars("\u0436").input_ids) == 2  # never seen: its two bytes
 
 
-def test_training_is_deterministic_in_a_process_of_its_own(tmp_path):
+def test_train_tokenizer_is_deterministic_across_processes(tmp_path):
     script = (
         "import sys; from pathlib import Path; from trivium.data.tokenizer import train_tokenizer\n"
         "for kind in ('bpe', 'char'): train_tokenizer(iter(eval(sys.argv[1])), kind, 400, Path(sys.argv[2]) / kind)\n"
@@ -93,7 +93,7 @@ def test_training_is_deterministic_in_a_process_of_its_own(tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
 
 
-def test_bad_tokenizers_are_refused(tmp_path):
+def test_load_tokenizer_refuses_bad_tokenizers(tmp_path):
     with pytest.raises(ConfigError, match="at least 259"):
         train_tokenizer(iter(TEXTS), "bpe", 100, tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
@@ -107,7 +107,7 @@ def test_bad_tokenizers_are_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_long_documents_are_encoded_in_parts_with_the_same_ids(trained, monkeypatch):
+def test_document_encoder_gives_the_same_ids_in_parts(trained, monkeypatch):
     loaded = load_tokenizer(trained)
     encoder = DocumentEncoder(document_encoding(loaded))
     lines = st.text(alphabet="ab1 .\n\r\t\u00e9\u0301_", max_size=120)
@@ -125,7 +125,7 @@ def test_long_documents_are_encoded_in_parts_with_the_same_ids(trained, monkeypa
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_documents_encode_as_transformers_does(real, name):
+def test_document_encoder_equals_transformers(real, name):
     tokenizer = real[name]
     encoder = DocumentEncoder(document_encoding(tokenizer))
     texts = [*TEXTS[:2], "The quick brown fox", "x" * 50_000, "\n\n\n", Path(__file__).read_text()]
@@ -137,7 +137,7 @@ def test_documents_encode_as_transformers_does(real, name):
 
 @needs_real
 @pytest.mark.parametrize("name", REAL_NAMES)
-def test_no_text_can_forge_a_control_token(real, name):
+def test_document_encoder_never_makes_control_tokens_from_text(real, name):
     tokenizer = real[name]
     encoder = DocumentEncoder(document_encoding(tokenizer))
     text = "".join(tokenizer.get_added_vocab())
@@ -148,7 +148,7 @@ def test_no_text_can_forge_a_control_token(real, name):
 
 
 @needs_real
-def test_own_pattern_and_parts_are_those_of_qwen(real, monkeypatch):
+def test_qwen_split_equals_the_pattern_of_qwen(real, monkeypatch):
     tokenizer = real["qwen3"]
     assert QWEN_SPLIT in tokenizer.backend_tokenizer.to_str().encode().decode("unicode_escape")
     encoder = DocumentEncoder(document_encoding(tokenizer))
@@ -159,12 +159,12 @@ def test_own_pattern_and_parts_are_those_of_qwen(real, monkeypatch):
 
 
 def settled_characters() -> str:
-    """All characters that are encoded word by word from memory."""
+    """All characters that the word cache may encode."""
     return "".join(chr(code) for code in range(0xD800) if not UNSETTLED.search(chr(code))) + "\uff01\uff21\uff41"
 
 
 @needs_real
-def test_every_settled_character_is_cut_as_the_library_cuts_it(real):
+def test_word_encoder_splits_characters_like_the_library(real):
     tokenizer = real["qwen3"]
     encoder = DocumentEncoder(document_encoding(tokenizer))
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -177,7 +177,7 @@ def test_every_settled_character_is_cut_as_the_library_cuts_it(real):
         assert encoder._words.encode(text, encoder.dtype).tolist() == expected
 
 
-def test_words_from_memory_are_those_of_the_library(trained, monkeypatch):
+def test_word_encoder_gives_the_ids_of_the_library(trained, monkeypatch):
     loaded = load_tokenizer(trained)
     encoder = DocumentEncoder(document_encoding(loaded))
     monkeypatch.setattr("trivium.data.words.MAX_WORDS", 20)

@@ -1,6 +1,6 @@
-"""`trivium data`: build and import token stores, and look into stores and sources.
+"""`trivium data`: build, import and inspect token stores.
 
-Flags and printing only. Paths and figures go to stdout, progress and notes to stderr.
+This module only parses flags and prints. Results go to stdout, progress and remarks to stderr.
 """
 
 import json
@@ -38,28 +38,27 @@ def data() -> None:
 
 
 def _pairs(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """OURS=THEIRS, as often as it is given."""
     if wrong := [value for value in values if "=" not in value]:
-        raise click.BadParameter(f"{wrong[0]!r} is not OURS=THEIRS, for example prompt=question")
+        raise click.BadParameter(f"{wrong[0]!r} is not of the form OURS=THEIRS, for example prompt=question")
     return dict(value.split("=", 1) for value in values)
 
 
 READING_OPTIONS = [
     click.option("--field", default="text", show_default=True, help="JSON field or Parquet column with the text."),
     click.option(
-        "--documents", type=DOCUMENTS, default="file", show_default=True, help="One document of a plain text file."
+        "--documents", type=DOCUMENTS, default="file", show_default=True, help="Document unit of plain text files."
     ),
     click.option("--format", type=FORMAT, default="auto", show_default=True, help="Format of the records."),
     click.option(
-        "--fields", multiple=True, callback=_pairs, metavar="OURS=THEIRS", help="A field's name, as prompt=question."
+        "--fields", multiple=True, callback=_pairs, metavar="OURS=THEIRS", help="Field name, e.g. prompt=question."
     ),
-    click.option("--dataset", metavar="NAME", help="Entry of the dataset_info.json that SOURCE is."),
+    click.option("--dataset", metavar="NAME", help="Entry to read if SOURCE is a dataset_info.json."),
     click.option(
         "--seq-len",
         type=click.IntRange(8),
         default=DEFAULTS["seq_len"],
         show_default=True,
-        help="Tokens of the longest sample of a conversation.",
+        help="Maximum tokens of a sample of a conversation.",
     ),
     click.option(
         "--overlong",
@@ -73,21 +72,21 @@ READING_OPTIONS = [
         type=click.Choice(["assistant", "all"]),
         default="assistant",
         show_default=True,
-        help="Supervised tokens of a conversation.",
+        help="Which tokens of a conversation are supervised.",
     ),
 ]
 READING_KEYS = ("field", "documents", "format", "fields", "dataset")
 
 
 def reading_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How sources are read: for every verb that reads them."""
+    """Decorator that adds the options for reading sources."""
     for option in reversed(READING_OPTIONS):
         command = option(command)
     return command
 
 
 def source_of(name: str, field: str, documents: str, **reading: Any) -> Source:
-    """What a SOURCE argument names.
+    """The source of a SOURCE argument.
 
     Raises: ConfigError when the options contradict each other.
     """
@@ -117,22 +116,22 @@ def _conversations(options: dict[str, Any]) -> "ConversationSettings":
     type=click.FloatRange(0, 1, max_open=True),
     default=DEFAULTS["held_out"],
     show_default=True,
-    help="Share of the documents kept out of training.",
+    help="Share of documents kept out of training.",
 )
 @click.option(
     "--max-reject-share",
     type=click.FloatRange(0, 1),
     default=DEFAULTS["max_reject_share"],
     show_default=True,
-    help="Largest share of unusable records.",
+    help="Maximum share of rejected records.",
 )
-@click.option("--workers", type=click.IntRange(1, 512), help="Processes that tokenize. Default: one per core.")
+@click.option("--workers", type=click.IntRange(1, 512), help="Tokenizing processes. Default: one per core.")
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),
     default=DEFAULT_CACHE_DIR,
     show_default=True,
-    help="Where stores are kept.",
+    help="Folder of the stores.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON.")
 def build(
@@ -145,10 +144,10 @@ def build(
     as_json: bool,
     **reading: Any,
 ) -> None:
-    """Turn each SOURCE into a token store, or find the existing one, and print its path.
+    """Build a token store of each SOURCE, or find the existing one, and print its path.
 
     A SOURCE is a file or folder of .txt .md .jsonl .json .parquet (also .gz .zst), or hub:ID for a Hub data set.
-    Records are documents or conversations; which, and in which format, is detected from each file's first records.
+    The format (documents or conversations) is detected from each file's first records.
 
     Example: trivium data build stories.jsonl --tokenizer Qwen/Qwen3-0.6B
     """
@@ -182,23 +181,23 @@ def build(
         for line in describe_counts(report):
             click.echo(f"  {line}", err=True)
         if report["conversations"]:
-            click.echo(f"  {_loss_facts(report['supervised_tokens'], all_tokens)}", err=True)
+            click.echo(f"  {_supervised(report['supervised_tokens'], all_tokens)}", err=True)
         click.echo(store.path)
 
 
-def _loss_facts(num_supervised: int, num_tokens: int) -> str:
+def _supervised(num_supervised: int, num_tokens: int) -> str:
     return f"{num_supervised:,} supervised tokens ({num_supervised / max(1, num_tokens):.1%})"
 
 
 @data.command("import")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store to write.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to create for the store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def import_(folder: Path, out: Path, as_json: bool) -> None:
-    """Turn FOLDER, padded .mmap files as Qwen3-Coder's binarize_data.py writes them, into a store with loss weights.
+    """Convert FOLDER, with padded .mmap files from Qwen3-Coder's binarize_data.py, to a store with loss weights.
 
-    Padding is removed, and samples without a supervised token are rejected. Put what is printed into a run file as
-    `store:`.
+    Padding is removed, and samples without a supervised token are rejected. In a run file, set `store:` to the printed
+    path.
 
     Example: trivium data import binarized --out imported
     """
@@ -210,7 +209,7 @@ def import_(folder: Path, out: Path, as_json: bool) -> None:
         click.echo(json.dumps({"store": str(out / "tokens"), **report}, indent=2))
         return
     click.echo(f"{folder}: {report['tokens']:,} tokens in {report['documents']:,} samples", err=True)
-    for line in [*describe_counts(report), _loss_facts(report["supervised_tokens"], report["tokens"])]:
+    for line in [*describe_counts(report), _supervised(report["supervised_tokens"], report["tokens"])]:
         click.echo(f"  {line}", err=True)
     for reason, count in report["rejected_by_reason"].items():
         click.echo(f"  rejected: {reason}, {count:,} records", err=True)
@@ -219,17 +218,15 @@ def import_(folder: Path, out: Path, as_json: bool) -> None:
 
 @data.command()
 @click.argument("paths", nargs=-1, required=True, metavar="STORE_OR_SOURCE...")
-@click.option(
-    "--tokenizer", help="Tokenizer folder or Hub id: shows a store's tokens as text, a source's as they are trained on."
-)
+@click.option("--tokenizer", help="Tokenizer folder or Hub id, to decode stores and to encode sources.")
 @reading_options
 @click.option("-n", "num_shown", type=click.IntRange(0), default=3, show_default=True, help="Records to show of each.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(paths: tuple[str, ...], tokenizer: str | None, num_shown: int, as_json: bool, **reading: Any) -> None:
-    """Show first records, lengths, shares and rejects of stores and sources.
+    """Show the first records, lengths, shares and rejects of stores and sources.
 
-    With --tokenizer a conversation is shown as it would be trained on: supervised tokens in green (with another weight
-    in yellow; in [[brackets]] without colors), and each answer proven to continue what serving sends.
+    With --tokenizer, conversations are shown as samples. Supervised tokens are green, or yellow if their loss weight is
+    not 1; without colors they are in [[brackets]]. For each answer, the prompt is proven to be what serving sends.
 
     \b
     Examples:
@@ -259,7 +256,7 @@ def _print(inspection: "Inspection") -> None:
     if inspection.counts:
         click.echo("\n".join(f"  {line}" for line in describe_counts(inspection.counts)))
     if inspection.num_supervised is not None:
-        click.echo(f"  {_loss_facts(inspection.num_supervised, inspection.size)}")
+        click.echo(f"  {_supervised(inspection.num_supervised, inspection.size)}")
     if inspection.counts.get("conversations"):
         reasoned = inspection.num_reasoning
         click.echo(
@@ -267,9 +264,8 @@ def _print(inspection: "Inspection") -> None:
             f"{num_documents - reasoned:,} without"
         )
     if inspection.lengths:
-        click.echo(
-            f"  {unit} a document: " + ", ".join(f"{key} {value:,}" for key, value in inspection.lengths.items())
-        )
+        lengths = ", ".join(f"{key} {value:,}" for key, value in inspection.lengths.items())
+        click.echo(f"  {unit} per document: {lengths}")
     most = max((count for _, count in inspection.histogram), default=1)
     for low, count in inspection.histogram:
         bar = "#" * max(1, round(BAR_COLUMNS * count / most))
@@ -304,7 +300,7 @@ def _print_shown(shown: "Shown") -> None:
 
 
 def _marked(span: "TextSpan", text: str) -> str:
-    """The text in the color of its weight, or in brackets where there are no colors."""
+    """The text in the color of its loss weight, or in brackets without colors."""
     if span.weight is None or not text:
         return text
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:

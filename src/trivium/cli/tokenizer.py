@@ -1,6 +1,6 @@
-"""`trivium tokenizer`: train a small tokenizer on text, and inspect any.
+"""`trivium tokenizer`: train a small tokenizer on text, and inspect any tokenizer.
 
-Flags and printing only.
+This module only parses flags and prints.
 """
 
 import hashlib
@@ -27,20 +27,20 @@ def tokenizer() -> None:
 @tokenizer.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option(
-    "--kind", type=click.Choice(["bpe", "byte", "char"]), default="bpe", show_default=True, help="What a token is."
+    "--kind", type=click.Choice(["bpe", "byte", "char"]), default="bpe", show_default=True, help="Kind of tokenizer."
 )
-@click.option("--vocab-size", type=int, default=4096, show_default=True, help="Tokens, special ones included.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--vocab-size", type=int, default=4096, show_default=True, help="Tokens, including special tokens.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to create.")
 @click.option("--field", default="text", show_default=True, help="JSON field or Parquet column with the text.")
 @click.option(
-    "--documents", type=DOCUMENTS, default="file", show_default=True, help="One document of a plain text file."
+    "--documents", type=DOCUMENTS, default="file", show_default=True, help="Document unit of plain text files."
 )
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),
     default=DEFAULT_CACHE_DIR,
     show_default=True,
-    help="Where trained tokenizers are kept.",
+    help="Folder of trained tokenizers.",
 )
 def train(
     sources: tuple[str, ...], kind: str, vocab_size: int, out: Path, field: str, documents: str, cache_dir: Path
@@ -71,7 +71,7 @@ def train(
 @click.argument("text", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: str, text: str | None, as_json: bool) -> None:
-    """Show a tokenizer's size, special tokens and template, and how it cuts TEXT.
+    """Show a tokenizer's size, special tokens and template, and how it splits TEXT.
 
     Example: trivium tokenizer inspect Qwen/Qwen3-0.6B "The quick brown fox"
     """

@@ -1,6 +1,6 @@
-"""Why a record of a data file cannot be used: the reasons, the error that carries one, and what is written down of it.
+"""Rejects: records that cannot be used, each with a reason.
 
-Imports nothing heavy, since worker processes use it.
+Worker processes import this module, so it stays free of heavy imports.
 """
 
 from enum import StrEnum
@@ -10,7 +10,7 @@ MAX_DETAIL_CHARS = 160
 
 
 class Reason(StrEnum):
-    """Why a record is rejected; few and short, so that they can be counted."""
+    """Why a record is rejected; reports count rejects by reason."""
 
     NOT_UTF8 = "not UTF-8"
     UTF16 = "UTF-16, not UTF-8"
@@ -28,7 +28,7 @@ class Reason(StrEnum):
     TOO_LONG = "too long"
 
     # Of conversations: the record.
-    MEDIA = "holds images, audio or video"
+    MEDIA = "contains images, audio or video"
     MESSAGES_NOT_LIST = "messages are not a list"
     NO_MESSAGES = "no messages"
     PROMPT_NOT_TEXT = "prompt is not text"
@@ -80,7 +80,7 @@ class Reason(StrEnum):
 
 
 class RecordError(Exception):
-    """A record cannot be used: the reason, and what was found."""
+    """A record cannot be used; `detail` says what was found."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -89,7 +89,7 @@ class RecordError(Exception):
 
 
 class Reject(NamedTuple):
-    """A record that cannot be used: a line of rejects.jsonl."""
+    """A rejected record, one line of rejects.jsonl."""
 
     file: str
     line: int
@@ -98,12 +98,12 @@ class Reject(NamedTuple):
 
     @classmethod
     def of(cls, error: RecordError, file: str, line: int) -> "Reject":
-        """What is written down of an error."""
+        """The reject for an error in a record."""
         return cls(file, line, error.reason.value, error.detail)
 
 
 def json_type(value: object) -> str:
-    """What a JSON value is, in words."""
+    """Name of a JSON value's type for messages."""
     names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
     names |= {int: "a number", float: "a number"}
     return names.get(type(value), "null")

@@ -1,7 +1,7 @@
-"""Tokenizers: load and check one, train a small one, encode documents with it.
+"""Tokenizers: load and check one, train a small one, encode documents.
 
-A trained tokenizer is a plain Hugging Face folder. `DocumentEncoder` is what worker processes hold: it needs only the
-`tokenizers` library, since importing transformers would cost each of them seconds.
+A trained tokenizer is a plain Hugging Face folder. Worker processes use `DocumentEncoder`, which needs only the
+`tokenizers` library, since importing transformers takes seconds.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
-# How Qwen2, 2.5 and 3 split text into words before BPE. Source: the pre_tokenizer entry of Qwen's tokenizer.json.
+# Pattern of Qwen2, 2.5 and 3 that splits text into words before BPE. Source: pre_tokenizer in Qwen's tokenizer.json.
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -42,65 +42,62 @@ CHATML_TEMPLATE = """\
 {%- endif %}
 """
 
-# The library needs about 90 bytes of memory a character, and one rare character sends a whole part to it.
+# Limits memory: the library needs about 90 bytes per character of a part.
 MAX_PART_CHARS = 1 << 14
 
 TokenizerKind = Literal["bpe", "byte", "char"]
 
 
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
-    """Load a tokenizer folder or Hub id with transformers, and check what training relies on.
+    """Load a tokenizer folder or Hub id with transformers, and check that it is usable for training.
 
-    Raises: ConfigError when there is none, it is not a fast one, it has no end token, or its ids have holes.
+    Raises: ConfigError when it does not exist, is not a fast tokenizer, has no eos_token, or its ids have gaps.
     """
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
     if not folder.exists() and (folder.is_absolute() or str(name).startswith((".", "~"))):
         raise ConfigError(
-            f"Tokenizer {name}: no such folder. Expected one with tokenizer.json, or a Hub id like Qwen/Qwen3-0.6B."
+            f"Tokenizer {name}: no such folder. Expected one with tokenizer.json, or a Hub id, e.g. Qwen/Qwen3-0.6B."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.exists() else name), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ConfigError(
-            f"Tokenizer {name} cannot be loaded ({_first_line(error)}). Expected a folder with tokenizer.json and "
-            "tokenizer_config.json, or a Hub id that is in the local cache or reachable from here."
+            f"Tokenizer {name} cannot be loaded ({first_line}). Expected a folder with tokenizer.json and "
+            "tokenizer_config.json, or a Hub id that is in the local cache or can be downloaded."
         ) from error
     if tokenizer is None or not tokenizer.is_fast:
-        raise ConfigError(f"Tokenizer {name} has no tokenizer.json. Only fast tokenizers are used; convert it first.")
+        raise ConfigError(f"Tokenizer {name} has no tokenizer.json. Convert it to a fast tokenizer first.")
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"Tokenizer {name} has no eos_token, so no document would ever end. Set it in tokenizer_config.json."
+            f"Tokenizer {name} has no eos_token, which marks the end of each document. Set it in tokenizer_config.json."
         )
     ids = sorted(tokenizer.get_vocab().values())
     if ids != list(range(len(ids))):
         raise ConfigError(
-            f"Tokenizer {name} has {len(ids)} tokens with ids up to {ids[-1]}. Expected ids from 0 without holes or "
-            "repeats; one of its files does not belong to the others."
+            f"Tokenizer {name} has {len(ids)} tokens with ids up to {ids[-1]}. Expected ids from 0 without gaps or "
+            "duplicates; its files probably come from different tokenizers."
         )
     return cast("PreTrainedTokenizerFast", tokenizer)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, folder: Path) -> None:
     """Train a tokenizer and save it as a Hugging Face folder; the same texts give byte-identical files.
 
-    All kinds start from the 256 bytes, so any text encodes without an unknown token and decodes to itself
-    (`bpe` first normalizes to NFC as Qwen does), and end with Qwen's three special tokens.
-    - `bpe`: merges learned on words cut by Qwen's pattern, `vocab_size` tokens if the texts have that many merges.
-    - `byte`: the bytes alone, always 259 tokens.
-    - `char`: one token per character for the commonest ones, the bytes of UTF-8 for the rest.
+    The vocabulary contains the 256 bytes, so any text can be encoded and decodes to itself (`bpe` first normalizes to
+    NFC, as Qwen does), and Qwen's three special tokens.
+    - `bpe`: byte-level BPE on words split by Qwen's pattern; fewer than `vocab_size` tokens if the texts are short.
+    - `byte`: only the bytes, always 259 tokens.
+    - `char`: a token for each of the most frequent characters, UTF-8 bytes for the rest.
 
     Raises: ConfigError when `vocab_size` is below 259 (256 bytes and 3 special tokens).
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
-            f"Tokenizer vocab_size is {vocab_size}. Expected at least {MIN_VOCAB_SIZE}: the 256 bytes, so that every "
-            f"text can be written, and {len(SPECIAL_TOKENS)} special tokens."
+            f"Tokenizer vocab_size is {vocab_size}. Expected at least {MIN_VOCAB_SIZE}: the 256 bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens."
         )
     num_ordinary = vocab_size - len(SPECIAL_TOKENS)
     trained = {"bpe": _train_bpe, "byte": _train_byte, "char": _train_char}[kind](texts, num_ordinary)
@@ -123,12 +120,12 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def _train_byte(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=_byte_vocab(), merges=[]))
-    tokenizer.pre_tokenizer = _split_then_bytes(QWEN_SPLIT)  # changes no id; short words keep the library fast
+    tokenizer.pre_tokenizer = _split_then_bytes(QWEN_SPLIT)  # for speed: the library is slow on long words
     return tokenizer
 
 
 def _train_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Characters beyond ASCII join the byte vocabulary whole, commonest first; `ignore_merges` then finds them."""
+    """Add non-ASCII characters to the byte vocabulary, most frequent first; `ignore_merges` makes BPE use them."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
@@ -153,12 +150,12 @@ def _split_then_bytes(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _byte_vocab() -> dict[str, int]:
-    """The 256 bytes under their printable stand-ins, in the order the library itself gives them."""
+    """Ids of the 256 bytes, in their printable byte-level form and in the order of the library's trainer."""
     return {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
 
 def _byte_level(text: str) -> str:
-    """The printable stand-ins of a text's UTF-8 bytes."""
+    """The byte-level form of a text."""
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
     return "".join(piece for piece, _ in pieces)
 
@@ -183,34 +180,32 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Everything that decides the token ids of a document; small enough to send to a worker process."""
+    """Everything that the token ids of a document depend on, sent to worker processes."""
 
     tokenizer_json: str
     """The backend tokenizer, with every control token marked special."""
     end_id: int
-    """Appended to each document: `<|endoftext|>` where the vocabulary has it, else the tokenizer's eos."""
+    """Appended to each document: `<|endoftext|>` if the vocabulary has it, else the tokenizer's eos_token."""
     vocab_size: int
-    """Number of ids, added tokens included."""
-    control_tokens: tuple[str, ...]
-    """Tokens that steer a model; written out inside a document they stay plain text."""
+    """Number of ids, including added tokens."""
 
     @property
     def added_ids(self) -> list[int]:
-        """Ids of the tokens that were added to the vocabulary, control tokens among them."""
+        """Ids of the added tokens, including control tokens."""
         return sorted(token["id"] for token in json.loads(self.tokenizer_json)["added_tokens"])
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of everything above."""
+        """Hex SHA-256 of `end_id` and `tokenizer_json`."""
         return hashlib.sha256(f"{self.end_id}\n{self.tokenizer_json}".encode()).hexdigest()
 
 
 def document_encoding(tokenizer: "PreTrainedTokenizerFast") -> Encoding:
-    """Take from a loaded tokenizer what encodes documents.
+    """The encoding of documents with a loaded tokenizer.
 
-    It starts from the loaded object and not from tokenizer.json, because Qwen3-Base keeps four of its tokens only in
-    tokenizer_config.json. Qwen marks tokens like `<think>` not special, so the library would let plain text forge
-    them; here every added token that is special or written in angle brackets counts as a control token.
+    It is built from the loaded object since Qwen3-Base has four tokens only in tokenizer_config.json. Qwen does not
+    mark tokens like `<think>` as special, so plain text could produce them; here every added token that is special or
+    in angle brackets is a control token.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["truncation"] = content["padding"] = None
@@ -221,12 +216,11 @@ def document_encoding(tokenizer: "PreTrainedTokenizerFast") -> Encoding:
         tokenizer_json=json.dumps(content, ensure_ascii=False),
         end_id=int(end_id),
         vocab_size=len(tokenizer),
-        control_tokens=tuple(token["content"] for token in content["added_tokens"] if token["special"]),
     )
 
 
 class DocumentEncoder:
-    """Turns texts into token ids, each document ended by `end_id`; control tokens inside a text stay plain text."""
+    """Encodes documents as token ids followed by `end_id`; control tokens in a text are encoded as plain text."""
 
     def __init__(self, encoding: Encoding) -> None:
         content = json.loads(encoding.tokenizer_json)
@@ -234,17 +228,18 @@ class DocumentEncoder:
         self._tokenizer.encode_special_tokens = True
         self._end_id = encoding.end_id
         self.dtype = token_dtype(encoding.vocab_size)
-        tokens = sorted(encoding.control_tokens, key=len, reverse=True)
+        tokens: list[str] = [token["content"] for token in content["added_tokens"] if token["special"]]
+        tokens.sort(key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
         pattern = _word_pattern(content)
         self._words = WordEncoder(self._tokenizer, pattern) if pattern else None
 
     def has_control_token(self, text: str) -> bool:
-        """Whether a control token is written out in the text."""
+        """Whether the text contains the text of a control token."""
         return self._control.search(text) is not None
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, uint16 or int32 by the size of the vocabulary, the end token last."""
+        """The ids of a text and the end token, [tokens] of `dtype` (uint16 or int32)."""
         return np.concatenate([*map(self._encode_part, self._parts(text)), np.array([self._end_id], dtype=self.dtype)])
 
     def _encode_part(self, part: str) -> np.ndarray:
@@ -255,7 +250,7 @@ class DocumentEncoder:
         return ids
 
     def _parts(self, text: str) -> Iterator[str]:
-        """Cut a long text before a line that begins with a letter or digit, where no token ever reaches across."""
+        """Split a long text before lines that start with a letter or digit, which no token can cross."""
         start = 0
         while self._words and len(text) - start > MAX_PART_CHARS:
             cut = text.rfind("\n", start, start + MAX_PART_CHARS) + 1
@@ -272,7 +267,7 @@ class DocumentEncoder:
 
 
 def _word_pattern(content: dict[str, Any]) -> str | None:
-    """Qwen's pattern or our own for characters, if a tokenizer.json only does BPE on its words; else None."""
+    """The split pattern of a tokenizer.json if `WordEncoder` can reproduce it; else None."""
     steps = (content["pre_tokenizer"] or {}).get("pretokenizers", [])
     plain = (
         content["model"]["type"] == "BPE"

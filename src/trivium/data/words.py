@@ -1,9 +1,8 @@
-"""Encoding word by word from memory: three times as fast as the tokenizers library, and the same ids.
+"""A cache of encoded words: three times as fast as the tokenizers library alone, with the same ids.
 
-Qwen's pattern cuts text into words, and BPE never looks beyond one. So a word is encoded by the library once and
-remembered. The pattern runs in the `regex` library, whose Unicode tables may be of another version than those inside
-`tokenizers`; text with any character outside long settled scripts is therefore left to the caller, who asks the
-library.
+Qwen's pattern splits text into words, and BPE merges never cross them, so each word needs to be encoded only once. The
+pattern runs in the `regex` library, whose Unicode version may differ from that of `tokenizers`; the caller therefore
+encodes text with recently changed characters with the library.
 """
 
 import itertools
@@ -13,8 +12,8 @@ import numpy as np
 import regex
 from tokenizers import Tokenizer
 
-# Letters, digits, signs and spaces that have been what they are since Unicode 5, and that NFC leaves alone in any
-# order: Latin, Greek, Cyrillic, Hebrew, Arabic, signs, kana, CJK, Hangul, fullwidth forms.
+# Every character except letters, digits, signs and spaces that are unchanged since Unicode 5 and that NFC never changes
+# (Latin, Greek, Cyrillic, Hebrew, Arabic, signs, kana, CJK, Hangul, fullwidth forms).
 UNSETTLED = re.compile(
     r"[^\t\n\r -~\u00a0-\u017e\u0180-\u024f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03ce"
     r"\u0400-\u0481\u048a-\u0513\u05d0-\u05ea\u0621-\u063a\u0641-\u064a"
@@ -26,7 +25,7 @@ MAX_WORD_CHARS = 64
 
 
 class WordEncoder:
-    """Remembers the ids of up to 131,072 words, some 40 MiB, and starts over when there are more."""
+    """Caches the ids of up to 131,072 words, about 40 MiB, and is cleared when full."""
 
     def __init__(self, tokenizer: Tokenizer, pattern: str) -> None:
         self._tokenizer = tokenizer
@@ -34,7 +33,7 @@ class WordEncoder:
         self._ids: dict[str, list[int]] = {}
 
     def encode(self, text: str, dtype: np.dtype) -> np.ndarray | None:
-        """The ids of a text, or None when it has a character that only the library can encode."""
+        """The ids of a text, or None if it has a character that must be left to the library."""
         if UNSETTLED.search(text):
             return None
         words = self._pattern.findall(text)
@@ -46,5 +45,5 @@ class WordEncoder:
         ids = np.fromiter(itertools.chain.from_iterable(map(self._ids.__getitem__, words)), dtype)
         for word in new_words:
             if len(word) > MAX_WORD_CHARS:
-                del self._ids[word]  # a long one hardly comes again, and could be of any size
+                del self._ids[word]  # long words rarely repeat, and their size is unlimited
         return ids

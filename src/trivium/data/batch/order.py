@@ -1,9 +1,9 @@
-"""The global order of packed sequences: a pure function of (seed, epoch, number), whatever the number of devices.
+"""The global order of packed sequences: a pure function of (seed, epoch, number), independent of the number of devices.
 
-An epoch is a shuffled list of documents. Documents are concatenated and chunked: sequence n is the tokens [n * seq_len,
-(n + 1) * seq_len) of that line. Conversations stay whole: each goes to the fullest sequence that still has room for it
-(best fit). Either way every token of an epoch is read exactly once, and the position in the data is one integer. Only
-lengths are read, never a token.
+An epoch is a shuffled list of documents. Documents are concatenated and cut: packed sequence n holds the tokens
+[n * seq_len, (n + 1) * seq_len) of that list. Samples of conversations stay whole and are placed by best fit. Either
+way, every token of an epoch is read exactly once, and one integer is the position in the data. Computing the order
+reads document lengths only.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import Protocol
 
 import numpy as np
 
@@ -23,22 +22,14 @@ SPAN_FIELDS = ("source", "document", "start", "stop")
 BEST_FIT_PIECES = 4096
 
 
-class EpochLayout(Protocol):
-    """The packed sequences of one epoch."""
-
-    def sequence(self, number: int) -> np.ndarray:
-        """The spans of documents in one sequence of the epoch, int64 [spans, 4], with the columns of SPAN_FIELDS."""
-        ...
-
-
 @dataclass(frozen=True)
 class ConcatAndChunk:
-    """Documents end to end, cut wherever a sequence is full.
+    """One epoch of concatenated documents, cut every `seq_len` tokens.
 
     Attributes:
-        sources, documents: which ones, in order.
-        ends: where each ends on the line of all of them.
-        lengths: tokens of each.
+        sources, documents: int64 [documents], source and number of each document, in order.
+        ends: int64 [documents], cumulative sum of `lengths`.
+        lengths: int64 [documents], tokens of each document.
         seq_len: tokens of a packed sequence.
     """
 
@@ -49,7 +40,7 @@ class ConcatAndChunk:
     seq_len: int
 
     def sequence(self, number: int) -> np.ndarray:
-        """See `EpochLayout`; empty spans are left out."""
+        """Non-empty spans of a packed sequence of the epoch, int64 [spans, 4], with the columns of SPAN_FIELDS."""
         first = number * self.seq_len
         last = min(first + self.seq_len, int(self.ends[-1]))
         low, high = np.searchsorted(self.ends, [first, last - 1], side="right")
@@ -63,23 +54,23 @@ class ConcatAndChunk:
 
 @dataclass(frozen=True)
 class BestFit:
-    """Whole documents packed into sequences.
+    """One epoch of whole documents packed by best fit.
 
     Attributes:
-        spans: int64 [spans, 4], sequence after sequence.
-        borders: int64 [sequences + 1], where each sequence begins in `spans`, and the number of spans.
+        spans: int64 [spans, 4], ordered by packed sequence.
+        borders: int64 [sequences + 1], index in `spans` at which each packed sequence begins, then their number.
     """
 
     spans: np.ndarray
     borders: np.ndarray
 
     def sequence(self, number: int) -> np.ndarray:
-        """See `EpochLayout`."""
+        """Spans of a packed sequence of the epoch, int64 [spans, 4], with the columns of SPAN_FIELDS."""
         return self.spans[self.borders[number] : self.borders[number + 1]]
 
 
 def cut_to_seq_len(sources: np.ndarray, documents: np.ndarray, lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """Spans [spans, 4] of documents in order, those longer than `seq_len` in several pieces."""
+    """Spans [spans, 4] of documents in order; documents longer than `seq_len` are cut into several."""
     num_pieces = -(-lengths // seq_len)
     owner = np.repeat(np.arange(len(lengths)), num_pieces)
     first_piece = np.concatenate([[0], np.cumsum(num_pieces)[:-1]])
@@ -88,7 +79,7 @@ def cut_to_seq_len(sources: np.ndarray, documents: np.ndarray, lengths: np.ndarr
 
 
 def best_fit(lengths: Sequence[int], seq_len: int) -> list[int]:
-    """The sequence that each piece goes to: longest first, into the fullest one with room for it, or a new one.
+    """Assign each piece to a packed sequence: longest piece first, to the fullest sequence with room, or a new one.
 
     Source: best-fit decreasing, Johnson 1973, "Near-optimal bin packing algorithms".
     """
@@ -108,14 +99,14 @@ def best_fit(lengths: Sequence[int], seq_len: int) -> list[int]:
 
 
 class Order:
-    """Which tokens go into which packed sequence, for one or several mixed sources.
+    """Maps packed sequences to spans of documents, for one source or a mixture.
 
     Args:
-        lengths: per source, the number of tokens of each document.
-        weights: per source, its share of the training tokens (relative); None reads every document once an epoch.
+        lengths: per source, the tokens of each document.
+        weights: per source, its relative share of the training tokens; None reads every document once per epoch.
         seq_len: tokens of a packed sequence.
-        seed: of the shuffling.
-        whole: cut a document only if it is longer than seq_len; otherwise wherever a sequence is full.
+        seed: seed of the shuffling.
+        whole: cut documents only if they are longer than seq_len (best fit); otherwise concatenate and cut.
 
     Raises: BadData when a source has no tokens.
     """
@@ -134,17 +125,17 @@ class Order:
         self.whole = whole
         for source, source_lengths in enumerate(self.lengths):
             if not source_lengths.sum():
-                raise BadData(f"Source {source} holds no tokens to train on. Look at it with: trivium data inspect")
+                raise BadData(f"Source {source} has no tokens to train on. Look at it with: trivium data inspect")
         self.documents_per_epoch = self._documents_per_epoch(weights)
         self._epoch = lru_cache(maxsize=2)(self._lay_out_epoch)
         self._sequences_in_epoch: list[int] = []
-        self._counting = Lock()  # the loop and its prefetching thread both ask
+        self._counting = Lock()  # shared by the training loop and the prefetch thread
 
     def _documents_per_epoch(self, weights: Sequence[float] | None) -> list[int]:
-        """How many documents each source gives to one epoch.
+        """Number of documents of each source in one epoch.
 
-        With weights, an epoch is as long as all sources together, and each source's documents are repeated or
-        spread over several epochs until its share of the tokens is the one asked for.
+        With weights, an epoch has as many tokens as all sources together; each source's documents are repeated, or
+        spread over several epochs, to reach its share of the tokens.
         """
         if weights is None:
             return [len(source) for source in self.lengths]
@@ -156,7 +147,7 @@ class Order:
         ]
 
     def _documents(self, source: int, epoch: int) -> np.ndarray:
-        """The documents a source gives to an epoch: the next ones of its endless stream, reshuffled in every pass."""
+        """A source's documents in an epoch: the next ones of an endless stream that is reshuffled at every pass."""
         count, total = self.documents_per_epoch[source], len(self.lengths[source])
         first, last = epoch * count, (epoch + 1) * count
         chosen = []
@@ -165,7 +156,7 @@ class Order:
             chosen.append(permutation[max(0, first - turn * total) : last - turn * total])
         return np.concatenate(chosen)
 
-    def _lay_out_epoch(self, epoch: int) -> EpochLayout:
+    def _lay_out_epoch(self, epoch: int) -> ConcatAndChunk | BestFit:
         per_source = [self._documents(source, epoch) for source in range(len(self.lengths))]
         sources = np.repeat(np.arange(len(per_source), dtype=np.int64), [len(chosen) for chosen in per_source])
         documents = np.concatenate(per_source)
@@ -177,20 +168,20 @@ class Order:
         return self._fit_whole(cut_to_seq_len(sources, documents, lengths, self.seq_len), epoch)
 
     def _fit_whole(self, spans: np.ndarray, epoch: int) -> BestFit:
-        """Best fit among a few thousand pieces at a time, then shuffled, so that full sequences are not all first."""
-        laid: list[np.ndarray] = []
+        """Best fit over windows of BEST_FIT_PIECES, shuffled within each so that full sequences do not come first."""
+        ordered: list[np.ndarray] = []
         sizes: list[np.ndarray] = []
         for start in range(0, len(spans), BEST_FIT_PIECES):
             window = spans[start : start + BEST_FIT_PIECES]
             sequence_of = np.array(best_fit((window[:, 3] - window[:, 2]).tolist(), self.seq_len))
             count = int(sequence_of.max()) + 1
             place = np.random.default_rng([self.seed, 3, epoch, start]).permutation(count)[sequence_of]
-            laid.append(window[np.argsort(place, kind="stable")])
+            ordered.append(window[np.argsort(place, kind="stable")])
             sizes.append(np.bincount(place, minlength=count))
-        return BestFit(np.concatenate(laid), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
+        return BestFit(np.concatenate(ordered), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
 
     def num_sequences(self, epoch: int) -> int:
-        """Packed sequences of an epoch; one may be shorter than seq_len."""
+        """Packed sequences of an epoch; not all of them need be full."""
         with self._counting:
             while len(self._sequences_in_epoch) <= epoch:
                 self._sequences_in_epoch.append(self._count_sequences(len(self._sequences_in_epoch)))
@@ -204,7 +195,7 @@ class Order:
         return len(layout.borders) - 1
 
     def locate(self, number: int) -> tuple[int, int]:
-        """(epoch, number inside it) of a packed sequence counted from the beginning of training."""
+        """(epoch, number within it) of a packed sequence numbered from the start of training."""
         epoch = 0
         while number >= self.num_sequences(epoch):
             number -= self.num_sequences(epoch)
@@ -212,22 +203,19 @@ class Order:
         return epoch, number
 
     def sequence(self, number: int) -> np.ndarray:
-        """The spans of documents in a packed sequence counted from the beginning of training.
-
-        Returns: int64 [spans, 4], with the columns of SPAN_FIELDS; tokens [start, stop) of each document.
-        """
+        """Spans of a packed sequence numbered from the start of training, int64 [spans, 4] as in SPAN_FIELDS."""
         epoch, inside = self.locate(number)
         return self._epoch(epoch).sequence(inside)
 
     def num_sequences_in_epochs(self, epochs: float) -> int:
-        """Packed sequences of the first `epochs` passes; part of an epoch is rounded up to whole sequences."""
+        """Packed sequences of the first `epochs` epochs, rounded up for a fraction of one."""
         whole = int(epochs)
         count = sum(self.num_sequences(epoch) for epoch in range(whole))
         part = round((epochs - whole) * self.num_sequences(whole), 6)
         return count + math.ceil(part)
 
     def token_shares(self, epoch: int) -> list[float]:
-        """Each source's achieved share of an epoch's tokens."""
+        """Each source's actual share of an epoch's tokens."""
         per_source = self._tokens_per_source(epoch)
         return [tokens / sum(per_source) for tokens in per_source]
 
@@ -235,7 +223,7 @@ class Order:
         return [int(lengths[self._documents(source, epoch)].sum()) for source, lengths in enumerate(self.lengths)]
 
     def fingerprint(self) -> str:
-        """Hex digest of everything the order depends on; a resumed run must find the same."""
+        """Hex SHA-256 of everything the order depends on; must be the same when a run resumes."""
         digest = hashlib.sha256(repr((self.seed, self.seq_len, self.whole, self.documents_per_epoch)).encode())
         for lengths in self.lengths:
             digest.update(np.ascontiguousarray(lengths).tobytes())

@@ -1,8 +1,7 @@
-"""Packed sequences as batches on one flat token axis, with everything the step needs computed on the host.
+"""Packing: pieces of documents become batches on one flat token axis, with labels and positions computed on the host.
 
-Documents never share context, and neither do the sequences of one document: positions restart in each, and `bounds`
-tells attention where each ends. The label of a token is the next token of its sequence, also where the packed sequence
-ends before the document does.
+Attention never crosses documents or the sequences of one document: positions restart at each, and `bounds` marks their
+ends. The label of a token is the next token of its sequence, even if that token falls outside the packed sequence.
 """
 
 import hashlib
@@ -16,46 +15,29 @@ import torch
 
 from trivium.data.batch.order import Order
 from trivium.data.batch.sizes import SUPERVISED_MULTIPLE
-from trivium.data.columns import FULL_WEIGHT, LOSS_WEIGHTS, HasColumns
+from trivium.data.columns import FULL_WEIGHT, LOSS_WEIGHTS, TokenStore
+from trivium.errors import BadData
 
 NO_LABEL = -100
 NO_SPANS = np.empty((0, 4), dtype=np.int64)
 
 
-class TokenStore(HasColumns, Protocol):
-    """What packing needs of a token store."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, int [num_documents]."""
-        ...
-
-    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Token ids [start, stop) of a document."""
-        ...
-
-    def sequence_starts(self, document: int, start: int, stop: int) -> list[int]:
-        """The tokens of a document, inside (start, stop), at which another of its sequences begins."""
-        ...
-
-
 @dataclass(frozen=True)
 class Batch:
-    """The packed sequences of one forward and backward, N tokens long whatever they hold.
+    """A micro-batch: the packed sequences of one forward and backward pass, always N tokens including padding.
 
     Attributes:
         tokens: int64 [N].
-        labels: int64 [N], the next token of the same sequence, NO_LABEL where there is none or it has no loss.
-        positions: int64 [N], 0 at the start of every piece of a document, and of each of its sequences.
-        cu_seqlens: int32 [D + 1], where each piece begins and the last one ends, then N again up to a power of two.
-        bounds: the same numbers without the padding, for attention without a varlen kernel.
-        supervised: int64 [M], the places that have a label, then place 0 up to a multiple of SUPERVISED_MULTIPLE:
-            matrix products of a different size each time are slow.
-        supervised_labels: int64 [M], their labels; NO_LABEL marks the padding.
-        supervised_weights: float32 [M], their loss weights, 0 in the padding; None where all are 1.
-        num_supervised: how many places have a label.
-        spans: int64 [pieces, 4], (source, document, start, stop) of what was read; padding has none.
-        supervised_columns: [M] each, the values of the stores' other columns for those labels; 0 in the padding.
+        labels: int64 [N], the next token of the same sequence; NO_LABEL if there is none or it has no loss.
+        positions: int64 [N], restarting at 0 with every piece of a document and every sequence in it.
+        cu_seqlens: int32 [D + 1], the start of each piece and the end of the last, padded with N to a power of two.
+        bounds: cu_seqlens without its padding, for attention without a varlen kernel.
+        supervised: int64 [M], positions with a label, padded with 0 to a multiple of SUPERVISED_MULTIPLE.
+        supervised_labels: int64 [M], their labels; NO_LABEL in the padding.
+        supervised_weights: float32 [M], their loss weights, 0 in the padding; None if all are 1.
+        num_supervised: number of positions with a label.
+        spans: int64 [pieces, 4], (source, document, start, stop) of the tokens; none for padding.
+        supervised_columns: [M] each, the other per-token columns at those labels; 0 in the padding.
         digests: hex SHA-256 of each packed sequence, see `sequence_digests`; empty for evaluation.
     """
 
@@ -73,11 +55,11 @@ class Batch:
     digests: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on a device; without waiting for the copy if they are pinned."""
+        """Copy the tensors to a device, asynchronously if they are pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """The batch in page-locked memory, from which a GPU copies while the host continues."""
+        """Copy the tensors to page-locked memory, which makes copies to a GPU asynchronous."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -87,16 +69,16 @@ class Batch:
 
     @property
     def total_weight(self) -> float:
-        """Sum of the loss weights: what the sum of the losses is divided by."""
+        """Sum of the loss weights, the divisor of the summed loss."""
         return float(self.num_supervised if self.supervised_weights is None else self.supervised_weights.sum())
 
     @property
     def num_tokens(self) -> int:
-        """Tokens read from documents; padding is not counted."""
+        """Tokens without padding."""
         return int((self.spans[:, 3] - self.spans[:, 2]).sum())
 
     def pieces(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Each span and the token ids that were read of it."""
+        """Yield each span with its token ids."""
         begin = 0
         for source, document, start, stop in self.spans.tolist():
             end = begin + stop - start
@@ -105,14 +87,16 @@ class Batch:
 
     @property
     def max_document_tokens(self) -> int:
-        """Length of the longest piece."""
+        """Length of the longest piece, padding included."""
         return max(stop - start for start, stop in pairwise(self.bounds))
 
 
 def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Batch:
-    """Put pieces of documents end to end on an axis of `num_tokens`; what stays free becomes unsupervised padding.
+    """Concatenate pieces of documents to a batch of `num_tokens`, filled up with unsupervised padding.
 
-    The sequences of one document do not see each other: each becomes a piece, and no label crosses into the next one.
+    Each sequence of a document becomes its own piece, and no label crosses into the next one.
+
+    Raises: BadData when two stores declare a column with different dtypes.
     """
     tokens = np.zeros(num_tokens, dtype=np.int64)
     labels = np.full(num_tokens, NO_LABEL, dtype=np.int64)
@@ -158,14 +142,22 @@ def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Ba
 
 
 def _default_columns(stores: Sequence[TokenStore], num_tokens: int) -> dict[str, np.ndarray]:
-    """Every column per token that one of the stores has, and the loss weights in any case, filled with defaults."""
-    declared = {column.name: column for store in stores for column in store.columns if column.per == "token"}
-    declared[LOSS_WEIGHTS.name] = LOSS_WEIGHTS
+    """The loss weights and every other per-token column of the stores, filled with their defaults."""
+    declared = {LOSS_WEIGHTS.name: LOSS_WEIGHTS}
+    for source, store in enumerate(stores):
+        for column in (column for column in store.columns if column.per == "token"):
+            expected = declared.setdefault(column.name, column).dtype
+            if column.dtype != expected:
+                raise BadData(
+                    f"Column {column.name!r} of source {source} has dtype {column.dtype}, another source or Trivium "
+                    f"itself declares it as {expected}. Expected one dtype in all sources; build this store again with "
+                    f"{expected}, or leave the source out of the mixture."
+                )
     return {name: np.full(num_tokens, column.default, column.dtype) for name, column in declared.items()}
 
 
 def _padded(values: np.ndarray, padding: int) -> torch.Tensor:
-    """The values, and `padding` up to a multiple of SUPERVISED_MULTIPLE, at least one."""
+    """Pad to a multiple of SUPERVISED_MULTIPLE, at least one."""
     size = max(1, -(-len(values) // SUPERVISED_MULTIPLE)) * SUPERVISED_MULTIPLE
     padded = np.full(size, padding, dtype=values.dtype)
     padded[: len(values)] = values
@@ -173,10 +165,10 @@ def _padded(values: np.ndarray, padding: int) -> torch.Tensor:
 
 
 class BatchSource(Protocol):
-    """What a training loop asks of its data: the micro-batches of step n, always the same for the same n."""
+    """Training data: a pure function from the step number to micro-batches."""
 
     def step(self, step: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
-        """The micro-batches that one rank reads in a step (counted from 0): as many as every other rank."""
+        """The micro-batches of one rank in a step (counted from 0); every rank gets the same number."""
         ...
 
     def epoch(self, step: int) -> float:
@@ -184,37 +176,30 @@ class BatchSource(Protocol):
         ...
 
 
+@dataclass
 class StoreBatches:
-    """Token stores in their global order, packed into the micro-batches of every optimizer step.
+    """Reads token stores in their global order and packs the micro-batches of every optimizer step.
 
-    Args:
-        stores: the token stores, in the order's numbering.
+    Attributes:
+        stores: the token stores, numbered as in `order`.
         order: the order of packed sequences.
         sequences_per_step: packed sequences of one optimizer step.
-        sequences_per_micro_batch: packed sequences of one forward and backward; divides sequences_per_step.
-        num_sequences: packed sequences of the whole run; None for no end.
+        sequences_per_micro_batch: packed sequences of one micro-batch; divides sequences_per_step.
+        num_sequences: packed sequences of the whole run; None for no limit.
     """
 
-    def __init__(
-        self,
-        stores: Sequence[TokenStore],
-        order: Order,
-        sequences_per_step: int,
-        sequences_per_micro_batch: int,
-        num_sequences: int | None,
-    ) -> None:
-        self.stores = stores
-        self.order = order
-        self.sequences_per_step = sequences_per_step
-        self.sequences_per_micro_batch = sequences_per_micro_batch
-        self.num_sequences = num_sequences
+    stores: Sequence[TokenStore]
+    order: Order
+    sequences_per_step: int
+    sequences_per_micro_batch: int
+    num_sequences: int | None
 
     def step(self, step: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
         """See `BatchSource`.
 
-        All ranks together read the same sequences whatever their number and the size of a micro-batch: micro-batch i
-        goes to rank i % world_size. The last step of a run counted in epochs may have fewer sequences. Where there are
-        not enough micro-batches for all ranks, the last ranks get one of padding: each makes as many forwards.
+        Micro-batch i goes to rank i % world_size, so neither the number of ranks nor the micro-batch size changes which
+        sequences a step reads. The last step of a run counted in epochs may have fewer sequences; ranks without a
+        micro-batch then get one of padding, so that all ranks run the same number of forward passes.
         """
         first = step * self.sequences_per_step
         last = first + self.sequences_per_step
@@ -239,9 +224,9 @@ class StoreBatches:
 
 
 def sequential_batches(store: TokenStore, batch_tokens: int, seq_len: int, max_tokens: int) -> list[Batch]:
-    """A store's documents from the first on, in pieces of at most seq_len, up to max_tokens: always the same batches.
+    """Evaluation batches: a store's first documents, up to max_tokens, in pieces of at most seq_len tokens.
 
-    Used for evaluation: a document is cut only where it is longer than seq_len, or alone longer than max_tokens.
+    A document is cut only if it is longer than seq_len, or is the first and longer than max_tokens.
     """
     batches: list[Batch] = []
     pieces: list[tuple[int, int, int, int]] = []
@@ -264,16 +249,16 @@ def sequential_batches(store: TokenStore, batch_tokens: int, seq_len: int, max_t
 
 
 def share(batches: Sequence[Batch], rank: int, world_size: int) -> list[Batch]:
-    """One rank's part of a list of equal batches; padding where they do not divide, so that all get as many."""
+    """One rank's part of a list of equal batches, padded so that every rank gets the same number."""
     missing = -len(batches) % world_size if batches else 0
     padding = [pack([], NO_SPANS, len(batches[0].tokens))] * missing if missing else []
     return [*batches, *padding][rank::world_size]
 
 
 def sequence_digests(batch: Batch, num_spans: Sequence[int]) -> Iterator[str]:
-    """Hex SHA-256 of each packed sequence of a batch: its spans, ids and labels, and the columns of its labels.
+    """Hex SHA-256 of each packed sequence of a batch: its spans, ids, labels and the columns at its labels.
 
-    `num_spans`: how many spans each sequence has, in order.
+    `num_spans`: number of spans in each sequence, in order.
     """
     places = batch.supervised[: batch.num_supervised].numpy()
     weights = batch.supervised_weights
@@ -294,10 +279,9 @@ def sequence_digests(batch: Batch, num_spans: Sequence[int]) -> Iterator[str]:
 
 
 def step_digest(previous: str, micro_batches: Sequence[Sequence[str]]) -> str:
-    """A link of the run's ledger: hex SHA-256 over the link before it and the digests of a step's sequences, in order.
+    """A step's entry in the ledger: hex SHA-256 over the previous entry and the digests of the step's sequences.
 
-    It depends neither on the size of a micro-batch nor on the number of ranks: any can compute it from the digests of
-    all micro-batches, and any can verify it.
+    It does not depend on the micro-batch size or the number of ranks.
     """
     digest = hashlib.sha256(previous.encode())
     for digests in micro_batches:

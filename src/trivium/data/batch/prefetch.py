@@ -1,12 +1,11 @@
-"""Packing ahead of the training step: a background thread prepares the batches of the next steps.
+"""Prefetch: a background thread packs the batches of the next steps while the current step trains.
 
-Since a step is a pure function of its number, nothing about the run depends on how far ahead the thread is.
+The batches depend only on the step number, so prefetching never changes a run.
 """
 
 from collections.abc import Callable
 from queue import Empty, Full, Queue
 from threading import Event, Thread
-from types import TracebackType
 
 from trivium.data.batch.pack import Batch, BatchSource
 
@@ -14,14 +13,14 @@ POLL_SECONDS = 0.1
 
 
 class Prefetch:
-    """The steps [first, last) of a source, one after another, each packed before it is asked for.
+    """Packs the steps [first, last) of a source in the background and hands them out in order.
 
     Args:
-        source: where the batches come from.
-        first, last: steps.
+        source: the source of batches.
+        first, last: range of steps.
         rank, world_size: see `BatchSource.step`.
-        prepare: what is done to a batch in the thread, for example `Batch.pinned` where a GPU will copy it.
-        depth: steps that may be waiting at a time; their tokens are all the memory that this takes.
+        prepare: applied to each batch in the thread, for example `Batch.pinned`.
+        depth: maximum number of finished steps kept in memory.
     """
 
     def __init__(
@@ -46,17 +45,12 @@ class Prefetch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closed.set()
         self._thread.join()
 
     def next(self) -> list[Batch]:
-        """The micro-batches of the next step.
-
-        Raises: whatever the source raised for it.
-        """
+        """The micro-batches of the next step; raises what the source raised for it, IndexError after the last one."""
         while True:
             try:
                 found = self._ready.get(timeout=POLL_SECONDS)

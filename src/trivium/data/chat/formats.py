@@ -1,14 +1,14 @@
-"""Formats: a record of a file becomes a `Conversation` or a `Document`, or is rejected with the reason.
+"""Formats: parse a record into a `Conversation` or a `Document`, or reject it with a reason.
 
-Knows OpenAI messages, ShareGPT, Alpaca, prompt and completion, and plain text, each under the names its files usually
-use or under those its `RecordLayout` gives. Runs in worker processes, so it imports nothing heavy.
+Supports OpenAI messages, ShareGPT, Alpaca, prompt with completion, and plain text, with the field names of the file's
+`RecordLayout`. Worker processes import this module, so it stays free of heavy imports.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from trivium.data.chat.layout import RecordLayout
-from trivium.data.chat.messages import Spelling, Turn, check_json, checked_text, load_json, parse_message
+from trivium.data.chat.messages import Turn, check_json, checked_text, load_json, parse_message
 from trivium.data.columns import FULL_WEIGHT
 from trivium.data.rejects import Reason, RecordError, json_type
 
@@ -17,44 +17,49 @@ MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in a checked order, the last an answer, and the tools the model may call."""
+    """Messages in a valid order, ending with an answer, and the tools that the model may call."""
 
     turns: tuple[Turn, ...]
     tools: tuple[dict[str, Any], ...] = ()
-    """As the OpenAI API has them: {type: function, function: {name, description, parameters}}."""
+    """In the OpenAI format: {type: function, function: {name, description, parameters}}."""
 
     def messages(self) -> list[dict[str, Any]]:
-        """The turns as `apply_chat_template` takes them."""
+        """The messages in the form that `apply_chat_template` takes."""
         return [turn.message() for turn in self.turns]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text trained on as it is."""
+    """A text to train on without a chat template."""
 
     text: str
 
 
 def parse(record: object, layout: RecordLayout) -> Conversation | Document:
-    """Read one record.
+    """Parse one record.
 
     Raises: RecordError with the reason when it cannot be used.
     """
     if not isinstance(record, dict):
         raise RecordError(Reason.NOT_OBJECT, f"found {json_type(record)}")
     if layout.format == "text":
-        return _document(record, layout.text_field)
+        return parse_document(record, layout.text_field)
     for name in MEDIA_FIELDS:
         if record.get(name):
             raise RecordError(Reason.MEDIA, repr(name))
-    turns = _listed(record, layout) if layout.format in ("messages", "sharegpt") else _paired(record, layout)
-    turns = [*_system(record, layout), *turns]
+    turns = _from_list(record, layout) if layout.format in ("messages", "sharegpt") else _from_pair(record, layout)
+    if (system := _optional(record, layout, "system")) is not None:
+        turns.insert(0, Turn("system", checked_text(system, Reason.SYSTEM_NOT_TEXT, "system")))
     _check_order(turns)
     num_turns = max(index for index, turn in enumerate(turns, start=1) if turn.role == "assistant")
     return Conversation(tuple(turns[:num_turns]), _tools(record, layout))
 
 
-def _document(record: dict[str, Any], name: str) -> Document:
+def parse_document(record: dict[str, Any], name: str) -> Document:
+    """The text in one field of a record.
+
+    Raises: RecordError with the reason when it cannot be used.
+    """
     if name not in record:
         raise _missing(record, name)
     if record[name] is None:
@@ -79,33 +84,33 @@ def _required(record: dict[str, Any], layout: RecordLayout, name: str) -> Any:
 
 
 def _optional(record: dict[str, Any], layout: RecordLayout, name: str) -> Any:
-    """What the record has under one of our names; None where that is missing or empty."""
+    """Value of the field that holds `name`; None if it is missing or empty."""
     found = layout.find(name, record)
     return (record[found] if found is not None else None) or None
 
 
-def _spelling(layout: RecordLayout) -> Spelling:
-    return Spelling(layout.fields.get("role"), layout.fields.get("content"), layout.roles)
+def _messages(messages: list[Any], layout: RecordLayout) -> list[Turn]:
+    return [parse_message(message, number, layout) for number, message in enumerate(messages, start=1)]
 
 
-def _listed(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
+def _from_list(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
     messages = _required(record, layout, "messages")
     if not isinstance(messages, list):
         raise RecordError(Reason.MESSAGES_NOT_LIST, json_type(messages))
     if not messages:
         raise RecordError(Reason.NO_MESSAGES)
-    spelling = _spelling(layout)
-    return [parse_message(message, number, spelling) for number, message in enumerate(messages, start=1)]
+    return _messages(messages, layout)
 
 
-def _paired(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
-    """A question and its answer, each a text or a list of messages, after what was said before."""
-    spelling = _spelling(layout)
+def _from_pair(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
+    """Messages of the history, the question and the answer; the last two may be texts or lists of messages."""
     turns = _history(record, layout)
-    prompt, extra = _question(record, layout), _optional(record, layout, "input")
+    prompt, extra = _optional(record, layout, "prompt"), _optional(record, layout, "input")
+    if prompt is None and extra is None:
+        prompt = _required(record, layout, "prompt")
     answer = _required(record, layout, "answer")
     if isinstance(prompt, list):
-        turns += [parse_message(message, number, spelling) for number, message in enumerate(prompt, start=1)]
+        turns += _messages(prompt, layout)
         prompt = None
     parts = [checked_text(part, Reason.PROMPT_NOT_TEXT, "prompt") for part in (prompt, extra) if part is not None]
     question = "\n".join(part for part in parts if part)
@@ -114,19 +119,11 @@ def _paired(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
     elif not turns:
         raise RecordError(Reason.EMPTY_QUESTION)
     if isinstance(answer, list):
-        return turns + [parse_message(message, number, spelling) for number, message in enumerate(answer, start=1)]
+        return turns + _messages(answer, layout)
     text = checked_text(answer, Reason.ANSWER_NOT_TEXT, "answer")
     if not text.strip():
         raise RecordError(Reason.EMPTY_ANSWER)
     return [*turns, Turn("assistant", text, weight=FULL_WEIGHT)]
-
-
-def _question(record: dict[str, Any], layout: RecordLayout) -> Any:
-    """The prompt; a record that has an input may leave it out."""
-    prompt = _optional(record, layout, "prompt")
-    if prompt is None and _optional(record, layout, "input") is None:
-        return _required(record, layout, "prompt")
-    return prompt
 
 
 def _history(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
@@ -144,11 +141,6 @@ def _history(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
             raise RecordError(Reason.EMPTY_ANSWER, f"history, entry {number}")
         turns += [Turn("user", question), Turn("assistant", answer, weight=FULL_WEIGHT)]
     return turns
-
-
-def _system(record: dict[str, Any], layout: RecordLayout) -> list[Turn]:
-    system = _optional(record, layout, "system")
-    return [] if system is None else [Turn("system", checked_text(system, Reason.SYSTEM_NOT_TEXT, "system"))]
 
 
 def _tools(record: dict[str, Any], layout: RecordLayout) -> tuple[dict[str, Any], ...]:
@@ -178,7 +170,7 @@ def _tool(tool: object, where: str) -> dict[str, Any]:
 
 
 def _check_order(turns: list[Turn]) -> None:
-    """Raises: RecordError when serving could not produce these turns, or none of them would be trained on."""
+    """Raises: RecordError when the roles are in an order that serving never produces, or no answer is trained on."""
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     for index, turn in enumerate(turns):
         before = turns[index - 1] if index else None

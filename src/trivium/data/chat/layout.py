@@ -1,6 +1,7 @@
-"""Layouts: which field of a file's records holds what, detected from the first records or given by the user.
+"""Layouts: the format and field names of a file's records, detected from the first records or given by the user.
 
-A LLaMA-Factory `dataset_info.json` is one way to give it. Runs in worker processes, so it imports nothing heavy.
+The user can also give a LLaMA-Factory `dataset_info.json`. Worker processes import this module, so it stays free of
+heavy imports.
 """
 
 import json
@@ -10,13 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from trivium.data.chat.messages import FUNCTION_CALL
 from trivium.errors import BadData, ConfigError
 
 if TYPE_CHECKING:
     from trivium.config.inputs import Source
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text"]
+
+FUNCTION_CALL = "function_call"
+"""Role of an answer whose content is a tool call."""
 
 USUAL_FIELDS: dict[Format, dict[str, tuple[str, ...]]] = {
     "messages": {"messages": ("messages",), "system": ("system",), "tools": ("tools",)},
@@ -38,7 +41,7 @@ USUAL_FIELDS: dict[Format, dict[str, tuple[str, ...]]] = {
 
 INFO_NAME = "dataset_info.json"
 INFO_KEYS = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "subset", "split", "columns", "tags"}
-# LLaMA-Factory's names -> ours. Source: its data/README.md; without `columns` or `tags` the second of each pair holds.
+# LLaMA-Factory's names -> (ours, default field without `columns`). Source: its data/README.md.
 INFO_COLUMNS = {
     "alpaca": {
         "prompt": ("prompt", "instruction"),
@@ -50,57 +53,50 @@ INFO_COLUMNS = {
     },
     "sharegpt": {"messages": ("messages", "conversations"), "system": ("system", None), "tools": ("tools", None)},
 }
-INFO_TAGS = {
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "observation_tag": "observation",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
-INFO_ROLES = {
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "observation_tag": "tool",
-    "function_tag": FUNCTION_CALL,
-    "system_tag": "system",
+INFO_FIELD_TAGS = {"role_tag": "from", "content_tag": "value"}
+# Tag -> (our role, default name of the role without `tags`).
+INFO_ROLE_TAGS = {
+    "user_tag": ("user", "human"),
+    "assistant_tag": ("assistant", "gpt"),
+    "observation_tag": ("tool", "observation"),
+    "function_tag": (FUNCTION_CALL, "function_call"),
+    "system_tag": ("system", "system"),
 }
 
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """How a file's records are read; small, so that it travels to worker processes and into manifests."""
+    """Format and field names of a file's records; part of a store's manifest."""
 
     format: Format
     fields: Mapping[str, str | None] = field(default_factory=dict)
-    """Our names (messages, role, content, prompt, input, answer, system, tools, history) -> the file's own; None for
-    what the file does not have. A name that is not here is looked for under its usual names."""
+    """Our names (messages, role, content, prompt, input, answer, system, tools, history) -> the file's; None if the
+    file has no such field. Other names have their usual fields."""
     roles: Mapping[str, str] = field(default_factory=dict)
-    """The file's names of roles -> ours."""
+    """The file's names of roles -> ours, in addition to the usual ones."""
     text_field: str = "text"
 
     def names(self, name: str) -> tuple[str, ...]:
-        """The fields that may hold what we call `name`."""
+        """The file's fields that may hold `name`."""
         if name in self.fields:
             given = self.fields[name]
             return () if given is None else (given,)
         return USUAL_FIELDS.get(self.format, {}).get(name, ())
 
     def find(self, name: str, record: dict[str, Any]) -> str | None:
-        """Which field of the record holds what we call `name`; None when none does."""
+        """The record's field that holds `name`; None if there is none."""
         return next((found for found in self.names(name) if found in record), None)
 
 
 def detect(records: Sequence[object], layout: RecordLayout, where: str) -> RecordLayout:
-    """Give the layout the format that most of a file's first records have.
+    """Set the layout's format to that of most of a file's first records.
 
     Args:
-        records: decoded records; those that are not objects do not count.
-        layout: what the user said of fields and roles.
+        records: decoded records; those that are not objects are ignored.
+        layout: fields and roles given by the user.
         where: name of the file for messages.
 
-    Raises: BadData when no format fits, or two fit alike.
+    Raises: BadData when no format fits, or two do.
     """
     objects = [record for record in records if isinstance(record, dict)]
     counts = Counter(found for record in objects if (found := _fitting(record, layout)))
@@ -109,14 +105,14 @@ def detect(records: Sequence[object], layout: RecordLayout, where: str) -> Recor
         raise BadData(
             f"{where}: the records have the fields {', '.join(map(repr, names[:12])) or '(none)'}, which fit no known "
             "format. Expected messages; conversations (ShareGPT); instruction and output (Alpaca); prompt and "
-            f"completion, response or answer; or {layout.text_field!r} for plain text. Say which is which with fields, "
-            "for example {prompt: question, answer: reply}, or name the field of the text with field."
+            f"completion, response or answer; or {layout.text_field!r} for plain text. Set `fields`, for example "
+            "{prompt: question, answer: reply}, or set `field` to the field with the text."
         )
     ((best, _),) = counts.most_common(1)
     if best == "both":
         raise BadData(
-            f"{where}: the records hold a text ({layout.text_field!r}) and a question with its answer. Expected one "
-            "or the other; say which is meant with format: text, alpaca or prompt."
+            f"{where}: the records have both a text ({layout.text_field!r}) and a question with an answer. Set "
+            "`format` to text, alpaca or prompt."
         )
     return replace(layout, format=cast(Format, best))
 
@@ -135,17 +131,17 @@ def _fitting(record: dict[str, Any], layout: RecordLayout) -> str | None:
 
 
 def from_dataset_info(source: "Source") -> "tuple[Source, RecordLayout | None]":
-    """What one entry of a LLaMA-Factory `dataset_info.json` says: where the records are, and how they are laid out.
+    """Resolve an entry of a LLaMA-Factory `dataset_info.json` to the source of its records and their layout.
 
     `source.path` is that file or its folder, `source.dataset` the entry. The layout is None for plain text.
-    Raises: ConfigError when there is no such entry, or it says what is not understood: nothing is ignored.
+    Raises: ConfigError when the entry is missing or has an unsupported setting.
     """
     assert source.path is not None and source.dataset is not None
     path = Path(source.path).expanduser()
     path = path / INFO_NAME if path.is_dir() else path
     where = f"{path}, data set {source.dataset!r}"
     entry = _info_entry(path, source.dataset)
-    _refuse_unknown(entry, INFO_KEYS, where, "is not understood")
+    _refuse_unknown(entry, INFO_KEYS, where, "key")
     place: dict[str, Any] = {"dataset": None, "subset": entry.get("subset"), "split": entry.get("split", "train")}
     if "hf_hub_url" in entry:
         place |= {"path": None, "hub": entry["hf_hub_url"]}
@@ -179,8 +175,8 @@ def _info_layout(entry: dict[str, Any], where: str) -> RecordLayout:
         raise ConfigError(f"{where}: formatting is {formatting!r}. Expected alpaca, sharegpt or openai.")
     known = INFO_COLUMNS["alpaca" if formatting == "alpaca" else "sharegpt"]
     columns = entry.get("columns")
-    _refuse_unknown(columns or {}, set(known), where, "as a column is not understood")
-    # As there: once columns are given, one that is not among them is not read.
+    _refuse_unknown(columns or {}, set(known), where, "column")
+    # As in LLaMA-Factory, giving any columns disables the defaults of the others.
     fields: dict[str, str | None] = {
         ours: usual if columns is None else columns.get(theirs) for theirs, (ours, usual) in known.items()
     }
@@ -189,19 +185,18 @@ def _info_layout(entry: dict[str, Any], where: str) -> RecordLayout:
             return RecordLayout("text", text_field=fields["prompt"])
         return RecordLayout("alpaca", fields)
     tags = entry.get("tags") or ({"role_tag": "role", "content_tag": "content"} if formatting == "openai" else {})
-    _refuse_unknown(tags, set(INFO_TAGS), where, "as a tag is not understood")
-    named = INFO_TAGS | tags
+    _refuse_unknown(tags, set(INFO_FIELD_TAGS | INFO_ROLE_TAGS), where, "tag")
+    named = INFO_FIELD_TAGS | tags
     fields |= {"role": named["role_tag"], "content": named["content_tag"]}
-    roles = {named[tag]: role for tag, role in INFO_ROLES.items()}
+    roles = {tags.get(tag, name): role for tag, (role, name) in INFO_ROLE_TAGS.items()}
     return RecordLayout("messages" if formatting == "openai" else "sharegpt", fields, roles)
 
 
 def _refuse_unknown(found: Mapping[str, Any], known: set[str], where: str, what: str) -> None:
-    """Preferences, images and filters are refused too: ignoring them would train on something else."""
+    """Refuse unsupported settings (preferences, images, filters); ignoring them would train on different data."""
     for key, value in found.items():
         if key not in known and value not in (None, False):
             raise ConfigError(
-                f"{where}: {key} {what}. Expected only {', '.join(sorted(known))}: questions with answers, "
-                "conversations or plain text, all records of them. Make an entry without it, or describe the file with "
-                "format and fields."
+                f"{where}: {what} {key} is not supported. Expected only {', '.join(sorted(known))}. Remove it from the "
+                "entry, or describe the file with `format` and `fields`."
             )

@@ -1,20 +1,19 @@
-"""Messages: one message of a file, in any known spelling, becomes one `Turn`, or its record is rejected with a reason.
+"""Messages: parse one message of a record, in any supported format, into a `Turn`, or reject the record with a reason.
 
-Runs in worker processes, so it imports nothing heavy.
+Worker processes import this module, so it stays free of heavy imports.
 """
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
+from trivium.data.chat.layout import FUNCTION_CALL, RecordLayout
 from trivium.data.columns import FULL_WEIGHT
 from trivium.data.rejects import Reason, RecordError, json_type
 
 Role = Literal["system", "user", "assistant", "tool"]
 
-FUNCTION_CALL = "function_call"
 ROLES: dict[str, str] = {
     "system": "system",
     "developer": "system",
@@ -43,20 +42,20 @@ class Turn:
     content: str
     reasoning: str | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
-    """As the OpenAI API has them, arguments as an object: {type: function, function: {name, arguments}}."""
+    """In the OpenAI format, but with arguments as an object: {type: function, function: {name, arguments}}."""
     weight: int = 0
-    """Loss weight of its tokens, in hundredths; 0 where it is not trained on."""
+    """Loss weight of its tokens, in hundredths; 0 for no loss."""
 
     @property
     def thinks(self) -> bool:
-        """Whether it reasons before it answers, in a separate field or inside the content."""
+        """Whether it contains reasoning, in a separate field or in the content."""
         if self.reasoning is not None:
             return True
         before, tag, _ = self.content.partition("</think>")
         return bool(tag and before.replace("<think>", "", 1).strip())
 
     def message(self) -> dict[str, Any]:
-        """The turn as `apply_chat_template` takes it."""
+        """The message in the form that `apply_chat_template` takes."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.reasoning is not None:
             message["reasoning_content"] = self.reasoning
@@ -65,33 +64,21 @@ class Turn:
         return message
 
 
-@dataclass(frozen=True)
-class Spelling:
-    """How the messages of a file name things."""
-
-    role: str | None = None
-    """The field with the role; None for `role` or `from`, whichever a message has."""
-    content: str | None = None
-    """The field with the content; None for `content` or `value`."""
-    roles: Mapping[str, str] | None = None
-    """The file's names of roles -> ours; the usual names are always known."""
-
-
-def parse_message(message: object, number: int, spelling: Spelling) -> Turn:
-    """Read one message; `number` is its place in the conversation, from 1.
+def parse_message(message: object, number: int, layout: RecordLayout) -> Turn:
+    """Parse one message; `number` is its position in the conversation, from 1.
 
     Raises: RecordError.
     """
     where = f"message {number}"
     if not isinstance(message, dict):
         raise RecordError(Reason.MESSAGE_NOT_OBJECT, f"{where} is {json_type(message)}")
-    role = _role(message, where, spelling)
+    role = _role(message, where, layout)
     if role == FUNCTION_CALL:
-        return _called_turn(message, where, spelling)
+        return _function_call(message, where, layout)
     calls = _tool_calls(message, where)
     if calls and role != "assistant":
         raise RecordError(Reason.CALL_MISPLACED, f"{where} is of {role}")
-    content = _content(message, where, spelling, may_be_null=bool(calls))
+    content = _content(message, where, layout, may_be_null=bool(calls))
     if role == "user" and not content.strip():
         raise RecordError(Reason.EMPTY_QUESTION, where)
     if role == "assistant" and not content.strip() and not calls:
@@ -102,14 +89,14 @@ def parse_message(message: object, number: int, spelling: Spelling) -> Turn:
     return Turn(role, content, reasoning, calls, _weight(message, role, where))
 
 
-def _role(message: dict[str, Any], where: str, spelling: Spelling) -> Any:
-    field = _field(message, spelling.role, ROLE_FIELDS)
+def _role(message: dict[str, Any], where: str, layout: RecordLayout) -> Any:
+    field = _field(message, layout.fields.get("role"), ROLE_FIELDS)
     if field is None or message[field] is None:
         raise RecordError(Reason.NO_ROLE, f"{where} has {', '.join(map(repr, list(message)[:8])) or 'no fields'}")
     name = message[field]
-    role = {**ROLES, **(spelling.roles or {})}.get(name) if isinstance(name, str) else None
+    role = {**ROLES, **layout.roles}.get(name) if isinstance(name, str) else None
     if role is None:
-        raise RecordError(Reason.UNKNOWN_ROLE, f"{where} is of {name!r}; say what it is with roles")
+        raise RecordError(Reason.UNKNOWN_ROLE, f"{where} is of {name!r}; define it with roles")
     return role
 
 
@@ -117,8 +104,8 @@ def _field(message: dict[str, Any], given: str | None, usual: tuple[str, ...]) -
     return next((name for name in ([given] if given else usual) if name in message), None)
 
 
-def _content(message: dict[str, Any], where: str, spelling: Spelling, may_be_null: bool) -> str:
-    field = _field(message, spelling.content, CONTENT_FIELDS)
+def _content(message: dict[str, Any], where: str, layout: RecordLayout, may_be_null: bool) -> str:
+    field = _field(message, layout.fields.get("content"), CONTENT_FIELDS)
     if field is None or message[field] is None:
         if may_be_null:
             return ""
@@ -171,9 +158,9 @@ def _hundredths(weight: object, where: str) -> int:
     if weight < 0:
         raise RecordError(Reason.WEIGHT_NEGATIVE, f"{where}: {weight}")
     if weight > MAX_WEIGHT / 100:
-        raise RecordError(Reason.WEIGHT_TOO_BIG, f"{where}: {weight}, and {MAX_WEIGHT / 100} is the most")
+        raise RecordError(Reason.WEIGHT_TOO_BIG, f"{where}: {weight}; the maximum is {MAX_WEIGHT / 100}")
     if 0 < weight < 0.005:
-        raise RecordError(Reason.WEIGHT_TOO_SMALL, f"{where}: {weight}, and 0.01 is the least but 0")
+        raise RecordError(Reason.WEIGHT_TOO_SMALL, f"{where}: {weight}; use 0 or at least 0.01")
     return round(weight * 100)
 
 
@@ -186,9 +173,9 @@ def _tool_calls(message: dict[str, Any], where: str) -> tuple[dict[str, Any], ..
     return tuple(_tool_call(call, where) for call in calls)
 
 
-def _called_turn(message: dict[str, Any], where: str, spelling: Spelling) -> Turn:
-    """An answer that only calls tools, written as JSON in place of its text."""
-    text = _content(message, where, spelling, may_be_null=False)
+def _function_call(message: dict[str, Any], where: str, layout: RecordLayout) -> Turn:
+    """An answer with only tool calls, which are the content of the message as JSON."""
+    text = _content(message, where, layout, may_be_null=False)
     try:
         calls = load_json(text)
     except ValueError as error:
@@ -221,9 +208,9 @@ def _tool_call(call: object, where: str) -> dict[str, Any]:
 
 
 def checked_text(value: object, reason: Reason, where: str) -> str:
-    """The value, once it is known to be text that has UTF-8 and no NUL; `reason` is for what is not text.
+    """Return the value if it is text with a UTF-8 encoding and without NUL.
 
-    Raises: RecordError.
+    Raises: RecordError, with `reason` if the value is not text.
     """
     if not isinstance(value, str):
         raise RecordError(reason, f"{where}: {json_type(value)}")
@@ -239,9 +226,9 @@ def checked_text(value: object, reason: Reason, where: str) -> str:
 
 
 def check_json(value: object, where: str, depth: int = 0) -> None:
-    """Check what a template will write out as JSON.
+    """Check a value that the chat template renders as JSON.
 
-    Raises: RecordError for what has no JSON or no UTF-8, or is nested too deeply.
+    Raises: RecordError when it has no JSON or UTF-8 encoding, or is nested too deeply.
     """
     if depth > MAX_JSON_DEPTH:
         raise RecordError(Reason.TOO_DEEP, where)
@@ -259,9 +246,9 @@ def check_json(value: object, where: str, depth: int = 0) -> None:
 
 
 def load_json(text: str) -> Any:
-    """Decode JSON inside a text; NaN and the infinities are not allowed.
+    """Decode strict JSON: NaN and infinities are not allowed.
 
-    Raises: ValueError, also for what is nested too deeply.
+    Raises: ValueError, also for JSON that is nested too deeply.
     """
     try:
         return json.loads(text, parse_constant=_no_constant)

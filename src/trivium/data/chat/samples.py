@@ -1,9 +1,8 @@
-"""Samples: a conversation becomes samples of token ids, each answer proven to continue exactly what serving sends.
+"""Samples: encode a conversation as token ids and loss weights, and prove that prompts equal those of serving.
 
-The model's own chat template decides everything; nothing here knows a model. For every answer that is trained on, the
-prompt is what `apply_chat_template(history, add_generation_prompt=True)` gives, and the answer is encoded by itself, as
-a model writes it. Templates that show an earlier turn differently later (Qwen3 drops its reasoning) make one
-conversation several samples.
+Before every supervised answer, a sample has exactly the ids of `apply_chat_template(history,
+add_generation_prompt=True)`; the answer is encoded separately, as a model generates it. If the template renders earlier
+messages differently later (Qwen3 drops their reasoning), the conversation becomes several samples.
 """
 
 import json
@@ -28,58 +27,58 @@ Overlong = Literal["drop", "split", "truncate"]
 
 @dataclass(frozen=True)
 class ConversationSettings:
-    """How conversations become samples; documents are not affected."""
+    """How conversations become samples."""
 
     seq_len: int
-    """Tokens of the longest sample."""
+    """Maximum tokens of a sample."""
     overlong: Overlong = "drop"
-    """What to do with longer ones; see `config.Data.overlong`."""
+    """What to do with answers that do not fit; see `config.Data.overlong`."""
     all_tokens: bool = False
-    """Every token is supervised, not the assistant's alone."""
+    """Whether all tokens are supervised rather than the answers only."""
 
 
 @dataclass(frozen=True)
 class AnswerSpan:
-    """A supervised answer inside a sample: its tokens are [start, stop), the end-of-turn token the last of them."""
+    """A supervised answer: tokens [start, stop) of a sample, ending with the end-of-turn token."""
 
     turn: int
     start: int
     stop: int
     thinking: bool | None
-    """The `enable_thinking` of the prompt that it continues; None where the template has no such switch."""
+    """The `enable_thinking` of its prompt; None if the template has no switch."""
 
 
 @dataclass(frozen=True)
 class ChatSample:
-    """Token ids with their loss weights, made from one conversation."""
+    """A sample of a conversation."""
 
     ids: np.ndarray
     """[tokens] int32."""
     weights: np.ndarray
-    """[tokens] uint8, hundredths: the loss weight of each token as a label."""
+    """[tokens] uint8, loss weight of each token as a label, in hundredths."""
     has_reasoning: bool
     answers: tuple[AnswerSpan, ...]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The samples of a conversation, and what was left out of them."""
+    """The samples of a conversation, and a record of what is missing from them."""
 
     samples: list[ChatSample]
     dropped_turns: int = 0
-    """Answers left out: too long, or nothing before them that they could answer."""
+    """Answers left out: too long, or not preceded by a message."""
     cut_turns: int = 0
-    """Answers that lost their end."""
+    """Truncated answers."""
     split: bool = False
-    """Whether a turn's history begins later than the conversation, so that it fits."""
+    """Whether the start of the history was dropped before some answer to make it fit."""
     lost_reasoning_turns: int = 0
-    """Answers whose reasoning the template does not show."""
+    """Answers whose reasoning the template leaves out."""
     has_control_text: bool = False
-    """Whether what the model reads spells out a token like <think>; serving would encode it as that token, too."""
+    """Whether a prompt contains the text of a token like <think>, which is encoded as the token, as in serving."""
 
 
 class _PromptAnswer(NamedTuple):
-    """One answer and the prompt it continues."""
+    """Token ids of one answer and its prompt."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
@@ -93,14 +92,14 @@ class _PromptAnswer(NamedTuple):
 
 @dataclass
 class _Growing:
-    """A sample that later answers may still extend."""
+    """A sample that later answers may extend."""
 
     ids: list[int] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)
     has_reasoning: bool = False
     answers: list[AnswerSpan] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
-    """What serving sends for each answer."""
+    """Prompt of each answer, as sent by serving."""
 
     def extend(self, part: _PromptAnswer, turn: int, weight: int) -> None:
         start = len(part.prompt_ids)
@@ -120,15 +119,11 @@ class _Growing:
 
 
 class ChatEncoder:
-    """Turns conversations into samples.
+    """Encodes conversations as samples; see `ConversationSettings` for the arguments.
 
-    Args:
-        tokenizer: a loaded Hugging Face tokenizer with a chat template.
-        seq_len: tokens of the longest sample.
-        overlong: what to do with a turn that does not fit; see `config.Data.overlong`.
-        all_tokens: every token is supervised, not the answers alone; such a sample is a document and may be longer.
+    With `all_tokens`, samples may be longer than `seq_len` and are cut like documents.
 
-    Raises: ConfigError without a usable chat template, BadData when the simplest answer does not continue its prompt.
+    Raises: ConfigError or BadData when the tokenizer's chat template is not usable for training.
     """
 
     def __init__(
@@ -147,7 +142,7 @@ class ChatEncoder:
     def encode(self, conversation: Conversation) -> Encoded:
         """Encode one conversation.
 
-        Raises: RecordError when it gives no sample, BadData when an answer does not continue what serving sends.
+        Raises: RecordError when it has no usable answer, BadData when a prompt differs from what serving sends.
         """
         has_control_text = self._check_control_tokens(conversation)
         if self._all_tokens:
@@ -174,7 +169,7 @@ class ChatEncoder:
         return Encoded(samples, num_dropped, num_cut, first > 0, num_lost, has_control_text)
 
     def _check_control_tokens(self, conversation: Conversation) -> bool:
-        """Whether the text spells out a token that is not special; one that is special rejects the record."""
+        """Whether a prompt contains the text of a token that is not special; raises RecordError for a special one."""
         for index, turn in enumerate(conversation.turns):
             text = json.dumps(turn.message(), ensure_ascii=False)
             if match := self._special.search(text):
@@ -192,9 +187,9 @@ class ChatEncoder:
         return ChatSample(np.array(ids, dtype=np.int32), weights, has_reasoning, ())
 
     def _fitting_part(self, conversation: Conversation, first: int, index: int) -> tuple[_PromptAnswer | None, int]:
-        """The answer of turn `index` after the history from turn `first` on, or, to split, from a later user turn on.
+        """Answer `index` with the history from turn `first`, or with overlong=split, from a later user turn that fits.
 
-        Gives the turn that the history begins with, too. It never moves back, so that later answers extend the sample.
+        Also returns the first turn of that history. It never moves back, so that later answers extend the sample.
         """
         turns = conversation.turns
         if index == 0:
@@ -210,7 +205,7 @@ class ChatEncoder:
         return None, first
 
     def _cut(self, part: _PromptAnswer) -> _PromptAnswer | None:
-        """The part as it fits, None when it does not; an end of turn and one token before it always stay."""
+        """The part, truncated if allowed; None if not even one token and the end of turn fit."""
         if part.num_tokens <= self._seq_len:
             return part
         room = self._seq_len - len(part.prompt_ids) - 1
@@ -219,7 +214,7 @@ class ChatEncoder:
         return part._replace(answer_ids=[*part.answer_ids[:room], self.template.end_of_turn_id])
 
     def _part(self, conversation: Conversation, first: int, index: int) -> _PromptAnswer:
-        """The answer of turn `index`, and the prompt of the turns from `first` on, with the system turn always."""
+        """Answer `index` with the prompt of the turns from `first`, plus the system turn if there is one."""
         turn, history, where = conversation.turns[index], conversation.turns[first:index], f"turn {index + 1}"
         if first and conversation.turns[0].role == "system":
             history = (conversation.turns[0], *history)
@@ -228,8 +223,8 @@ class ChatEncoder:
         if end < 0:
             raise BadData(
                 f"{where}: the chat template ends it with {rest[-40:]!r} and not with {self.template.end_of_turn}. "
-                "Expected the same end for every answer, since the model learns to stop by it. Use the model's own "
-                "template, or correct this one."
+                "Expected every answer to end with the token that stops generation. Use the model's own chat template, "
+                "or correct this one."
             )
         answer = rest[: end + len(self.template.end_of_turn)]
         return _PromptAnswer(
@@ -240,10 +235,7 @@ class ChatEncoder:
         )
 
     def _prove(self, growing: Sequence[_Growing]) -> None:
-        """The token proof: up to each answer a sample is, id for id, what serving sends.
-
-        Raises: BadData.
-        """
+        """Raises: BadData when a sample differs from the prompt that serving sends before one of its answers."""
         for sample in growing:
             for answer, prompt_ids in zip(sample.answers, sample.prompts, strict=True):
                 if sample.ids[: answer.start] != prompt_ids:

@@ -1,12 +1,12 @@
-"""Chat templates: called as serving calls them, and checked for what training on their answers needs.
+"""Chat templates: render conversations exactly as serving does, and check that a template is usable for training.
 
-A template is the model's own and decides everything; nothing here knows a model.
+The tokenizer's own template is always used; there is no code for particular models.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from trivium.data.chat.messages import Turn
 from trivium.data.columns import FULL_WEIGHT
@@ -33,68 +33,59 @@ SHOWN_TOKENS = 6
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What is known of a tokenizer's chat template."""
+    """Properties of a tokenizer's chat template."""
 
     sha256: str
     known_as: str | None
-    """Whose template it is; None for an unknown one."""
+    """Model family with this template; None if unknown."""
     end_of_turn: str
-    """The special token that ends an answer."""
+    """Special token that ends an answer."""
     end_of_turn_id: int
     has_thinking_switch: bool
-    """Whether `enable_thinking` changes what it writes."""
-
-
-class Continuation(NamedTuple):
-    """How a turn continues what serving sends."""
-
-    rest: str
-    """The rendered conversation after the prompt."""
-    thinking: bool | None
-    """The `enable_thinking` of that prompt, None where the template has no such switch."""
+    """Whether the template uses `enable_thinking`."""
 
 
 class Renderer:
-    """A tokenizer's chat template, called as serving calls it."""
+    """Renders conversations with a tokenizer's chat template, with the same calls as serving."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         self._tokenizer = tokenizer
         self._normalizer = tokenizer.backend_tokenizer.normalizer
         self.modes: list[bool | None] = [None]
-        """What `enable_thinking` can be, the one with the longest prompt first."""
+        """Values of `enable_thinking`, the one with the longest prompt first; None if the template has no switch."""
         if "enable_thinking" in tokenizer.get_chat_template():
             self.modes = sorted((False, True), key=lambda mode: -len(self._prompt(PROBE[:1], (), mode)))
 
     def prompt_ids(self, history: Sequence[Turn], tools: Sequence[dict[str, Any]], thinking: bool | None) -> list[int]:
-        """The tokens that serving sends to be answered.
+        """Token ids of the prompt that serving sends after the history.
 
-        Raises: RecordError when the template refuses the turns.
+        Raises: RecordError when the template rejects the messages.
         """
         return self._apply(history, tools, thinking, add_generation_prompt=True, tokenize=True)
 
     def whole_ids(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> list[int]:
-        """The tokens of a conversation without a generation prompt.
+        """Token ids of a conversation without a generation prompt.
 
-        Raises: RecordError when the template refuses the turns.
+        Raises: RecordError when the template rejects the messages.
         """
         return self._apply(turns, tools, None, add_generation_prompt=False, tokenize=True)
 
     def continuation(
         self, history: Sequence[Turn], turn: Turn, tools: Sequence[dict[str, Any]], where: str
-    ) -> Continuation:
-        """Which prompt of the history the turn continues, and with what.
+    ) -> tuple[str, bool | None]:
+        """The text that an answer adds to the prompt of its history, and the `enable_thinking` of that prompt.
 
-        With a thinking switch there are two prompts; the longest that the turn continues is its own. So the empty think
-        block of an answer without reasoning belongs to the prompt, and is not supervised.
+        With a thinking switch there are two prompts; the longest one that matches is used. The empty think block of an
+        answer without reasoning is then part of the prompt, and not supervised.
 
-        Raises: BadData when it continues none, RecordError when the template refuses the turns.
+        Raises: BadData when neither prompt matches, RecordError when the template rejects the messages.
         """
         prompt = whole = ""
         for thinking in self.modes:
             prompt = self._prompt(history, tools, thinking)
             whole = self._apply([*history, turn], tools, thinking, add_generation_prompt=False, tokenize=False)
             if whole.startswith(prompt):
-                return Continuation(whole[len(prompt) :], thinking)
+                return whole[len(prompt) :], thinking
         raise self.mismatch(self.encode(prompt), self.encode(whole), where)
 
     def _prompt(self, history: Sequence[Turn], tools: Sequence[dict[str, Any]], thinking: bool | None) -> str:
@@ -120,9 +111,9 @@ class Renderer:
         return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def answer_ids(self, answer: str, where: str) -> list[int]:
-        """The tokens of a rendered answer, once they are known to decode to it.
+        """Token ids of a rendered answer.
 
-        Raises: BadData.
+        Raises: BadData when they do not decode to the same text.
         """
         ids = self.encode(answer)
         decoded = self._decode(ids)
@@ -131,8 +122,7 @@ class Renderer:
             raise BadData(
                 f"{where}: the tokenizer loses text. At character {place} the answer has "
                 f"{answer[place : place + 20]!r}, and its tokens decode to {decoded[place : place + 20]!r}. Expected "
-                "the same text, since the model can only learn the latter. Use the tokenizer that belongs to the "
-                "model, or leave such records out."
+                "the same text. Use the tokenizer that belongs to the model, or remove such records."
             )
         return ids
 
@@ -143,49 +133,49 @@ class Renderer:
         return self._normalizer.normalize_str(text) if self._normalizer else text
 
     def mismatch(self, sent: list[int], trained: list[int], where: str) -> BadData:
-        """The error that shows where two lists of tokens part."""
+        """The error that shows where two lists of token ids differ."""
         place = next((i for i, (a, b) in enumerate(zip(sent, trained, strict=False)) if a != b), len(trained))
         before = self._decode(sent[max(0, place - SHOWN_TOKENS) : place])
         sent, trained = (ids[place : place + SHOWN_TOKENS] for ids in (sent, trained))
         return BadData(
-            f"{where}: what serving sends before this answer is not how the conversation trained on begins, so its "
-            f"labels would be wrong. They differ at token {place}, after {before!r}: serving sends {sent} "
+            f"{where}: the prompt that serving sends is not a prefix of the conversation to train on, so the labels of "
+            f"this answer would be wrong. They differ at token {place}, after {before!r}: serving sends {sent} "
             f"{self._decode(sent)!r}, the conversation has {trained} {self._decode(trained)!r}. Expected "
-            "apply_chat_template(history, add_generation_prompt=True) to be the beginning of "
-            "apply_chat_template(history and answer). Use the model's own chat template, or correct this one."
+            "apply_chat_template(history, add_generation_prompt=True) to be a prefix of "
+            "apply_chat_template(history + answer). Use the model's own chat template, or correct this one."
         )
 
 
 def describe_template(tokenizer: "PreTrainedTokenizerFast") -> ChatTemplate:
-    """Describe a tokenizer's chat template by rendering the simplest conversation.
+    """Find a chat template's properties by rendering a minimal conversation.
 
-    Raises: ConfigError when there is none or it does not end a turn with a special token, BadData when an answer does
-        not continue its prompt.
+    Raises: ConfigError when there is no template or it does not end answers with a special token, BadData when the
+        prompt is not a prefix of the conversation.
     """
     name = tokenizer.name_or_path
     try:
         template = tokenizer.get_chat_template()
     except ValueError:
         raise ConfigError(
-            f"Tokenizer {name} has no chat template, which conversations need. "
-            "Expected one in chat_template.jinja or tokenizer_config.json; take the tokenizer of the model's chat "
-            "version, or add a chat_template.jinja to its folder."
+            f"Tokenizer {name} has no chat template. Conversations need one in chat_template.jinja or "
+            "tokenizer_config.json; use the tokenizer of the model's chat version, or add chat_template.jinja to its "
+            "folder."
         ) from None
     try:
         renderer = Renderer(tokenizer)
-        rest = renderer.continuation(PROBE[:1], PROBE[1], (), f"The chat template of {name}").rest
+        rest, _ = renderer.continuation(PROBE[:1], PROBE[1], (), f"The chat template of {name}")
     except RecordError as error:
         raise ConfigError(
-            f"The chat template of {name} cannot render the simplest conversation ({error.detail}). Expected one for "
-            "conversations of text; use the model's own, or correct this one."
+            f"The chat template of {name} cannot render a minimal conversation ({error.detail}). Use the model's own "
+            "chat template, or correct this one."
         ) from None
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     after = renderer.encode(rest[rest.rfind(PROBE_ANSWER) + len(PROBE_ANSWER) :])
     end_id = next((index for index in after if index in special), None)
     if end_id is None:
         raise ConfigError(
-            f"The chat template of {name} ends an answer with {rest[-40:]!r}, which holds no special token. Expected "
-            "one like <|im_end|>, since a model learns to stop by it. Use the model's own, or correct this one."
+            f"The chat template of {name} ends an answer with {rest[-40:]!r}, without a special token. Expected one "
+            "like <|im_end|>, which stops generation. Use the model's own chat template, or correct this one."
         )
     sha256 = hashlib.sha256(template.encode()).hexdigest()
     return ChatTemplate(

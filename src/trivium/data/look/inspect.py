@@ -1,6 +1,6 @@
-"""What is in a store or in a source: first documents, lengths, shares, rejects. Changes nothing.
+"""Inspect stores and sources: first documents, lengths, shares and rejects.
 
-With a tokenizer a source is encoded as a build would encode it; without one its text is shown.
+With a tokenizer, sources are encoded like in a build; without one, their text is shown.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trivium.config.inputs import Data, Source
-from trivium.data.chat.formats import Conversation, Document
+from trivium.data.chat.formats import Document
 from trivium.data.chat.samples import ChatEncoder, ConversationSettings
 from trivium.data.columns import LOSS_WEIGHTS, REASONING, loss_weights
 from trivium.data.look.show import Shown, as_samples, as_spans, as_text
@@ -36,10 +36,9 @@ MAX_REJECTS_OF_A_REASON = 3
 
 @dataclass(frozen=True)
 class Look:
-    """How to look at a source."""
+    """Options of an inspection."""
 
     tokenizer: "PreTrainedTokenizerFast | None"
-    """Without one, records are shown as text."""
     conversations: ConversationSettings
     num_shown: int
     """Records to show."""
@@ -47,35 +46,35 @@ class Look:
 
 @dataclass
 class Inspection:
-    """One store, or one source as it lies in its files."""
+    """The contents of one store or source."""
 
     name: str
     unit: str
-    """What lengths count: `tokens`, or `bytes` of text in a source without a tokenizer."""
+    """Unit of the lengths: `tokens`, or `bytes` of text for a source without a tokenizer."""
     num_documents: int = 0
-    """Documents, and samples of conversations."""
+    """Documents and samples of conversations."""
     size: int = 0
     """Sum of the lengths."""
     share: float = 0.0
-    """Of the size of everything inspected together that counts in the same unit."""
+    """Share of the size of everything inspected in the same unit."""
     num_supervised: int | None = None
-    """Supervised tokens; None where all of them are, and where bytes are counted."""
+    """Supervised tokens; None if all are, or if lengths are in bytes."""
     num_reasoning: int = 0
-    """Documents with an answer that reasons."""
+    """Documents with reasoning in an answer."""
     lengths: dict[str, float] = field(default_factory=dict)
-    """Smallest, quantiles, mean and largest."""
+    """Minimum, quantiles, maximum and mean."""
     histogram: list[tuple[int, int]] = field(default_factory=list)
     """(power of two, documents at least that long and less than twice as long)."""
     counts: dict[str, int] = field(default_factory=dict)
-    """What happened to the records, see `COUNTS`; empty for a store without a report."""
+    """Counts of records, see `COUNTS`; empty for a store without a report."""
     rejected_by_reason: dict[str, int] = field(default_factory=dict)
     rejects: dict[str, list[str]] = field(default_factory=dict)
-    """The first few rejects of each reason: file, line, reason."""
+    """The first rejects of each reason, with file and line."""
     documents: list[Shown] = field(default_factory=list)
-    """The first few documents or conversations."""
+    """The first documents or conversations."""
 
     def note_rejects(self, rejects: Iterable[Reject]) -> None:
-        """Keep the first few of each reason."""
+        """Keep the first rejects of each reason."""
         for one in rejects:
             shown = self.rejects.setdefault(one.reason, [])
             if len(shown) < MAX_REJECTS_OF_A_REASON:
@@ -83,9 +82,9 @@ class Inspection:
 
 
 def inspect_all(sources: Sequence[Source], look: Look) -> list[Inspection]:
-    """Look into sources, of which a path may be a store (a folder or a prefix), and compare their sizes.
+    """Inspect sources and compare their sizes; the path of a source may be a store (a folder or a prefix).
 
-    Raises: ConfigError or BadData when one of them cannot be read, or a template does not give the right labels.
+    Raises: ConfigError or BadData when one of them cannot be read, or the chat template is not usable for training.
     """
     found = []
     for source in sources:
@@ -122,7 +121,7 @@ def _inspect_store(path: Path, look: Look) -> Inspection:
 
 
 def _num_supervised(store: Store) -> int | None:
-    """Supervised tokens; a document's first one is never predicted."""
+    """Supervised tokens, without the first token of each document, which is never predicted."""
     if LOSS_WEIGHTS not in store.columns:
         return None
     weights = (store.column(LOSS_WEIGHTS.name, document) for document in range(len(store)))
@@ -142,7 +141,7 @@ def _inspect_source(source: Source, look: Look) -> Inspection:
 
 
 def _encode(corpus: Corpus, look: Look, inspection: Inspection, tally: Tally) -> Iterator[np.ndarray]:
-    """Yield the lengths of each block's samples, as a build would make them."""
+    """Yield the lengths of each block's samples, encoded like in a build."""
     assert look.tokenizer is not None
     chat = chat_reading(corpus, look.tokenizer, look.conversations)
     for block in encode_blocks(corpus.blocks(), document_encoding(look.tokenizer), corpus.reading, chat, workers=1):
@@ -152,25 +151,21 @@ def _encode(corpus: Corpus, look: Look, inspection: Inspection, tally: Tally) ->
 
 
 def _read(corpus: Corpus, _look: Look, inspection: Inspection, tally: Tally) -> Iterator[np.ndarray]:
-    """Yield the lengths of each block's texts; a tokenizer and its template may reject more of these records."""
+    """Yield the text lengths of each block; encoding with a chat template may reject more of these records."""
     for block in corpus.blocks():
         lengths = []
         for record in read_records(block.pieces, corpus.reading):
             content = record.content
+            tally.add_record(content)
             if isinstance(content, Reject):
-                tally.rejected_by_reason[content.reason] += 1
                 inspection.note_rejects([content])
-                continue
-            tally.num_samples += 1
-            if isinstance(content, Conversation):
-                tally.conversations += 1
-                tally.reasoning_documents += any(turn.weight and turn.thinks for turn in content.turns)
-            lengths.append(sum(len(span.text.encode("utf-8", "surrogatepass")) for span in as_text(content)))
+            else:
+                lengths.append(sum(len(span.text.encode("utf-8", "surrogatepass")) for span in as_text(content)))
         yield np.array(lengths, dtype=np.int64)
 
 
 def _first_records(corpus: Corpus, look: Look) -> Iterator[Shown]:
-    """The first usable records: a document, the turns of a conversation, or with a tokenizer its samples."""
+    """The first usable records: documents and conversations, or with a tokenizer the samples of conversations."""
     encoder = None
     if look.tokenizer is not None and corpus.has_conversations:
         encoder = ChatEncoder(look.tokenizer, **asdict(look.conversations))
@@ -191,7 +186,7 @@ def _first_records(corpus: Corpus, look: Look) -> Iterator[Shown]:
 
 
 def _describe(inspection: Inspection, chunks: Iterator[np.ndarray]) -> None:
-    """Count documents and lengths, a chunk of lengths at a time."""
+    """Set the counts and length statistics from chunks of lengths."""
     counts: Counter[int] = Counter()
     for lengths in chunks:
         inspection.num_documents += len(lengths)

@@ -1,7 +1,6 @@
-"""What a model reads of documents and conversations: text in spans of one loss weight, and the proof of each answer."""
+"""Show documents and conversations as spans of text with their loss weights, and the proof of each answer."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from trivium.data.chat.formats import Conversation, Document
 from trivium.data.chat.messages import Turn
-from trivium.data.chat.samples import ChatEncoder, ChatSample, Encoded
+from trivium.data.chat.samples import ChatEncoder
 from trivium.data.store.tally import describe_notes
 
 if TYPE_CHECKING:
@@ -18,23 +17,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class TextSpan:
-    """Text whose tokens have one loss weight."""
+    """Text whose tokens have the same loss weight."""
 
     text: str
     weight: int | None = None
-    """Hundredths; None where all tokens count alike."""
+    """In hundredths; None if all tokens have full weight."""
 
 
 @dataclass
 class AnswerProof:
-    """A supervised answer: up to it its sample is, id for id, the prompt that serving sends."""
+    """A supervised answer whose prompt equals, id for id, the prompt that serving sends."""
 
     turn: int
-    """Number of the answer's turn, from 1."""
+    """Number of the message, from 1."""
     prompt_tokens: int
     answer_tokens: int
     thinking: bool | None
-    """The `enable_thinking` that serving sends; None where the template has no such switch."""
+    """The `enable_thinking` of the prompt; None if the template has no switch."""
 
 
 @dataclass
@@ -47,11 +46,11 @@ class Shown:
     """None without a tokenizer."""
     proofs: list[AnswerProof] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What was split, dropped or cut, and why."""
+    """Remarks on split, dropped or cut content."""
 
 
 def as_text(content: Conversation | Document) -> list[TextSpan]:
-    """A document's text, or a line for each turn of a conversation, without a template."""
+    """A document's text, or a line per message of a conversation, without a chat template."""
     if isinstance(content, Document):
         return [TextSpan(content.text)]
     return [TextSpan(_turn_text(turn), turn.weight) for turn in content.turns]
@@ -66,49 +65,32 @@ def _turn_text(turn: Turn) -> str:
 def as_samples(
     where: str, conversation: Conversation, encoder: ChatEncoder, tokenizer: "PreTrainedTokenizerFast"
 ) -> list[Shown]:
-    """The samples that a conversation becomes, each answer proven by the encoder.
+    """The samples of a conversation, with the proof of each answer.
 
-    Raises: RecordError when it gives none, BadData when an answer does not continue what serving sends.
+    Raises: RecordError when there are none, BadData when a prompt differs from what serving sends.
     """
     encoded = encoder.encode(conversation)
     num_samples = len(encoded.samples)
-    shown = [
-        Shown(
-            where if num_samples == 1 else f"{where}, sample {number} of {num_samples}",
-            as_spans(sample.ids, sample.weights, tokenizer),
-            len(sample.ids),
-            _proofs(sample),
-        )
-        for number, sample in enumerate(encoded.samples, start=1)
-    ]
-    shown[0].notes = list(_notes(encoded))
-    return shown
-
-
-def _proofs(sample: ChatSample) -> list[AnswerProof]:
-    return [
-        AnswerProof(answer.turn + 1, answer.start, answer.stop - answer.start, answer.thinking)
-        for answer in sample.answers
-    ]
-
-
-def _notes(encoded: Encoded) -> Iterator[str]:
+    shown = []
+    for number, sample in enumerate(encoded.samples, start=1):
+        name = where if num_samples == 1 else f"{where}, sample {number} of {num_samples}"
+        proofs = [AnswerProof(one.turn + 1, one.start, one.stop - one.start, one.thinking) for one in sample.answers]
+        shown.append(Shown(name, as_spans(sample.ids, sample.weights, tokenizer), len(sample.ids), proofs))
+    notes = describe_notes(vars(encoded) | {"control_token_records": encoded.has_control_text})
     if encoded.split:
-        yield "a later answer's history begins at a later user turn, so that it fits"
-    elif len(encoded.samples) > 1:
-        yield f"{len(encoded.samples)} samples, since the template shows earlier turns differently later"
-    yield from describe_notes(vars(encoded) | {"control_token_records": encoded.has_control_text})
+        notes.insert(0, "the start of the history was dropped before later answers to make them fit")
+    elif num_samples > 1:
+        notes.insert(0, f"{num_samples} samples, since the template renders earlier messages differently later")
+    shown[0].notes = notes
+    return shown
 
 
 def as_spans(
     ids: np.ndarray, weights: np.ndarray | None, tokenizer: "PreTrainedTokenizerFast | None"
 ) -> list[TextSpan]:
-    """Tokens as text, or as numbers without a tokenizer, cut where the weight changes.
+    """Tokens as text, or as numbers without a tokenizer, in spans of equal weight.
 
-    Args:
-        ids: [tokens] int.
-        weights: [tokens] uint8, hundredths; None where all tokens count alike.
-        tokenizer: what decodes them.
+    `ids`: [tokens] int. `weights`: [tokens] uint8 in hundredths; None if all tokens have full weight.
     """
     borders = [] if weights is None else (np.flatnonzero(np.diff(weights)) + 1).tolist()
     spans = []

@@ -1,8 +1,8 @@
-"""How much data there is, within seconds: records, tokens, lengths, supervised and reasoning shares. Builds nothing.
+"""Survey sources in seconds, without a build: records, tokens, lengths, supervised and reasoning shares.
 
-All records are read where that is quick, else blocks spread over the files, and the rest is extrapolated from bytes.
-With a tokenizer, tokens are those that a build makes, samples of conversations included; without one they are estimated
-from the bytes of the text by its scripts. Does not import torch (a loaded tokenizer does).
+Small sources are read completely; large ones are sampled evenly and extrapolated by their size. With a tokenizer, the
+sampled records are encoded like in a build; without one, tokens are estimated from the bytes of the text. This module
+does not import torch (a loaded tokenizer does).
 """
 
 import json
@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from trivium.config.inputs import Data, Source
-from trivium.data.chat.formats import Conversation
+from trivium.data.chat.formats import Conversation, Document
 from trivium.data.chat.samples import ConversationSettings
 from trivium.data.columns import LOSS_WEIGHTS, REASONING
-from trivium.data.rejects import Reject
 from trivium.data.source.blocks import SourceBlock, file_kind
 from trivium.data.source.corpus import Corpus, FileCorpus, NoHashes, find_corpus
 from trivium.data.source.records import read_records
@@ -34,14 +33,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MOST_BYTES_READ, MOST_BYTES_ENCODED = 16 << 20, 1 << 20
-"""Bytes of a source that are read to count its records, and encoded to count their tokens: all of a smaller one."""
+"""Maximum bytes of a source that are read to count records, and encoded to count tokens."""
 NO_LIMIT = ConversationSettings(seq_len=1 << 30)
 LOOKED_AT_DOCUMENTS = 10_000
 
-# UTF-8 bytes of a token by script, the spaces within a text counted where they stand. Measured with Qwen's tokenizer
-# (2.5 and 3 are the same here) on the prose of the Hugging Face course in 22 languages: English 5.0 bytes a token in
-# all, other European languages 3.3 to 4.1, Python 4.1, Korean 3.7, Japanese 4.7, Chinese 3.9 to 4.5, Russian 5.8, Hindi
-# 2.8, Thai 5.2, Burmese 2.1. An estimate is within a fifth or so of most of these.
+# UTF-8 bytes per token by script. Measured with Qwen's tokenizer (2.5 and 3 give the same) on the prose of the Hugging
+# Face course in 22 languages: English 5.0 bytes per token, other European languages 3.3 to 4.1, Python 4.1, Korean 3.7,
+# Japanese 4.7, Chinese 3.9 to 4.5, Russian 5.8, Hindi 2.8, Thai 5.2, Burmese 2.1. Estimates are within about 20 % for
+# most of these.
 SCRIPTS: tuple[tuple[re.Pattern[str], float], ...] = (
     (re.compile(r"[\x00-\x7f]+"), 4.4),
     (re.compile(r"[\u0080-\u036f\u1e00-\u1eff]+"), 2.0),  # Latin letters with accents
@@ -51,23 +50,23 @@ SCRIPTS: tuple[tuple[re.Pattern[str], float], ...] = (
 )
 OTHER_BYTES_PER_TOKEN = 2.7
 TURN_TOKENS = 5
-"""<|im_start|>, role, line end, <|im_end|>, line end: what ChatML writes around each turn."""
+"""ChatML tokens around each message: <|im_start|>, role, newline, <|im_end|>, newline."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found; the first seven are the planner's `DataFacts`.
+    """Results of a survey; the first seven are the planner's `DataFacts`.
 
     Attributes:
-        num_rows: usable documents, or conversations.
-        num_tokens: tokens of one pass over them.
-        kind: what most of the tokens are part of.
-        mean_tokens: mean length of a document, or of a sample of a conversation.
-        supervised_share: share of the tokens that are supervised when only answers are.
-        reasoning_share: share of the conversations' samples that show reasoning.
-        is_measured: whether the tokens were counted with a tokenizer, rather than estimated.
-        read_share: share of the sources that was read; where it is below 1, counts are extrapolated from that.
-        num_rejected: records that cannot be used.
+        num_rows: usable records.
+        num_tokens: tokens of one epoch.
+        kind: kind of record that most of the tokens belong to.
+        mean_tokens: mean tokens of a document or a sample of a conversation.
+        supervised_share: share of the tokens that are supervised if conversations are trained on answers only.
+        reasoning_share: share of the conversations' samples with reasoning.
+        is_measured: whether tokens were counted with a tokenizer rather than estimated.
+        read_share: share of the sources that was read; below 1, counts are extrapolated.
+        num_rejected: rejected records.
     """
 
     num_rows: int
@@ -82,16 +81,15 @@ class Survey:
 
     @property
     def how(self) -> str:
-        """How these figures were found, in words."""
-        read = (
-            "all records read" if self.read_share == 1.0 else f"{self.read_share:.2g} of the data read, evenly spread"
-        )
+        """The method in words."""
+        share = f"{self.read_share:.2g} of the data read, evenly spread"
+        read = "all records read" if self.read_share == 1.0 else share
         return f"{read}; tokens {'counted' if self.is_measured else 'estimated from the bytes of the text'}"
 
 
 @dataclass(frozen=True)
 class _Found:
-    """One source: what was read of it, and by what factor the whole is larger."""
+    """Counts of the part of a source that was read, and the factor to extrapolate them."""
 
     tally: Tally
     factor: float = 1.0
@@ -103,7 +101,7 @@ class _Found:
 
     @property
     def num_supervised_tokens(self) -> int:
-        """All tokens of documents, although the first is never predicted."""
+        """Counts every token of a document, although its first is never predicted."""
         return self.tally.supervised_tokens if self.tally.conversations else self.tally.num_tokens
 
 
@@ -113,15 +111,15 @@ def survey(
     conversations: ConversationSettings = NO_LIMIT,
     cache_dir: Path | None = None,
 ) -> Survey:
-    """Measure sources together.
+    """Survey sources together.
 
     Args:
-        sources: files, folders, Hub data sets or ready stores.
-        tokenizer: the model's, loaded; without one tokens are estimated.
-        conversations: what to do with long ones; by default they keep their length.
-        cache_dir: where stores are kept, so that one inside a source is not read as data.
+        sources: files, folders, Hub data sets or external stores.
+        tokenizer: the model's, loaded; None to estimate tokens.
+        conversations: how conversations become samples; no length limit by default.
+        cache_dir: folder of the stores, which is skipped if it is inside a source.
 
-    Raises: ConfigError or BadData when a source is not there, cannot be read, or has no usable record.
+    Raises: ConfigError or BadData when a source does not exist, cannot be read, or has no usable record.
     """
     found = [_survey(source, tokenizer, conversations, cache_dir) for source in sources]
     tokens = [one.tally.num_tokens * one.factor for one in found]
@@ -130,7 +128,7 @@ def survey(
     num_tokens = sum(tokens)
     if not num_tokens:
         names = ", ".join(str(source.path or source.hub or source.store) for source in sources)
-        raise BadData(f"{names}: no usable record was found. `trivium data inspect` shows why each is rejected.")
+        raise BadData(f"{names}: no usable record was found. See the rejects with: trivium data inspect")
     reasoned = sum(found[index].tally.reasoning_documents * found[index].factor for index in chats)
     return Survey(
         num_rows=max(1, round(sum(one.num_rows for one in found))),
@@ -156,8 +154,8 @@ def _survey(
     read, num_bytes = _estimate(corpus, _blocks(corpus, sizes, MOST_BYTES_READ))
     if not sizes and num_bytes >= MOST_BYTES_READ:
         raise BadData(
-            f"{corpus.name}: is larger than {MOST_BYTES_READ >> 20} MiB, and the Hub does not say by how much. Give "
-            "the number of its records or tokens instead, or a downloaded copy of it."
+            f"{corpus.name}: is larger than {MOST_BYTES_READ >> 20} MiB, and its total size is unknown. Give the "
+            "number of its records or tokens instead, or download it."
         )
     num_records = _records_by_footer(corpus)
     if num_records is None:
@@ -168,7 +166,7 @@ def _survey(
 
 
 def _blocks(corpus: Corpus, sizes: list[int], most_bytes: int) -> Iterator[SourceBlock]:
-    """All of a corpus where that is quick, else blocks spread over it; of a Hub data set the beginning."""
+    """All of a small corpus, else blocks spread evenly over it; the beginning of a Hub data set."""
     if isinstance(corpus, FileCorpus):
         yield from corpus.blocks() if sum(sizes) <= most_bytes else spread_blocks(corpus, sizes, most_bytes)
         return
@@ -181,44 +179,35 @@ def _blocks(corpus: Corpus, sizes: list[int], most_bytes: int) -> Iterator[Sourc
 
 
 def _records_by_footer(corpus: Corpus) -> int | None:
-    """Records of all files where each file says how many it has; None otherwise."""
+    """Number of records by the footers of Parquet files; None for other files."""
     if not isinstance(corpus, FileCorpus) or any(file_kind(file.path) != "parquet" for file in corpus.files):
         return None
     return sum(parquet_footer(file.path).num_rows for file in corpus.files)
 
 
 def _estimate(corpus: Corpus, blocks: Iterator[SourceBlock]) -> tuple[Tally, int]:
-    """Count the records of these blocks, their tokens by the bytes of their text, and their bytes."""
+    """Count the records and raw bytes of blocks, and estimate their tokens."""
     tally, num_bytes = Tally(), 0
     for block in blocks:
         num_bytes += sum(len(piece.data) for piece in block.pieces)
         for record in read_records(block.pieces, corpus.reading):
-            content = record.content
-            if isinstance(content, Reject):
-                tally.rejected_by_reason[content.reason] += 1
-                continue
-            tally.num_samples += 1
-            if isinstance(content, Conversation):
-                _estimate_conversation(content, tally)
-            else:
-                tally.num_tokens += estimated_tokens(content.text) + 1  # and its end
+            tally.add_record(record.content)
+            if isinstance(record.content, Conversation):
+                _estimate_conversation(record.content, tally)
+            elif isinstance(record.content, Document):
+                tally.num_tokens += estimated_tokens(record.content.text) + 1  # and the end token
     return tally, num_bytes
 
 
 def _estimate_conversation(conversation: Conversation, tally: Tally) -> None:
-    """Tools and turns as text, and what ChatML writes around them; an answer's end is supervised, too.
-
-    A conversation counts as one sample, since there is no template to split it.
-    """
-    tally.conversations += 1
-    tally.reasoning_documents += any(turn.weight and turn.thinks for turn in conversation.turns)
+    """Estimate the tokens of tools and messages with ChatML around them, as one sample."""
     if conversation.tools:
         tally.num_tokens += estimated_tokens(json.dumps(conversation.tools, ensure_ascii=False))
     for turn in conversation.turns:
         calls = json.dumps(turn.tool_calls, ensure_ascii=False) if turn.tool_calls else ""
         num_tokens = estimated_tokens(f"{turn.reasoning or ''}{turn.content}{calls}")
         tally.num_tokens += num_tokens + TURN_TOKENS
-        tally.supervised_tokens += num_tokens + 1 if turn.weight else 0
+        tally.supervised_tokens += num_tokens + 1 if turn.weight else 0  # and the end of turn
 
 
 def _encode(
@@ -227,7 +216,7 @@ def _encode(
     tokenizer: "PreTrainedTokenizerFast",
     conversations: ConversationSettings,
 ) -> Tally:
-    """Count the records of these blocks and their tokens, as a build makes them."""
+    """Count the records and tokens of blocks, encoded like in a build."""
     tally = Tally()
     chat = chat_reading(corpus, tokenizer, conversations)
     for block in encode_blocks(blocks, document_encoding(tokenizer), corpus.reading, chat, workers=1):
@@ -236,7 +225,7 @@ def _encode(
 
 
 def estimated_tokens(text: str) -> int:
-    """About how many tokens Qwen's tokenizer makes of a text, by the scripts that its bytes belong to."""
+    """Estimate the tokens of a text with Qwen's tokenizer from its UTF-8 bytes in each script."""
     num_bytes, num_tokens = len(text.encode("utf-8", "surrogatepass")), 0.0
     for pattern, bytes_per_token in SCRIPTS:
         found = sum(len(run.encode("utf-8", "surrogatepass")) for run in pattern.findall(text))
@@ -248,7 +237,7 @@ def estimated_tokens(text: str) -> int:
 
 
 def _of_store(path: Path) -> _Found:
-    """A ready store knows its tokens; the loss weights of some documents, evenly spread, are looked at."""
+    """Read the token count of an external store, and estimate supervised tokens from evenly spread documents."""
     store = Store(path)
     tally = Tally(num_samples=len(store), num_tokens=store.num_tokens, supervised_tokens=store.num_tokens)
     if LOSS_WEIGHTS not in store.columns:

@@ -1,6 +1,6 @@
-"""Blocks: the files of a source become blocks of whole records, read in order from any position in constant memory.
+"""Blocks: read the files of a source as blocks of whole records, in order, from any position, in constant memory.
 
-The parent process of a build reads raw bytes here and cuts them at record borders; workers decode and parse them.
+The main process of a build reads raw bytes and cuts them at record borders; worker processes decode and parse them.
 """
 
 import gzip
@@ -43,7 +43,7 @@ UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Position(NamedTuple):
-    """The next record to read: file number, byte of the decompressed text (record of a table), and line, from 1."""
+    """Position of a record: file number, decompressed byte offset (in lists and tables: record number), line from 1."""
 
     file: int = 0
     offset: int = 0
@@ -54,34 +54,34 @@ START = Position()
 
 
 class SourceBlock(NamedTuple):
-    """Work for one worker: pieces of one or more files, and where the record after them begins."""
+    """A unit of work: pieces of one or more files, and the position after them."""
 
     pieces: tuple[Piece, ...]
     after: Position
 
 
 class SourceFile(NamedTuple):
-    """A file to read, and the name it has in messages and hashes."""
+    """A file of a source; `name`, relative to the source, is used in messages and hashes."""
 
     path: Path
     name: str
     layout: RecordLayout | None = None
-    """Where its records hold what; None where one field of theirs, or the file, is the text."""
+    """See `Piece.layout`."""
 
 
 def list_files(root: Path) -> list[SourceFile]:
-    """The readable files of a file or folder, sorted by name, links followed once.
+    """The supported files of a file or folder, sorted by name; symbolic links are followed.
 
-    Hidden files and files of other kinds in a folder are skipped.
-    Raises: ConfigError when there is nothing there to read, BadData when a folder may not be opened.
+    Hidden and unsupported files in a folder are skipped.
+    Raises: ConfigError when there is no supported file, BadData when a folder cannot be opened.
     """
     if root.is_file():
         if file_kind(root) is None:
-            raise ConfigError(f"{root}: a {root.suffix or 'nameless'} file cannot be read. {EXPECTED_FILES}.")
+            raise ConfigError(f"{root}: file type {root.suffix or '(none)'} is not supported. {EXPECTED_FILES}.")
         return [SourceFile(root, root.name)]
     if not root.is_dir():
         raise ConfigError(
-            f"{root}: no such file or folder. Check the path of the source; it is relative to where the command runs."
+            f"{root}: no such file or folder. Check the path of the source; it is relative to the current directory."
         )
     found: list[SourceFile] = []
     visited: set[str] = set()
@@ -96,18 +96,18 @@ def list_files(root: Path) -> list[SourceFile]:
             if not name.startswith(".") and file_kind(path) and path.is_file():
                 found.append(SourceFile(path, path.relative_to(root).as_posix()))
     if not found:
-        raise ConfigError(f"{root}: the folder holds nothing to read. {EXPECTED_FILES}.")
+        raise ConfigError(f"{root}: the folder has no supported files. {EXPECTED_FILES}.")
     return sorted(found, key=lambda file: file.name)
 
 
 def _refuse_folder(error: OSError) -> None:
     raise BadData(
-        f"{error.filename}: the folder cannot be opened ({error.strerror}). Give read permission or leave it out."
+        f"{error.filename}: the folder cannot be opened ({error.strerror}). Grant read permission or leave it out."
     )
 
 
 def file_kind(path: Path) -> str | None:
-    """`text`, `json` or `parquet` by the file's name, None for other files."""
+    """`text`, `json` or `parquet` by the file's suffix, None for other files."""
     suffixes = path.suffixes
     if suffixes and suffixes[-1] in COMPRESSIONS:
         kind = KINDS.get(suffixes[-2]) if len(suffixes) > 1 else None
@@ -118,9 +118,9 @@ def file_kind(path: Path) -> str | None:
 def read_blocks(
     files: list[SourceFile], reading: Reading, start: Position = START, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[SourceBlock]:
-    """Yield blocks of about `block_bytes` (more only for a longer record) from `start` to the end of the last file.
+    """Yield blocks of about `block_bytes` (more if a record is longer) from `start` to the end of the last file.
 
-    Raises: BadData when a file cannot be read or is not what its name says.
+    Raises: BadData when a file cannot be read or its content does not match its suffix.
     """
     pieces: list[Piece] = []
     num_bytes = 0
@@ -151,8 +151,9 @@ def _read_file(
             form = cast(PieceFormat, "json" if kind == "json" else reading.documents)
             border = BLANK_LINES if form == "paragraph" else LINE_END
             with open_decompressed(file.path) as stream:
-                refusal = _whole_file_refusal(file)
-                layout = file.layout if kind == "json" else None
+                refusal = Reason.UTF16 if stream.read(2) in UTF16_BOMS else None
+            layout = file.layout if kind == "json" else None
+            with open_decompressed(file.path) as stream:
                 _skip(stream, start.offset)
                 for first_line, data, too_long, after in _cut_records(stream, border, reading, start, block_bytes):
                     reason = Reason.TOO_LONG if too_long else refusal
@@ -165,13 +166,13 @@ def _file_errors(path: Path) -> Iterator[None]:
         yield
     except (gzip.BadGzipFile, zlib.error, EOFError, OSError) as error:
         raise BadData(
-            f"{path}: cannot be read to its end ({error.__class__.__name__}: {error}). "
-            "Expected a whole, readable file of the kind its name says; restore it or leave it out."
+            f"{path}: cannot be read to its end ({error.__class__.__name__}: {error}). Expected a complete, readable "
+            "file whose content matches its suffix; restore it or leave it out."
         ) from error
 
 
 def open_decompressed(path: Path) -> BinaryIO:
-    """Open a plain, gzip or zstd file as a stream of its plain bytes."""
+    """Open a plain, gzip or zstd file as a stream of decompressed bytes."""
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix == ".zst":
@@ -181,14 +182,8 @@ def open_decompressed(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _whole_file_refusal(file: SourceFile) -> Reason | None:
-    """Why none of a file's records can be used, by its first bytes; None when they may."""
-    with open_decompressed(file.path) as stream:
-        return Reason.UTF16 if stream.read(2) in UTF16_BOMS else None
-
-
 def is_list(path: Path) -> bool:
-    """Whether a .json file is one list, and not an object per line."""
+    """Whether a .json file is one list rather than one object per line."""
     with open_decompressed(path) as stream:
         return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
@@ -196,21 +191,17 @@ def is_list(path: Path) -> bool:
 def _read_list(
     file: SourceFile, reading: Reading, start: Position, block_bytes: int
 ) -> Iterator[tuple[Piece, Position]]:
-    """The entries of one JSON list as JSON lines; a line number is an entry's number."""
+    """The entries of a JSON list as JSON lines; line numbers are entry numbers."""
     entries = islice(_list_entries(file.path, block_bytes), start.offset, None)
-    for data, first_entry, next_entry in json_pieces(entries, None, start.offset, block_bytes):
-        yield (
-            Piece(file.name, "json", first_entry + 1, data, None, file.layout),
-            Position(start.file, next_entry, next_entry + 1),
-        )
+    return json_pieces(entries, file.name, file.layout, None, start, block_bytes)
 
 
 def _list_entries(path: Path, block_bytes: int) -> Iterator[Any]:
-    """Decode one entry after the other; never more than a block and an entry is held.
+    """Decode entries one by one, with at most a block and an entry in memory.
 
-    Raises: BadData where the list breaks off or holds what is not JSON, since the next entry cannot be found.
+    Raises: BadData where the list is cut off or invalid, since the next entry cannot be found.
     """
-    # A byte that is not UTF-8 becomes a lone surrogate, for which only its own record is rejected.
+    # Invalid UTF-8 becomes a lone surrogate, which rejects only its own record.
     with open_decompressed(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape") as stream:
         buffer = stream.read(block_bytes)
         place, number = buffer.index("[") + 1, 0
@@ -227,7 +218,7 @@ def _list_entries(path: Path, block_bytes: int) -> Iterator[Any]:
                 entry, stop = JSON_DECODER.raw_decode(buffer, begin)
             except (json.JSONDecodeError, RecursionError):
                 entry, stop = None, len(buffer)
-            if stop == len(buffer):  # also a number may go on beyond the end of what was read
+            if stop == len(buffer):  # even a complete number may continue after the end of the buffer
                 more = stream.read(max(block_bytes, len(buffer)))
                 if not more:
                     break
@@ -238,8 +229,8 @@ def _list_entries(path: Path, block_bytes: int) -> Iterator[Any]:
             if place > block_bytes:
                 buffer, place = buffer[place:], 0
     raise BadData(
-        f"{path}: is a JSON list that breaks off or is not JSON after entry {number:,}. Restore the file, or turn it "
-        "into one object per line (jq -c '.[]'), where a broken record does not affect the others."
+        f"{path}: is a JSON list that breaks off or is not JSON after entry {number:,}. Restore the file, or convert "
+        "it to one object per line (jq -c '.[]'), where a broken record does not affect the others."
     )
 
 
@@ -259,7 +250,7 @@ def _skip(stream: BinaryIO, num_bytes: int) -> None:
 def _cut_records(
     stream: BinaryIO, border: re.Pattern[bytes], reading: Reading, start: Position, block_bytes: int
 ) -> Iterator[tuple[int, bytes, bool, Position]]:
-    """Yield (first line, whole records, too long, position after); a record that is too long comes as a stand-in."""
+    """Yield (first line, whole records, too long, position after); a too long record is replaced by a placeholder."""
     buffer, offset, line = b"", start.offset, start.line
     at_end = False
     while not at_end:
@@ -279,7 +270,7 @@ def _cut_records(
 
 
 def _last_border(buffer: bytes, border: re.Pattern[bytes]) -> int:
-    """Where the last complete record of the buffer ends, 0 when none does."""
+    """End of the last complete record in the buffer, 0 if there is none."""
     if border is LINE_END:
         return buffer.rfind(b"\n") + 1
     stop = 0
@@ -291,11 +282,11 @@ def _last_border(buffer: bytes, border: re.Pattern[bytes]) -> int:
 def _skip_record(
     stream: BinaryIO, border: re.Pattern[bytes], buffer: bytes, block_bytes: int
 ) -> tuple[bytes, int, int]:
-    """Read past the record that fills the buffer; give what was read beyond it, and the bytes and lines passed."""
+    """Skip the record at the start of the buffer; return the bytes read after it, and the bytes and lines skipped."""
     num_bytes = num_lines = 0
     while (match := border.search(buffer)) is None:
         blanks = buffer.rstrip(b" \t\r")
-        kept = buffer[len(blanks) - 1 :] if blanks.endswith(b"\n") else b""  # may be the first half of a border
+        kept = buffer[len(blanks) - 1 :] if blanks.endswith(b"\n") else b""  # possibly the first half of a border
         num_bytes += len(buffer) - len(kept)
         num_lines += buffer.count(b"\n") - kept.count(b"\n")
         chunk = stream.read(block_bytes)
@@ -321,7 +312,7 @@ def _read_whole(file: SourceFile, reading: Reading, start: Position) -> Iterator
 def _read_parquet(
     file: SourceFile, reading: Reading, start: Position, block_bytes: int
 ) -> Iterator[tuple[Piece, Position]]:
-    """The records of a table as JSON lines; a line number is a record number."""
+    """The records of a table as JSON lines; line numbers are record numbers."""
     import pyarrow
     from pyarrow import parquet
 
@@ -330,15 +321,13 @@ def _read_parquet(
             names = table.schema_arrow.names
             if file.layout is None and reading.field not in names:
                 raise BadData(
-                    f"{file.path}: has no column {reading.field!r}; it has {', '.join(names)}. Name one as the field."
+                    f"{file.path}: has no column {reading.field!r}; it has {', '.join(names)}. Set `field` to one."
                 )
             field = reading.field if file.layout is None else None
             records = _parquet_records(table, [reading.field] if field else names, start.offset)
-            for data, first, after in json_pieces(records, field, start.offset, block_bytes):
-                piece = Piece(file.name, "json", first + 1, data, None, file.layout)
-                yield piece, Position(start.file, after, after + 1)
+            yield from json_pieces(records, file.name, file.layout, field, start, block_bytes)
     except pyarrow.ArrowException as error:
-        raise BadData(f"{file.path}: is not a readable Parquet file ({error}). Restore it or leave it out.") from error
+        raise BadData(f"{file.path}: is not a valid Parquet file ({error}). Restore it or leave it out.") from error
 
 
 def _parquet_records(table: Any, columns: list[str], first_record: int) -> Iterator[dict[str, object]]:
@@ -356,7 +345,7 @@ def _parquet_records(table: Any, columns: list[str], first_record: int) -> Itera
         values = []
         for column in batch.columns:
             if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                column = column.cast(pyarrow.large_binary())  # bytes, so that one bad value does not hide the others
+                column = column.cast(pyarrow.large_binary())  # so that invalid UTF-8 rejects only its own record
             values.append(column[max(0, first_record - group_first) :].to_pylist())
         group_first += batch.num_rows
         for record in zip(*values, strict=True):
@@ -364,26 +353,34 @@ def _parquet_records(table: Any, columns: list[str], first_record: int) -> Itera
 
 
 def json_pieces(
-    records: Iterator[Any], field: str | None, first_record: int, block_bytes: int
-) -> Iterator[tuple[bytes, int, int]]:
-    """Yield records as (JSON lines of about `block_bytes`, number of the first record, number after the last).
+    records: Iterator[Any],
+    name: str,
+    layout: RecordLayout | None,
+    field: str | None,
+    start: Position,
+    block_bytes: int,
+) -> Iterator[tuple[Piece, Position]]:
+    """Yield records as pieces of about `block_bytes` of JSON lines, each with the position after it.
 
-    With a `field` they are cut down to it.
+    `start` is the position of the first record. With a `field`, other fields are dropped.
     """
-    lines: list[bytes] = []
-    num_bytes, number = 0, first_record
-    for number, record in enumerate(records, start=first_record + 1):
-        lines.append(_json_line(record, field))
-        num_bytes += len(lines[-1])
-        if num_bytes >= block_bytes:
-            yield b"".join(lines), number - len(lines), number
-            lines, num_bytes = [], 0
-    if lines:
-        yield b"".join(lines), number - len(lines), number
+    number, lines = start.offset, (_json_line(record, field) for record in records)
+    while taken := _take(lines, block_bytes):
+        piece = Piece(name, "json", number + 1, b"".join(taken), None, layout)
+        number += len(taken)
+        yield piece, Position(start.file, number, number + 1)
+
+
+def _take(lines: Iterator[bytes], most_bytes: int) -> list[bytes]:
+    taken, num_bytes = [], 0
+    while num_bytes < most_bytes and (line := next(lines, None)):
+        taken.append(line)
+        num_bytes += len(line)
+    return taken
 
 
 def _json_line(record: Any, field: str | None) -> bytes:
-    """One record as a line of JSON, cut down to `field`; one without that field keeps its field names."""
+    """One record as a line of JSON with only `field`, or without it, its field names for the message of the reject."""
     if field is not None:
         record = {field: record[field]} if field in record else dict.fromkeys(record)
     if isinstance(record, dict):
@@ -392,7 +389,7 @@ def _json_line(record: Any, field: str | None) -> bytes:
                 try:
                     record = {**record, name: value.decode("utf-8")}
                 except UnicodeDecodeError:
-                    return value.replace(b"\n", b" ") + b"\n"  # the worker rejects these bytes
+                    return value.replace(b"\n", b" ") + b"\n"  # workers reject this as not UTF-8
     encoded = json.dumps(record, ensure_ascii=False, default=lambda other: {"type": type(other).__name__}) + "\n"
     try:
         return encoded.encode("utf-8")
@@ -401,7 +398,7 @@ def _json_line(record: Any, field: str | None) -> bytes:
 
 
 def first_records(file: SourceFile, reading: Reading, count: int) -> list[dict[str, Any]]:
-    """The first few records of a file of JSON or a table; those that are not JSON objects are left out."""
+    """The first records of a JSON or Parquet file that are objects."""
     all_fields = file._replace(layout=RecordLayout("messages"))
     pieces = (piece for block in read_blocks([all_fields], reading, block_bytes=1 << 16) for piece in block.pieces)
     return list(islice(read_objects(pieces, reading.max_record_bytes), count))

@@ -1,7 +1,6 @@
-"""Corpora: what a source consists of, what identifies it, and its blocks.
+"""Corpora: the files or Hub data set of a source, its identity for caching, and its blocks of records.
 
-A store is named by the hash of its inputs, so a corpus knows the hash of each of its files, or the revision of its
-Hub data set.
+The identity of a corpus contains the SHA-256 of each file, or the revision of a Hub data set.
 """
 
 import json
@@ -29,7 +28,7 @@ from trivium.data.source.blocks import (
     list_files,
     read_blocks,
 )
-from trivium.data.source.records import Piece, Reading
+from trivium.data.source.records import Reading
 from trivium.errors import BadData, ConfigError, TriviumError
 from trivium.files import atomic_write, sha256_file
 
@@ -41,9 +40,9 @@ LOOKED_AT_RECORDS = 20
 
 
 def open_corpus(source: Source, max_document_mib: float, cache_dir: Path) -> "Corpus":
-    """Find and hash what a source names.
+    """Find and hash the corpus of a source.
 
-    Raises: ConfigError or BadData when it is not there or cannot be read.
+    Raises: ConfigError or BadData when it does not exist or cannot be read.
     """
     hashes = FileHashes(cache_dir)
     corpus = find_corpus(source, max_document_mib, hashes)
@@ -52,9 +51,9 @@ def open_corpus(source: Source, max_document_mib: float, cache_dir: Path) -> "Co
 
 
 def find_corpus(source: Source, max_document_mib: float, hashes: "FileHashes") -> "Corpus":
-    """Find what a source names; `NoHashes` where nothing is built of it.
+    """Find the corpus of a source; pass `NoHashes` to read it without building a store.
 
-    Raises: ConfigError or BadData when it is not there or cannot be read.
+    Raises: ConfigError or BadData when it does not exist or cannot be read.
     """
     reading = Reading(source.field, source.documents, int(max_document_mib * 2**20))
     layout = None
@@ -66,9 +65,9 @@ def find_corpus(source: Source, max_document_mib: float, hashes: "FileHashes") -
 
 
 def find_layout(source: Source, records: list[dict[str, Any]], where: str) -> RecordLayout | None:
-    """Where records hold what, as the source says or the first ones show; None for plain text.
+    """The layout given by the source or detected from its first records; None for plain text.
 
-    Raises: BadData when that cannot be told.
+    Raises: BadData when it cannot be detected.
     """
     if source.format == "text" or not records:
         return None
@@ -79,9 +78,9 @@ def find_layout(source: Source, records: list[dict[str, Any]], where: str) -> Re
 
 
 class FileHashes:
-    """SHA-256 of files, remembered by path, size and time of change so that a large file is hashed once.
+    """SHA-256 of files, cached by path, size, inode and modification time.
 
-    A file changed in the last two seconds is not remembered: within its clock's grain it may change again unseen.
+    A file modified in the last two seconds is not cached, since another change could leave its time the same.
     """
 
     def __init__(self, cache_dir: Path) -> None:
@@ -100,7 +99,7 @@ class FileHashes:
         return self.remembered(path, "", lambda: sha256_file(path))
 
     def remembered(self, path: Path, what: str, compute: Callable[[], Result]) -> Result:
-        """What `compute` finds in a file, as JSON can hold it; computed again only when the file changed.
+        """Cache a JSON value that `compute` reads from a file, until the file changes.
 
         Raises: BadData when the file cannot be read.
         """
@@ -121,28 +120,24 @@ class FileHashes:
         return found
 
     def save(self) -> None:
-        """Keep the hashes for the next build."""
+        """Write the cache to disk."""
         if self._changed:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self._path, json.dumps(self._known, indent=0, sort_keys=True))
 
 
 class NoHashes(FileHashes):
-    """Hashes nothing and remembers nothing, for reading without building."""
+    """Computes no hashes, for reading without building."""
 
     def __init__(self, cache_dir: Path = Path(os.devnull)) -> None:
         super().__init__(cache_dir)
 
     def sha256(self, path: Path) -> str:
-        """Empty."""
         return ""
-
-    def save(self) -> None:
-        """Does nothing."""
 
 
 def stamp(path: Path) -> str:
-    """Size, inode and time of change: what differs when a file was written to."""
+    """Size, inode and modification time, to detect changes of a file."""
     status = path.stat()
     return f"{status.st_size} {status.st_ino} {status.st_mtime_ns}"
 
@@ -161,7 +156,7 @@ class FileCorpus:
     def open(
         cls, root: Path, source: Source, layout: RecordLayout | None, reading: Reading, hashes: FileHashes
     ) -> "FileCorpus":
-        """List and hash the files below `root` and find their layouts; a cache folder among them is left out."""
+        """List and hash the files below `root`, except a cache folder, and find their layouts."""
         files = list_files(root)
         if root.resolve() in hashes.cache_dir.parents:
             files = [file for file in files if not file.path.resolve().is_relative_to(hashes.cache_dir)]
@@ -172,7 +167,7 @@ class FileCorpus:
 
     @property
     def num_bytes(self) -> int:
-        """About how many uncompressed bytes there are; compressed files count for four times their size."""
+        """Estimated uncompressed bytes; compressed files count four times their size."""
         return sum(
             file.path.stat().st_size * (USUAL_COMPRESSION if file.path.suffix in COMPRESSED_SUFFIXES else 1)
             for file in self.files
@@ -180,11 +175,11 @@ class FileCorpus:
 
     @property
     def has_conversations(self) -> bool:
-        """Whether one of the files has a layout."""
+        """Whether any file contains conversations."""
         return any(file.layout is not None for file in self.files)
 
     def identity(self) -> dict[str, Any]:
-        """Names and hashes in reading order, and how they are read."""
+        """Everything the content depends on: names, hashes and layouts in reading order, and how they are read."""
         named = [
             [file.name, digest, *([] if file.layout is None else [asdict(file.layout)])]
             for file, digest in zip(self.files, self.hashes, strict=True)
@@ -192,7 +187,7 @@ class FileCorpus:
         return {"files": named, "reading": asdict(self.reading)}
 
     def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[SourceBlock]:
-        """The records of all files from `start` on."""
+        """Yield the records from `start` on."""
         return read_blocks(self.files, self.reading, start, block_bytes)
 
     def require_unchanged(self) -> None:
@@ -200,8 +195,8 @@ class FileCorpus:
         for file, before in zip(self.files, self.stamps, strict=True):
             if not file.path.exists() or stamp(file.path) != before:
                 raise BadData(
-                    f"{file.path}: changed while it was being read, so the content of the store would be unknown. "
-                    "Nothing was published; run the same command again when nothing writes to the file."
+                    f"{file.path}: changed while it was being read, so no store was built. Run the same command again "
+                    "when no other program writes to the file."
                 )
 
 
@@ -214,24 +209,23 @@ def _with_layout(file: SourceFile, source: Source, layout: RecordLayout | None, 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A Hub data set, streamed; `identifier` is its id, or a folder that `datasets` can load."""
+    """A streamed Hub data set; `identifier` is its id, or a folder that `datasets` can load."""
 
     identifier: str
     subset: str | None
     split: str
     revision: str
-    """Commit of the data set, or the hash of the folder: what is read is what was hashed."""
+    """Commit of the data set, or the hashes of the folder's files."""
     reading: Reading
     layout: RecordLayout | None = None
 
     @classmethod
     def open(cls, source: Source, layout: RecordLayout | None, reading: Reading, hashes: FileHashes) -> "HubCorpus":
-        """Find out the revision, and how the first records say what they hold."""
+        """Look up the revision, and the layout from the first records."""
         assert source.hub is not None
         if Path(source.hub).is_dir():
             files = sorted(path for path in Path(source.hub).rglob("*") if path.is_file())
-            listing = [[path.relative_to(source.hub).as_posix(), hashes.sha256(path)] for path in files]
-            revision = json.dumps(listing)
+            revision = json.dumps([[path.relative_to(source.hub).as_posix(), hashes.sha256(path)] for path in files])
         else:
             revision = _hub_commit(source.hub, source.revision)
         corpus = cls(source.hub, source.subset, source.split, revision, reading)
@@ -248,11 +242,11 @@ class HubCorpus:
 
     @property
     def num_bytes(self) -> None:
-        """None, since the Hub does not say."""
+        """Unknown."""
         return None
 
     def identity(self) -> dict[str, Any]:
-        """The data set, its revision, and how it is read."""
+        """Everything the content depends on: the data set, its revision, and how it is read."""
         return {
             "hub": None if Path(self.identifier).is_dir() else self.identifier,
             "subset": self.subset,
@@ -264,17 +258,16 @@ class HubCorpus:
 
     @property
     def has_conversations(self) -> bool:
-        """Whether its records have a layout."""
+        """Whether the records are conversations."""
         return self.layout is not None
 
     def blocks(self, start: Position = START, block_bytes: int = BLOCK_BYTES) -> Iterator[SourceBlock]:
-        """The records from `start` on; a line number is a record's number."""
+        """Yield the records from `start` on; line numbers are record numbers."""
         field = self.reading.field if self.layout is None else None
         with self._errors_explained():
             records = iter(self._records().skip(start.offset))
-            for data, first, after in json_pieces(records, field, start.offset, block_bytes):
-                piece = Piece(self.name, "json", first + 1, data, None, self.layout)
-                yield SourceBlock((piece,), Position(0, after, after + 1))
+            for piece, after in json_pieces(records, self.name, self.layout, field, start, block_bytes):
+                yield SourceBlock((piece,), after)
 
     def _records(self) -> Any:
         import datasets
@@ -293,18 +286,17 @@ class HubCorpus:
             yield
         except (GeneratorExit, TriviumError):
             raise
-        except Exception as error:  # `datasets` does not wrap what its readers and the network raise
+        except Exception as error:  # `datasets` passes on any error of its readers and of the network
             message = " ".join(str(error).split())[:300]
             raise BadData(
-                f"{self.name}: `datasets` cannot read it ({type(error).__name__}: {message}). Check id and split."
+                f"{self.name}: `datasets` cannot read it ({type(error).__name__}: {message}). Check the id and split."
             ) from error
 
     def require_unchanged(self) -> None:
-        """A revision never changes."""
+        """Does nothing: a revision never changes."""
 
 
 Corpus = FileCorpus | HubCorpus
-"""A source whose content is known by its hash."""
 
 
 def _hub_commit(identifier: str, revision: str | None) -> str:
@@ -317,8 +309,8 @@ def _hub_commit(identifier: str, revision: str | None) -> str:
         commit = HfApi().dataset_info(identifier, revision=revision).sha
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise ConfigError(
-            f"Hub data set {identifier}: its revision cannot be looked up ({type(error).__name__}). Check the id and "
-            "the network, or give `revision` as the 40 digits of a commit."
+            f"Hub data set {identifier}: the revision cannot be looked up ({type(error).__name__}). Check the id and "
+            "the network, or set `revision` to the 40 hex digits of a commit."
         ) from error
     assert commit is not None
     return commit

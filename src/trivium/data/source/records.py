@@ -1,16 +1,17 @@
-"""Records: the bytes of a source become documents and conversations, or rejects that say why.
+"""Records: parse the raw bytes of a source into documents and conversations, or rejects with a reason.
 
-`read_records` is the one loop over the records of a source: building, counting, inspecting and tokenizer training all
-read through it. Runs in worker processes, so it imports nothing heavy.
+Building, surveying, inspecting and tokenizer training all use `read_records`. Worker processes import this module, so
+it stays free of heavy imports.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from trivium.data.chat.formats import Conversation, Document, parse
+from trivium.data.chat.formats import Conversation, Document, parse, parse_document
 from trivium.data.chat.layout import RecordLayout
 from trivium.data.rejects import Reason, RecordError, Reject, json_type
 
@@ -18,34 +19,35 @@ UTF8_BOM = b"\xef\xbb\xbf"
 LINE_END = re.compile(rb"\n")
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\r]*\n)*")
+MAX_DIGITS = 4000
 
 PieceFormat = Literal["json", "line", "paragraph", "file"]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read; part of a store's name."""
+    """How files are read; part of the hash in a store's name."""
 
     field: str
-    """The JSON field or Parquet column with the text of a document."""
+    """JSON field or Parquet column with the text of a document."""
     documents: str
-    """What one document of a plain text file is: `file`, `paragraph` or `line`."""
+    """Unit of a plain text file that is one document: `file`, `paragraph` or `line`."""
     max_record_bytes: int
 
 
 class Piece(NamedTuple):
-    """Whole records of one file as raw bytes, cut by the reader."""
+    """Consecutive whole records of one file, as raw bytes."""
 
     file: str
-    """Name for messages: the path below the source."""
+    """Name for messages, relative to the source."""
     format: PieceFormat
     first_line: int
-    """Number of the first line (of a list or table: the first record), from 1."""
+    """Number of the first line, or of the first record of a list or table, from 1."""
     data: bytes
     refusal: Reason | None = None
-    """Set when the reader already knows that no record of this piece can be used."""
+    """Reason to reject all records of the piece, if the reader found one."""
     layout: RecordLayout | None = None
-    """Where the file's records hold what; None where one field of theirs is the text."""
+    """Layout of the file's records; None if they are plain text or have their text in `Reading.field`."""
 
 
 class DataRecord(NamedTuple):
@@ -54,7 +56,7 @@ class DataRecord(NamedTuple):
     file: str
     line: int
     num_bytes: int
-    """UTF-8 bytes: of a document's text, or of a conversation's record as it is in the file; 0 for a reject."""
+    """UTF-8 bytes of a document's text or of a conversation's raw record; 0 for a reject."""
     content: Document | Conversation | Reject
 
 
@@ -63,33 +65,36 @@ def read_records(pieces: Iterable[Piece], reading: Reading) -> Iterator[DataReco
     for piece in pieces:
         for line, raw in _split(piece):
             try:
-                text = _decode(piece, raw, reading.max_record_bytes)
-                if piece.layout is not None:
-                    record = DataRecord(piece.file, line, len(raw), parse(json_object(text), piece.layout))
-                else:
-                    text = _json_field(text, reading.field) if piece.format == "json" else _plain(text, piece.format)
-                    record = DataRecord(piece.file, line, _num_utf8_bytes(text), Document(text))
+                content = _parse(piece, _decode(piece, raw, reading.max_record_bytes), reading.field)
+                num_bytes = len(content.text.encode() if isinstance(content, Document) else raw)
+                record = DataRecord(piece.file, line, num_bytes, content)
             except RecordError as error:
                 record = DataRecord(piece.file, line, 0, Reject.of(error, piece.file, line))
             yield record
 
 
+def _parse(piece: Piece, text: str, field: str) -> Document | Conversation:
+    if piece.layout is not None:
+        return parse(json_object(text), piece.layout)
+    if piece.format == "json":
+        return parse_document(json_object(text), field)
+    text = text.replace("\r\n", "\n")
+    text = text.rstrip("\r") if piece.format == "line" else text
+    if not text or text.isspace():
+        raise RecordError(Reason.EMPTY)
+    return Document(text)
+
+
 def read_objects(pieces: Iterable[Piece], max_record_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of pieces of JSON as they are; records that are not objects are left out."""
+    """Yield the JSON objects of JSON pieces; other records are skipped."""
     for piece in pieces:
         for _, raw in _split(piece):
-            try:
-                value = json_object(_decode(piece, raw, max_record_bytes))
-            except RecordError:
-                continue
-            yield value
+            with suppress(RecordError):
+                yield json_object(_decode(piece, raw, max_record_bytes))
 
 
 def is_too_long(raw: bytes, max_record_bytes: int) -> bool:
-    """Whether a record is over the limit as it is in the file, whitespace around it not counted.
-
-    The reader checks the beginning of a record the same way, so that it never holds the whole of one that is too long.
-    """
+    """Whether a record without surrounding whitespace exceeds the limit; `raw` may be only its beginning."""
     return len(raw) > max_record_bytes and len(raw.strip()) > max_record_bytes
 
 
@@ -112,7 +117,7 @@ def _paragraphs(data: bytes, line: int) -> Iterator[tuple[int, bytes]]:
     start = 0
     for border in [*BLANK_LINES.finditer(data), None]:
         stop = border.end() if border else len(data)
-        first = end_of_blank_lines(data, start, stop)  # a cut may have left some in front
+        first = end_of_blank_lines(data, start, stop)  # a piece may start with blank lines
         if paragraph := data[first:stop].rstrip():
             yield line + data.count(b"\n", start, first), paragraph
         line += data.count(b"\n", start, stop)
@@ -120,7 +125,7 @@ def _paragraphs(data: bytes, line: int) -> Iterator[tuple[int, bytes]]:
 
 
 def end_of_blank_lines(data: bytes, start: int, stop: int) -> int:
-    """Where the first line with something on it begins."""
+    """Start of the first line that is not blank."""
     match = LEADING_BLANK_LINES.match(data, start, stop)
     return match.end() if match else start
 
@@ -139,17 +144,8 @@ def _decode(piece: Piece, raw: bytes, max_record_bytes: int) -> str:
     return text
 
 
-def _plain(text: str, form: PieceFormat) -> str:
-    """Without Windows line ends, which belong to the file and not to the text."""
-    text = text.replace("\r\n", "\n")
-    return text.rstrip("\r") if form == "line" else text
-
-
-MAX_DIGITS = 4000
-
-
 def _read_int(digits: str) -> int | float:
-    """A whole number; a float where it is longer than the 4,300 digits that Python converts."""
+    """Integers beyond the 4,300 digits that Python converts become floats."""
     return int(digits) if len(digits) < MAX_DIGITS else float(digits)
 
 
@@ -157,9 +153,9 @@ JSON_DECODER = json.JSONDecoder(parse_int=_read_int)
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """One JSON object.
+    """Decode a JSON object.
 
-    Raises: RecordError when the text is something else.
+    Raises: RecordError when the text is anything else.
     """
     try:
         value = JSON_DECODER.decode(text)
@@ -172,36 +168,9 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _json_field(text: str, field: str) -> str:
-    """The text in one field of one JSON object."""
-    value = json_object(text)
-    if field not in value:
-        raise RecordError(
-            Reason.NO_FIELD, f"no {field!r}; it has {', '.join(map(repr, list(value)[:8])) or 'no fields'}"
-        )
-    content = value[field]
-    if content is None:
-        raise RecordError(Reason.NULL, repr(field))
-    if not isinstance(content, str):
-        raise RecordError(Reason.WRONG_TYPE, f"{field!r} is {json_type(content)}")
-    return content
-
-
 def _json_error(error: json.JSONDecodeError, text: str) -> RecordError:
     if error.msg == "Extra data":
         return RecordError(Reason.TWO_VALUES, f"the second begins at column {error.colno}")
     if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
         return RecordError(Reason.CUT_OFF, f"after {len(text)} characters")
     return RecordError(Reason.NOT_JSON, f"{error.msg} at column {error.colno}")
-
-
-def _num_utf8_bytes(text: str) -> int:
-    """The size of a document's text. Raises: RecordError when it is not text that a model can be trained on."""
-    if "\0" in text:
-        raise RecordError(Reason.NUL, f"at character {text.index(chr(0))}")
-    if not text or text.isspace():
-        raise RecordError(Reason.EMPTY)
-    try:
-        return len(text.encode("utf-8"))
-    except UnicodeEncodeError as error:
-        raise RecordError(Reason.SURROGATE, f"U+{ord(text[error.start]):04X} at character {error.start}") from None

@@ -1,7 +1,7 @@
-"""Blocks from places spread evenly over a corpus that is too large to be read through.
+"""Sample blocks evenly from a corpus that is too large to read completely.
 
-A plain file is read from anywhere, at the next record border, and a Parquet file from any record. Of a compressed file
-and of a JSON list, which can only be read from the start, the beginning is taken.
+Plain files are sampled at any record border and Parquet files at any record. Compressed files and JSON lists can only
+be read from the start, so their beginning is used.
 """
 
 import gzip
@@ -20,7 +20,7 @@ PROBE_BYTES = 1 << 20
 
 
 def plain_bytes(file: SourceFile) -> int:
-    """About how large a file is decompressed: by the beginning of it, or for Parquet by what its footer says."""
+    """Estimate a file's decompressed size from its beginning, or from the footer of a Parquet file."""
     size = file.path.stat().st_size
     if file_kind(file.path) == "parquet":
         footer = parquet_footer(file.path)
@@ -41,29 +41,28 @@ def _decompressed(path: Path, raw: Any) -> Any:
 
 
 def parquet_footer(path: Path) -> Any:
-    """Record counts and sizes of a Parquet file, without its content."""
+    """Metadata of a Parquet file: record counts and sizes."""
     from pyarrow import parquet
 
     return parquet.read_metadata(path)
 
 
 def spread_blocks(corpus: FileCorpus, sizes: list[int], most_bytes: int) -> Iterator[SourceBlock]:
-    """Blocks of about `most_bytes` together, from places spread evenly over files of these `plain_bytes`."""
+    """Yield blocks of about `most_bytes` in total, spread evenly over the files; `sizes` are their `plain_bytes`."""
     ends = list(accumulate(sizes))
     starts: Counter[Position] = Counter()
     for number in range(NUM_PLACES):
         place = ends[-1] * number // NUM_PLACES
         index = next(index for index, end in enumerate(ends) if place < end)
-        starts[
-            _enter(corpus.files[index], index, place - (ends[index] - sizes[index]), sizes[index], corpus.reading)
-        ] += 1
+        offset = place - (ends[index] - sizes[index])
+        starts[_enter(corpus.files[index], index, offset, sizes[index], corpus.reading)] += 1
     for start, count in sorted(starts.items()):
-        # A block ends with the read that fills it, so it may be up to twice as large as asked for.
+        # Half the size, since a block ends with the read that fills it and may be up to twice as large.
         yield from islice(corpus.blocks(start, most_bytes * count // NUM_PLACES // 2), 1)
 
 
 def _enter(file: SourceFile, index: int, offset: int, size: int, reading: Reading) -> Position:
-    """Where the first whole record after a place begins; the start of a file that can only be read from there."""
+    """Position of the first whole record after `offset`, or the start of a file that can only be read from there."""
     kind = file_kind(file.path)
     if kind == "parquet":
         record = parquet_footer(file.path).num_rows * offset // size
@@ -75,5 +74,5 @@ def _enter(file: SourceFile, index: int, offset: int, size: int, reading: Readin
     with file.path.open("rb") as stream:
         stream.seek(offset)
         match = border.search(stream.read(PROBE_BYTES))
-    # Its line number is unknown, and never shown for these records.
+    # The line number is unknown, and callers do not use it.
     return START._replace(file=index) if match is None else Position(index, offset + match.end(), 2)

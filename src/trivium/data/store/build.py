@@ -1,8 +1,8 @@
-"""Sources -> token stores: in parallel, restartable, each made only once.
+"""Build token stores from sources: in parallel, resumable, and cached.
 
-A store's folder is named by the hash of everything that decides its content (files, how they are read, tokenizer,
-held-out share), so the same inputs are never tokenized twice. There is one store per source: mixing weights can change
-without any work. Prints nothing: what it has to say goes to the caller's `Listener`.
+A store's folder is named by the hash of everything its content depends on (files, how they are read, tokenizer,
+held-out share), so the same inputs are never tokenized twice. Each source has its own store, so changing the mixture
+needs no tokenization. Messages go to the caller's `Listener`.
 """
 
 import errno
@@ -51,19 +51,19 @@ CHAT_COLUMNS = (LOSS_WEIGHTS, REASONING)
 
 
 class BuildProgress(NamedTuple):
-    """How far the build of one source is."""
+    """Progress of the build of one source."""
 
     name: str
     num_bytes: int
     """Bytes read."""
     total_bytes: int | None
-    """About how many there are; None when that is unknown."""
+    """Estimated size of the source; None if unknown."""
     num_tokens: int
     num_rejected: int
 
     @property
     def figures(self) -> str:
-        """The counts in words."""
+        """The counts, formatted for users."""
         return f"{self.num_tokens:,} tokens, {self.num_rejected:,} records rejected"
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class BuildProgress(NamedTuple):
 
 
 class Listener:
-    """What a build tells its caller: one line worth knowing, and its progress as such a line every ten seconds."""
+    """Passes a build's messages to `note`, and its progress at most every ten seconds."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self.note = note
@@ -93,13 +93,13 @@ class BuildSettings:
     """How stores are built.
 
     Attributes:
-        cache_dir: where stores are kept.
+        cache_dir: folder of the stores.
         conversations: how conversations become samples.
         held_out: share of each source's documents kept out of training; 0 for none.
-        max_reject_share: largest share of a source's records that may be unusable.
-        max_document_mib: a longer record is rejected.
+        max_reject_share: largest allowed share of rejects among a source's records.
+        max_document_mib: longer records are rejected.
         workers: processes that tokenize; None for one per core.
-        block_bytes: raw bytes a worker takes at a time; does not change the store.
+        block_bytes: raw bytes per unit of work; does not change the store.
     """
 
     cache_dir: Path
@@ -113,42 +113,42 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class BuiltStore:
-    """A store that is ready to be read."""
+    """A store on disk: built here, or an external Megatron store named in the run file."""
 
     name: str
     """The source, as the user named it."""
     path: Path
-    """The store's folder, or the prefix of a ready Megatron store."""
+    """The store's folder, or the prefix of an external store."""
     manifest: dict[str, Any]
-    """What manifest.json says; empty for a ready store."""
+    """Content of manifest.json; empty for an external store."""
     report: dict[str, Any]
-    """What report.json says; empty for a ready store."""
+    """Content of report.json; empty for an external store."""
 
     def open(self) -> Store:
-        """The documents to train on."""
+        """Open the training documents."""
         return Store(self.path)
 
     @property
     def has_conversations(self) -> bool:
-        """Whether its samples must stay whole, each in one packed sequence."""
+        """Whether each sample must stay whole within one packed sequence."""
         return bool(self.report.get("conversations")) or LOSS_WEIGHTS in read_columns(self.path)
 
     def reasoning(self) -> np.ndarray | None:
-        """Which training samples have an answer that reasons, bool [documents]; None when that is not recorded."""
+        """Which training samples have reasoning in an answer, bool [documents]; None if not recorded."""
         store = self.open()
         return store.values(REASONING.name).astype(bool) if REASONING in store.columns else None
 
     def open_held_out(self) -> Store | None:
-        """The documents kept out of training, None when there are none."""
+        """Open the held-out documents; None if there are none."""
         return Store(self.path / "held_out") if self.manifest.get("held_out_documents") else None
 
     def find_control_tokens(self, ids: Collection[int]) -> set[int]:
-        """Which of the tokenizer's added tokens occur in training; a ready store is read through for it."""
+        """Which of the ids occur in the training documents; reads all tokens of an external store."""
         recorded = self.manifest.get("control_tokens")
         return set(self.open().found_among(list(ids)) if recorded is None else recorded) & set(ids)
 
     def verify(self) -> None:
-        """Read every byte of a built store against its manifest; of a ready store nothing is known.
+        """Check every byte of a built store against its manifest; does nothing for an external store.
 
         Raises: BadData naming the first file that differs.
         """
@@ -161,23 +161,16 @@ def build_sources(
     settings: BuildSettings,
     listener: Listener = SILENT,
 ) -> list[BuiltStore]:
-    """Give one store per source, building those that are not in `settings.cache_dir` yet.
+    """Return one store per source, building those that are not in `settings.cache_dir` yet.
 
-    Args:
-        sources: files, folders, Hub data sets or ready stores.
-        tokenizer: a loaded Hugging Face tokenizer.
-        settings: how.
-        listener: is told how far it is.
-
-    Raises: BadData when a source cannot be read or too many of its records are unusable, ConfigError when it is not
-        there.
+    Raises: BadData when a source cannot be read or has too many rejects, ConfigError when it does not exist.
     """
     encoding = document_encoding(tokenizer)
     settings.cache_dir.mkdir(parents=True, exist_ok=True)
     built = []
     for source in sources:
         if source.store is not None:
-            built.append(_ready_store(Path(source.store).expanduser(), encoding, settings.cache_dir))
+            built.append(_external_store(Path(source.store).expanduser(), encoding, settings.cache_dir))
         else:
             corpus = open_corpus(source, settings.max_document_mib, settings.cache_dir)
             chat = chat_reading(corpus, tokenizer, settings.conversations)
@@ -188,9 +181,9 @@ def build_sources(
 def chat_reading(
     corpus: Corpus, tokenizer: "PreTrainedTokenizerFast", conversations: ConversationSettings
 ) -> ChatReading | None:
-    """How the conversations of a corpus become samples; None where it has none.
+    """How the conversations of a corpus become samples; None if it has no conversations.
 
-    Raises: ConfigError or BadData when the tokenizer's chat template cannot be used.
+    Raises: ConfigError or BadData when the tokenizer's chat template is not usable for training.
     """
     if not corpus.has_conversations:
         return None
@@ -199,7 +192,7 @@ def chat_reading(
 
 @dataclass(frozen=True)
 class StoreJob:
-    """The making of one store; see `build_sources`."""
+    """The build of one store; see `build_sources`."""
 
     corpus: Corpus
     encoding: Encoding
@@ -208,7 +201,7 @@ class StoreJob:
     listener: Listener = SILENT
 
     def run(self) -> BuiltStore:
-        """Find the store or build it, and check it."""
+        """Find or build the store, and check it."""
         inputs = {
             "format": FORMAT,
             "source": self.corpus.identity(),
@@ -218,7 +211,7 @@ class StoreJob:
             "held_out": self.settings.held_out,
         }
         if self.chat is not None:
-            chat = asdict(self.chat)  # the tokenizer's content is in the key already, wherever its folder is
+            chat = asdict(self.chat)  # the tokenizer's content is in the key; its folder does not matter
             inputs["conversations"] = {key: value for key, value in chat.items() if key != "tokenizer_folder"}
         cache_dir = self.settings.cache_dir
         folder = made_once(
@@ -233,12 +226,14 @@ class StoreJob:
         return BuiltStore(self.corpus.name, folder, manifest, report)
 
     def _build(self, folder: Path, inputs: dict[str, Any]) -> None:
-        """Tokenize what the partial store does not hold yet, then publish it as `folder`."""
+        """Tokenize the records that are not in the partial store yet, then publish it as `folder`."""
         partial_folder = partial_of(folder)
         columns: tuple[Column, ...] = () if self.chat is None else CHAT_COLUMNS
-        with Partial(partial_folder, token_dtype(self.encoding.vocab_size), columns) as partial:
-            with _disk_full_explained(partial_folder):
-                self._encode_into(partial)
+        with (
+            _disk_full_explained(partial_folder),
+            Partial(partial_folder, token_dtype(self.encoding.vocab_size), columns) as partial,
+        ):
+            self._encode_into(partial)
             try:
                 self.corpus.require_unchanged()
             except BadData:
@@ -247,11 +242,10 @@ class StoreJob:
             self._require_few_rejects(partial.tally, partial_folder)
             if not partial.tally.num_samples:
                 raise BadData(
-                    f"{self.corpus.name}: holds no document. Expected at least one record with text; check that it is "
+                    f"{self.corpus.name}: has no documents. Expected at least one record with text; check that it is "
                     "the right file."
                 )
-            with _disk_full_explained(partial_folder):
-                publish(partial, folder, self.settings.held_out, self.encoding.added_ids, inputs)
+            publish(partial, folder, self.settings.held_out, self.encoding.added_ids, inputs)
 
     def _encode_into(self, partial: Partial) -> None:
         settings, num_bytes = self.settings, self.corpus.num_bytes
@@ -273,35 +267,35 @@ class StoreJob:
         partial.commit()
 
     def _require_few_rejects(self, tally: Tally, folder: Path) -> None:
-        """Raises: BadData that names the commonest reasons and the file with every reject."""
+        """Raises: BadData with the most common reasons and the file that lists every reject."""
         most = self.settings.max_reject_share
         if tally.reject_share <= most:
             return
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in tally.rejected_by_reason.most_common(3))
         raise BadData(
             f"{self.corpus.name}: {tally.rejected:,} of {tally.records:,} records cannot be used "
-            f"({tally.reject_share:.1%}; at most {most:.1%} may): {reasons}. Each is listed with file, line and reason "
-            f"in {folder / REJECTS}. Correct the data, or allow more with max_reject_share."
+            f"({tally.reject_share:.1%}, expected at most {most:.1%}): {reasons}. {folder / REJECTS} lists each with "
+            "file, line and reason. Correct the data, or raise max_reject_share."
         )
 
 
 def content_key(inputs: dict[str, Any]) -> str:
-    """The part of a folder's name that says what it was made from."""
+    """Hash of the inputs that identifies a folder in the cache."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
 
 
 def partial_of(folder: Path) -> Path:
-    """Where a folder grows until it is whole."""
+    """The folder with the unfinished content of `folder`."""
     return folder.with_name(f"{folder.name}.partial")
 
 
 def made_once(folder: Path, make: Callable[[Path], None], note: Callable[[str], None]) -> Path:
-    """Call `make(folder)` unless it is there; of several processes one makes it, the others wait and find it."""
+    """Call `make(folder)` unless the folder exists, under a lock: other processes wait and reuse the result."""
     with FolderLock(folder.with_name(f"{folder.name}.lock")) as lock:
         try:
             lock.acquire(wait=False)
         except TriviumError:
-            note(f"{folder.name} is being made by another process; waiting for it")
+            note(f"{folder.name} is being built by another process; waiting for it")
             lock.acquire(wait=True)
         if not folder.exists():
             make(folder)
@@ -310,17 +304,13 @@ def made_once(folder: Path, make: Callable[[Path], None], note: Callable[[str], 
 
 
 def _checked_manifest(folder: Path, cache_dir: Path) -> dict[str, Any]:
-    """The manifest of a store whose files are those that were built.
-
-    A file is hashed again only when its size or time of change is not the one it was hashed with; `BuiltStore.verify`
-    reads every byte.
-    """
+    """Read the manifest and check the store's files against it, hashing only files changed since the last check."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         expected = dict(manifest["sha256"])
     except (OSError, ValueError, KeyError) as error:
         raise BadData(
-            f"{folder / 'manifest.json'}: cannot be read ({type(error).__name__}), so the store cannot be checked. "
+            f"{folder / 'manifest.json'}: cannot be read ({type(error).__name__}). Expected the manifest of the build. "
             f"Delete {folder} and run the same command again; check the disk."
         ) from None
     hashes = FileHashes(cache_dir)
@@ -330,32 +320,32 @@ def _checked_manifest(folder: Path, cache_dir: Path) -> dict[str, Any]:
 
 
 def _check_hashes(folder: Path, expected_hashes: dict[str, str], sha256: Callable[[Path], str]) -> None:
-    """Raises: BadData: a disk that lost or flipped bytes would mean training on noise without a sign of it."""
+    """Raises: BadData when a file is missing or damaged."""
     for name, expected in expected_hashes.items():
         found = sha256(folder / name) if (folder / name).is_file() else "missing"
         if found != expected:
             raise BadData(
-                f"{folder / name}: its SHA-256 is {found[:12]}, the manifest says {expected[:12]}: it is not what was "
-                f"built. Delete {folder} and run the same command again; check the disk."
+                f"{folder / name}: its SHA-256 is {found[:12]}, the manifest says {expected[:12]}, so it is not what "
+                f"was built. Delete {folder} and run the same command again; check the disk."
             )
 
 
-def _ready_store(prefix: Path, encoding: Encoding, cache_dir: Path) -> BuiltStore:
-    """A store made elsewhere, once its tokens are known to be in the vocabulary."""
+def _external_store(prefix: Path, encoding: Encoding, cache_dir: Path) -> BuiltStore:
+    """Open an external store and check that its tokens are in the vocabulary."""
     store = Store(prefix)
     hashes = FileHashes(cache_dir)
     largest = hashes.remembered(store.bin_path, "largest token", store.largest_token)
     hashes.save()
     if largest >= encoding.vocab_size:
         raise BadData(
-            f"{prefix}: holds token {largest:,}, and the tokenizer has {encoding.vocab_size:,}. "
-            "It was made with another tokenizer; name that one, or build the store again from its text."
+            f"{prefix}: contains token {largest:,}, and the tokenizer has {encoding.vocab_size:,} tokens. Expected a "
+            "store built with this tokenizer; name the store's own tokenizer, or build the store again from its text."
         )
     return BuiltStore(str(prefix), prefix, {}, {})
 
 
 def _disk_bytes(num_bytes: int, encoding: Encoding) -> int:
-    """Disk that a build usually needs at most: tokens are there twice while held-out documents are separated."""
+    """Upper estimate of the disk space of a build, which stores tokens twice while it separates held-out documents."""
     bytes_per_token = 1 if encoding.vocab_size < SMALL_VOCAB_SIZE else 3
     return 2 * num_bytes * token_dtype(encoding.vocab_size).itemsize // bytes_per_token
 
@@ -368,5 +358,5 @@ def _disk_full_explained(folder: Path) -> Iterator[None]:
         if error.errno != errno.ENOSPC:
             raise
         raise TriviumError(
-            f"Disk full while writing {folder}. What is done is kept; free some space and run the same command again."
+            f"Disk full while writing {folder}. Finished work is kept; free some space and run the same command again."
         ) from error

@@ -1,8 +1,7 @@
-"""Blocks of raw records -> token ids, in this process or in several; always in the order of the blocks.
+"""Encoding: blocks of raw records become token ids, in one or several processes, in the order of the blocks.
 
-Workers are fresh processes; for documents they import neither torch nor transformers, for conversations they load the
-tokenizer with its template. Memory is bounded: a few blocks per worker are in progress at any time, whatever the size
-of the corpus.
+Workers are spawned processes; they import transformers only if there are conversations to render. Memory is bounded,
+since at most a few blocks per worker are in progress.
 """
 
 import hashlib
@@ -35,7 +34,7 @@ BLOCKS_A_WORKER = 3
 
 @dataclass(frozen=True)
 class ChatReading:
-    """How conversations become samples; part of a store's name."""
+    """How conversations become samples; part of the hash in a store's name."""
 
     tokenizer_folder: str
     template_sha256: str
@@ -43,24 +42,24 @@ class ChatReading:
 
 
 class EncodedBlock(NamedTuple):
-    """The samples of a block as tokens, and its rejects."""
+    """The samples and rejects of a block."""
 
     after: Position
     tokens: np.ndarray
-    """[sum(lengths)] uint16 or int32, all samples end to end."""
+    """[sum(lengths)] uint16 or int32, all samples concatenated."""
     lengths: np.ndarray
     """[samples] int32."""
     columns: dict[str, np.ndarray]
     """LOSS_WEIGHTS [sum(lengths)] and REASONING [samples]."""
     hashes: bytes
-    """128-bit hash of each sample's record; samples of one record share the first half, which decides on held-out."""
+    """128 bits per sample; samples of one record share the high half, which decides what is held out."""
     rejects: list[Reject]
     num_raw_bytes: int
     tally: Tally
 
 
 class BlockEncoder:
-    """Parses and encodes one block after the other."""
+    """Parses and encodes blocks."""
 
     def __init__(self, encoding: Encoding, reading: Reading, chat: ChatReading | None) -> None:
         self._documents = DocumentEncoder(encoding)
@@ -95,7 +94,7 @@ class BlockEncoder:
         samples.tally.control_token_records += self._documents.has_control_token(document.text)
 
     def _add_conversation(self, conversation: Conversation, record: DataRecord, samples: "_BlockSamples") -> None:
-        """Raises: RecordError, BadData when the template cannot be trusted."""
+        """Raises: RecordError; BadData when the chat template is not usable for training."""
         assert self._chat is not None
         try:
             encoded = self._chat.encode(conversation)
@@ -104,8 +103,8 @@ class BlockEncoder:
         digest = hashlib.blake2b(repr(conversation).encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest()
         tally, half = samples.tally, HASH_BYTES // 2
         for number, sample in enumerate(encoded.samples):
-            number_mixed_in = int.from_bytes(digest[half:], "big") ^ number
-            sample_digest = digest[:half] + number_mixed_in.to_bytes(half, "big")
+            low_half = int.from_bytes(digest[half:], "big") ^ number
+            sample_digest = digest[:half] + low_half.to_bytes(half, "big")
             samples.add(sample.ids, sample.weights, sample_digest, sample.has_reasoning)
         if len(encoded.samples) > 1:
             tally.split += 1
@@ -119,7 +118,7 @@ class BlockEncoder:
 
 
 class _BlockSamples:
-    """The growing samples of one block."""
+    """Collects the samples of one block."""
 
     def __init__(self, dtype: np.dtype) -> None:
         self.tally = Tally()
@@ -158,9 +157,9 @@ class _BlockSamples:
 def encode_blocks(
     blocks: Iterator[SourceBlock], encoding: Encoding, reading: Reading, chat: ChatReading | None, workers: int
 ) -> Iterator[EncodedBlock]:
-    """Encode with `workers` processes, or in this one for 1; what comes out does not depend on their number.
+    """Encode with `workers` processes, or in this one for 1; the result does not depend on their number.
 
-    Raises: TriviumError when a worker dies, BadData when a chat template cannot be trusted.
+    Raises: TriviumError when a worker dies, BadData when the chat template is not usable for training.
     """
     if workers == 1:
         yield from map(BlockEncoder(encoding, reading, chat), blocks)
@@ -178,8 +177,8 @@ def encode_blocks(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise TriviumError(
-            "A tokenizing worker died; most often the system killed it because memory ran out. What is done so far is "
-            "kept: run the same command again, with fewer workers if memory is short."
+            "A tokenizing worker died, most likely killed because memory ran out. Finished work is kept; run the same "
+            "command again, with fewer workers if memory is short."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -190,14 +189,14 @@ _encode: BlockEncoder
 
 def _start_worker(encoding: Encoding, reading: Reading, chat: ChatReading | None) -> None:
     global _encode
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _encode = BlockEncoder(encoding, reading, chat)
 
 
 def _exit_with_parent() -> None:
-    """Without this, a pool's worker would wait for work forever after its parent is killed."""
+    """Exit when the parent is killed; a pool's worker would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,8 +1,8 @@
-"""Imports: the padded samples that Qwen3-Coder's binarizer wrote become a store with loss weights.
+"""Import the padded samples written by Qwen3-Coder's binarizer as a token store with loss weights.
 
-A set is three arrays of int32, X.input_ids.mmap, X.labels.mmap and X.lengths.mmap, each with a .shape.json. Their rows
-are samples padded to the longest one; a label is the token itself, or -100 where there is no loss. Ids and labels are
-copied as they are: nothing is rendered, proven or held out.
+A set is three int32 arrays, X.input_ids.mmap, X.labels.mmap and X.lengths.mmap, each with a .shape.json. Samples are
+padded to the longest one; a label is the token itself, or -100 for no loss. Ids and labels are copied without checking
+them against a chat template, and no documents are held out.
 Source: finetuning/sft/binarize_data.py of QwenLM/Qwen3-Coder.
 """
 
@@ -30,12 +30,12 @@ UNSUPERVISED = "no supervised token"
 
 
 def import_padded_mmap(folder: Path, out: Path) -> dict[str, Any]:
-    """Write the samples of Qwen3-Coder's padded .mmap folder to the store `out`, and return its report.
+    """Convert a folder of padded .mmap files to the store `out`, and return its report.
 
-    Samples without a supervised token (the first one is never predicted) are rejected; `out/rejects.jsonl` lists them
-    by number. A run file names the result as `store: OUT/tokens`.
+    Samples without a supervised token (the first token is never predicted) are rejected; `out/rejects.jsonl` lists
+    them by number. A run file names the result as `store: OUT/tokens`.
 
-    Raises: ConfigError when `out` exists, BadData when the folder is not such a set or has no supervised token.
+    Raises: ConfigError when `out` exists, BadData when the folder has no valid set or no supervised token.
     """
     if out.exists():
         raise ConfigError(f"{out}: exists already. Name a new folder; nothing is overwritten.")
@@ -74,14 +74,14 @@ def import_padded_mmap(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def read_padded_mmap(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (ids [tokens] int32, supervised [tokens] bool) of every sample, set after set by name, without padding.
+    """Yield (ids [tokens] int32, supervised [tokens] bool) of every sample without its padding, sets sorted by name.
 
-    Raises: BadData when the files are not such a set.
+    Raises: BadData when the files are not a valid set.
     """
     names = sorted(path.name.removesuffix(IDS_SUFFIX) for path in folder.glob("*" + IDS_SUFFIX))
     if not names:
         raise BadData(
-            f"{folder}: holds no file *{IDS_SUFFIX}. Expected a folder that Qwen3-Coder's binarize_data.py wrote with "
+            f"{folder}: has no *{IDS_SUFFIX} file. Expected a folder written by Qwen3-Coder's binarize_data.py with "
             "--save_format .mmap."
         )
     for name in names:
@@ -104,14 +104,15 @@ def _read_set(prefix: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             or not np.array_equal(sample[supervised], label[supervised])
         ):
             raise BadData(
-                f"{prefix}: sample {number} of {len(ids)} has length {length}, and labels that are neither its tokens "
-                f"nor {IGNORED}, or tokens below 0. Expected what the binarizer writes; binarize the data again."
+                f"{prefix}: sample {number} of {len(ids)} has length {length}, and it or its content is invalid. "
+                f"Expected 1 to {ids.shape[1]:,} tokens, none negative, and labels equal to their tokens or {IGNORED}; "
+                "binarize the data again."
             )
         yield sample, supervised
 
 
 def _open(path: Path) -> np.ndarray:
-    """One of the arrays, [samples, longest] int32, mapped and not read."""
+    """Memory-map one of the arrays, int32 [samples, longest]."""
     shape_path = Path(f"{path}.shape.json")
     try:
         shape = json.loads(shape_path.read_text())
@@ -119,12 +120,12 @@ def _open(path: Path) -> np.ndarray:
         num_bytes = path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadData(
-            f"{path}: cannot be read with its {shape_path.name} ({type(error).__name__}: {error}). Expected both, as "
-            "the binarizer writes them; copy the whole folder."
+            f"{path}: it or its {shape_path.name} cannot be read ({type(error).__name__}: {error}). Expected both "
+            "files as written by the binarizer; copy the whole folder."
         ) from None
     if num_samples < 1 or longest < 1 or num_bytes != num_samples * longest * np.dtype(np.int32).itemsize:
         raise BadData(
             f"{path}: has {num_bytes:,} bytes, and {shape_path.name} describes {num_samples:,} samples of {longest:,} "
-            "int32. Expected as many bytes as that takes; the file is cut off or not the one described."
+            "int32. Expected the same size; copy both files again."
         )
     return np.memmap(path, dtype=np.int32, mode="r", shape=(num_samples, longest))

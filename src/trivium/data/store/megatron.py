@@ -1,18 +1,18 @@
-"""Token stores: Megatron's indexed format, written in constant memory and read through a memory map.
+"""Token stores in Megatron's indexed dataset format, written in constant memory and read through a memory map.
 
-`PREFIX.bin` holds the tokens of all documents end to end; `PREFIX.idx` says where each begins:
+`PREFIX.bin` holds the concatenated tokens of all documents; `PREFIX.idx` is the index, in little-endian numbers:
     9 bytes  "MMIDIDX\\0\\0"
     uint64   version, 1
-    uint8    code of the token type
+    uint8    code of the token dtype
     uint64   number of sequences S
     uint64   number of document indices D (documents + 1)
     int32    [S] tokens of each sequence
-    int64    [S] byte at which each begins
-    int64    [D] sequence at which each document begins, S last
-Numbers are little-endian. The sequences of one document do not see each other in training.
+    int64    [S] byte offset of each sequence
+    int64    [D] first sequence of each document, then S
+Attention does not cross the sequences of one document.
 
-`PREFIX.columns.json` declares the columns next to the tokens, and `PREFIX.NAME.col` holds the values of one, end to end
-in the order of the tokens or of the documents. A store without it has no columns, like any that Megatron wrote.
+Trivium adds columns: `PREFIX.columns.json` declares them, and `PREFIX.NAME.col` holds the values of one, in the order
+of the tokens or documents. Stores written by Megatron have none.
 
 Source: megatron/core/datasets/indexed_dataset.py of https://github.com/NVIDIA/Megatron-LM
 """
@@ -26,7 +26,6 @@ import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -47,10 +46,9 @@ FINGERPRINT_PROBE_BYTES = 4096
 
 
 class StoreWriter:
-    """Writes a store document by document; memory does not grow with the store.
+    """Writes a store document by document, in constant memory.
 
-    The lengths of sequences and documents wait in files until `close` turns them into the index, which begins with
-    their numbers.
+    The index starts with the counts, so the lengths are kept in temporary files until `close` writes it.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype, columns: Sequence[Column] = ()) -> None:
@@ -81,10 +79,10 @@ class StoreWriter:
         """Append documents.
 
         Args:
-            tokens: [sum(lengths)] of the store's dtype, end to end.
+            tokens: [sum(lengths)] of the store's dtype.
             lengths: [sequences] tokens of each sequence.
-            columns: the values of each declared column, [tokens] or [documents].
-            counts: [documents] sequences of each document; None for one each.
+            columns: values of each declared column, [tokens] or [documents].
+            counts: [documents] sequences of each document; None if each has one.
         """
         counts = np.ones(len(lengths), np.int32) if counts is None else counts
         assert tokens.dtype == self.dtype and int(lengths.sum()) == len(tokens) and int(counts.sum()) == len(lengths)
@@ -105,11 +103,11 @@ class StoreWriter:
         file.write(data)
 
     def hashes(self) -> dict[str, str]:
-        """Hex SHA-256 of the .bin and the columns so far by file name, computed as they are written."""
+        """Hex SHA-256 of the .bin and column files so far, by file name."""
         return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
     def close(self) -> None:
-        """Write the index and make all files durable."""
+        """Write the index and flush all files to disk."""
         with _file(self.prefix, ".idx").open("wb") as index:
             (code,) = (code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
             index.write(HEADER.pack(MAGIC, VERSION, code, self.num_sequences, self.num_documents + 1))
@@ -125,22 +123,20 @@ class StoreWriter:
         for file in self._data.values():
             _sync(file)
         self._open.close()
-        for waiting in (".lengths", ".counts"):
-            _file(self.prefix, waiting).unlink()
+        for suffix in (".lengths", ".counts"):
+            _file(self.prefix, suffix).unlink()
 
     def __enter__(self) -> "StoreWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and not self._bin.closed:
             self.close()
         self._open.close()
 
 
 def _write_starts(sizes: BinaryIO, index: BinaryIO, scale: int) -> int:
-    """Write where each item begins, int64, from a file with the size of each, int32; give where the last one ends."""
+    """Write the int64 start of each item, times `scale`, from a file of int32 sizes; return the sum of the sizes."""
     sizes.seek(0)
     start = 0
     while chunk := sizes.read(4 * CHUNK_ITEMS):
@@ -151,12 +147,12 @@ def _write_starts(sizes: BinaryIO, index: BinaryIO, scale: int) -> int:
 
 
 class Store:
-    """A store on disk, checked once and then read through the page cache: Trivium's own or any Megatron prefix."""
+    """A token store on disk, memory-mapped: one of Trivium's or any Megatron indexed dataset."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path`: a folder with tokens.bin and tokens.idx, or the common prefix of a .bin and an .idx.
+        """Open and check `path`: a folder with tokens.bin and tokens.idx, or the common prefix of a .bin and an .idx.
 
-        Raises: BadData when a file is missing, cut short, or says what cannot be.
+        Raises: BadData when a file is missing, truncated or inconsistent.
         """
         self.prefix = _prefix_of(path)
         self._index_path, self.bin_path = _file(self.prefix, ".idx"), _file(self.prefix, ".bin")
@@ -165,39 +161,37 @@ class Store:
                 raise BadData(
                     f"{file}: no such file. Expected a store's folder, or the common prefix of a .bin and an .idx."
                 )
-        num_sequences, num_borders = self._read_header()
-        self._map_index(num_sequences, num_borders)
+        self._map_index()
         self.num_tokens = self._check_index()
         """Tokens of all documents."""
         self._tokens = np.memmap(self.bin_path, self.dtype, "r") if self.num_tokens else np.empty(0, self.dtype)
         self.lengths = self._document_lengths()
         """Tokens of each document, int [documents]."""
         self.columns = read_columns(self.prefix)
-        """What is stored next to the tokens."""
+        """Columns stored next to the tokens."""
         self._columns = {column.name: self._map_column(column) for column in self.columns}
 
     def _map_column(self, column: Column) -> np.ndarray:
-        path, num_values = (
-            _column_file(self.prefix, column.name),
-            self.num_tokens if column.per == "token" else len(self),
-        )
+        path = _column_file(self.prefix, column.name)
+        num_values = self.num_tokens if column.per == "token" else len(self)
         found = path.stat().st_size if path.is_file() else None
         if found != num_values * np.dtype(column.dtype).itemsize:
             raise BadData(
-                f"{path}: is missing or has {found or 0:,} bytes; expected {num_values:,} values of {column.dtype}, "
-                f"one per {column.per} of {self._index_path}. Copy or build the store again."
+                f"{path}: is missing or has {found or 0:,} bytes. Expected {num_values:,} values of {column.dtype}, "
+                f"one per {column.per} of {self._index_path}; copy or build the store again."
             )
         return np.memmap(path, column.dtype, "r") if num_values else np.empty(0, column.dtype)
 
-    def _read_header(self) -> tuple[int, int]:
+    def _map_index(self) -> None:
+        """Check the header and memory-map the arrays after it."""
         with self._index_path.open("rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise self._broken(f"begins with {header[:9]!r} and not with Megatron's {MAGIC!r}, or is cut short")
+            raise self._broken(f"starts with {header[:9]!r} instead of Megatron's {MAGIC!r}, or is cut short")
         _, version, code, num_sequences, num_borders = HEADER.unpack(header)
         if version != VERSION or code not in DTYPE_CODES:
             raise self._broken(
-                f"has version {version} and token type {code}; expected version {VERSION} and whole-number tokens"
+                f"has version {version} and token dtype {code}; expected version {VERSION} and an integer dtype"
             )
         self.dtype = np.dtype(DTYPE_CODES[code])
         expected, found = HEADER.size + 12 * num_sequences + 8 * num_borders, self._index_path.stat().st_size
@@ -205,9 +199,6 @@ class Store:
             raise self._broken(f"has {found:,} bytes; its header promises {expected:,}")
         if num_borders == 0:
             raise self._broken("has no document borders")
-        return num_sequences, num_borders
-
-    def _map_index(self, num_sequences: int, num_borders: int) -> None:
         index = self._index = np.memmap(self._index_path, np.uint8, "r")
         pointers_at = HEADER.size + 4 * num_sequences
         borders_at = pointers_at + 8 * num_sequences
@@ -216,7 +207,7 @@ class Store:
         self._borders = index[borders_at:].view("<i8")
 
     def _check_index(self) -> int:
-        """Count the tokens. Sequences must lie end to end from byte 0 to the end of the .bin, borders rise to S."""
+        """Count the tokens, and check that sequences fill the .bin without gaps and that borders rise from 0 to S."""
         end, num_sequences = 0, len(self._sequence_lengths)
         for first in range(0, num_sequences, CHUNK_ITEMS):
             lengths = self._sequence_lengths[first : first + CHUNK_ITEMS].astype(np.int64)
@@ -224,7 +215,7 @@ class Store:
             if (lengths < 0).any() or (
                 starts[:-1] * self.dtype.itemsize != self._pointers[first : first + CHUNK_ITEMS]
             ).any():
-                raise self._broken("does not lay its sequences end to end")
+                raise self._broken("has gaps or overlaps between its sequences")
             end = int(starts[-1])
         borders = self._borders
         rising = all(
@@ -236,15 +227,15 @@ class Store:
         expected, found = end * self.dtype.itemsize, self.bin_path.stat().st_size
         if found != expected:
             raise BadData(
-                f"{self.bin_path}: has {found:,} bytes and its .idx promises {expected:,}. The two do not belong "
-                "together, or a copy was cut short; copy or build the store again."
+                f"{self.bin_path}: has {found:,} bytes and its .idx promises {expected:,}. Expected the same size; "
+                "copy or build the store again."
             )
         return end
 
     def _document_lengths(self) -> np.ndarray:
         num_documents = len(self._borders) - 1
         if len(self._sequence_lengths) == num_documents and (np.diff(self._borders) == 1).all():
-            return self._sequence_lengths  # one sequence per document: nothing to add up
+            return self._sequence_lengths  # one sequence per document, so no copy is needed
         ends = np.concatenate([[0], np.cumsum(self._sequence_lengths, dtype=np.int64)])
         return np.diff(ends[self._borders])
 
@@ -256,7 +247,7 @@ class Store:
         return len(self._borders) - 1
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens [start, stop) of a document, of the store's dtype and without a copy; no `stop` means its end.
+        """Tokens [start, stop) of a document in the store's dtype, not copied; `stop` defaults to its end.
 
         Raises: IndexError when the document or the range does not exist.
         """
@@ -264,7 +255,7 @@ class Store:
         return self._tokens[first:last]
 
     def _range(self, document: int, start: int, stop: int | None) -> tuple[int, int]:
-        """Where tokens [start, stop) of a document are in the whole store."""
+        """Position of tokens [start, stop) of a document in the whole store."""
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
         length = int(self.lengths[document])
@@ -276,7 +267,7 @@ class Store:
         return first + start, first + stop
 
     def column(self, name: str, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Values of the tokens [start, stop) of a document, without a copy; of a column per document, its value, [1].
+        """Values for tokens [start, stop) of a document, not copied; for a per-document column its one value, [1].
 
         Raises: KeyError when the store has no such column, IndexError when the document or the range does not exist.
         """
@@ -285,11 +276,11 @@ class Store:
         return values[first:last] if column.per == "token" else values[document : document + 1]
 
     def values(self, name: str) -> np.ndarray:
-        """All values of a column, [num_tokens] or [documents], mapped and not read."""
+        """All values of a column, [num_tokens] or [documents], memory-mapped."""
         return self._columns[name]
 
     def sequence_starts(self, document: int, start: int, stop: int) -> list[int]:
-        """The tokens of a document, inside (start, stop), at which its second or a later sequence begins."""
+        """Positions inside (start, stop) at which another sequence of the document begins."""
         first, last = int(self._borders[document]), int(self._borders[document + 1])
         if last - first <= 1:
             return []
@@ -297,7 +288,7 @@ class Store:
         return np.unique(ends[(ends > start) & (ends < stop)]).tolist()
 
     def found_among(self, ids: Sequence[int]) -> list[int]:
-        """Which of the ids occur in the store; reads all of it, once, in constant memory."""
+        """Which of the ids occur in the store; reads all of its tokens in constant memory."""
         wanted, found = np.asarray(ids), set[int]()
         for first in range(0, self.num_tokens, CHUNK_ITEMS):
             chunk = self._tokens[first : first + CHUNK_ITEMS]
@@ -305,15 +296,15 @@ class Store:
         return sorted(found)
 
     def largest_token(self) -> int:
-        """The largest id in the store, -1 when it is empty; reads all of it, once, in constant memory."""
+        """The largest id in the store, -1 if it is empty; reads all of its tokens in constant memory."""
         chunks = range(0, self.num_tokens, CHUNK_ITEMS)
         return max((int(self._tokens[first : first + CHUNK_ITEMS].max()) for first in chunks), default=-1)
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the whole index and of 1,024 evenly spaced pages of the tokens.
+        """Hex SHA-256 of the index and of 1,024 evenly spaced pages of the tokens and each column.
 
-        Tells stores apart in an instant, whatever their size; it does not prove every token. The manifest's hashes do.
+        Fast at any size, but it does not cover every token; the manifest's hashes do.
         """
         digest = hashlib.sha256(self._index.data)
         _probe(self.bin_path, digest)
@@ -324,7 +315,6 @@ class Store:
 
 
 def _probe(path: Path, digest: "hashlib._Hash") -> None:
-    """Hash evenly spaced pages of a file."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         for probe in range(FINGERPRINT_PROBES):
@@ -333,23 +323,20 @@ def _probe(path: Path, digest: "hashlib._Hash") -> None:
 
 
 class Selection:
-    """Some documents of a store, renumbered, so that they can be given a share in the mixture."""
+    """A subset of a store's documents, read like a `Store`; the mixture treats it as a source.
+
+    `documents`: int, the chosen document numbers, in order.
+    """
 
     def __init__(self, store: Store, documents: np.ndarray) -> None:
-        """`documents`: int, which ones, in order."""
         self.store = store
         self.documents = documents
         self.lengths = np.asarray(store.lengths)[documents]
-        """Tokens of each document, int [documents]."""
+        self.columns = store.columns
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """See `Store.tokens`."""
         return self.store.tokens(int(self.documents[document]), start, stop)
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        """See `Store.columns`."""
-        return self.store.columns
 
     def column(self, name: str, document: int, start: int, stop: int) -> np.ndarray:
         """See `Store.column`."""
@@ -361,9 +348,9 @@ class Selection:
 
 
 def read_columns(path: Path) -> tuple[Column, ...]:
-    """The columns of the store at `path`, see `Store`; does not open it.
+    """Read the column declarations of the store at `path` without opening it.
 
-    Raises: BadData when their declaration cannot be understood.
+    Raises: BadData when they are invalid.
     """
     declaration = _file(_prefix_of(path), ".columns.json")
     if not declaration.is_file():
@@ -375,8 +362,8 @@ def read_columns(path: Path) -> tuple[Column, ...]:
     names = {column.name for column in columns if column.dtype in COLUMN_DTYPES and column.per in ("token", "document")}
     if not columns or len(names) != len(columns) or not all(COLUMN_NAME.fullmatch(name) for name in names):
         raise BadData(
-            f"{declaration}: is not a list of columns, each with a name, a dtype of {', '.join(COLUMN_DTYPES)} and "
-            "per: token or document. Copy or build the store again."
+            f"{declaration}: is invalid. Expected a list of columns with different names, each with a dtype of "
+            f"{', '.join(COLUMN_DTYPES)} and per: token or document; copy or build the store again."
         )
     return columns
 
@@ -390,7 +377,7 @@ def _prefix_of(path: Path) -> Path:
 
 
 def _file(prefix: Path, suffix: str) -> Path:
-    """`prefix` with a suffix added; a dot in the prefix is part of its name."""
+    """Append a suffix; unlike `with_suffix`, a dot in the prefix stays part of its name."""
     return prefix.with_name(prefix.name + suffix)
 
 

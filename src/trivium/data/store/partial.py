@@ -1,11 +1,9 @@
-"""A store under construction: files that only grow, and a journal that says how far they can be trusted.
+"""Partial stores: append-only files of an unfinished build, and a journal of how much of them is complete.
 
-All samples go, in order, to `documents.bin` (tokens), `lengths.bin` (int32 each), `hashes.bin` (128 bits each) and a
-file for each column, rejects to `rejects.jsonl`. A kill at any instant loses what came after the last journal entry:
-the next build cuts the files back to it and continues. `publish.py` makes a store of them.
-
-Held-out documents are not separated here, although their hashes are known: which hashes are held out depends on the
-smallest and the largest of all, so that neither side is left empty.
+Samples are appended to `documents.bin` (tokens), `lengths.bin` (int32), `hashes.bin` (128 bits each) and one file per
+column, rejects to `rejects.jsonl`. After a kill, the next build truncates the files to the last journal entry and
+continues from there. `publish.py` turns the finished files into a store and separates the held-out documents, which
+needs the smallest and the largest of all hashes.
 """
 
 import json
@@ -13,7 +11,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -32,23 +29,23 @@ GROUP_TOKENS = 1 << 22
 
 
 class SampleGroup(NamedTuple):
-    """Some of a partial store's samples, read back."""
+    """Consecutive samples of a partial store."""
 
     tokens: np.ndarray
     """[sum(lengths)]."""
     lengths: np.ndarray
     """[samples] int32."""
     hashes: np.ndarray
-    """[samples, 2] big-endian uint64, the high one first."""
+    """[samples, 2] big-endian uint64, the high half first."""
     columns: dict[str, np.ndarray]
-    """The values of each column, [sum(lengths)] or [samples]."""
+    """Values of each column, [sum(lengths)] or [samples]."""
 
 
 class Partial:
-    """The growing files of one unfinished store; one process at a time, which the build's lock ensures."""
+    """The files of one unfinished store. The caller holds a lock, so only one process writes them."""
 
     def __init__(self, folder: Path, dtype: np.dtype, columns: Sequence[Column]) -> None:
-        """Open or begin the folder, and cut its files back to what the journal records."""
+        """Open or create the folder, and truncate its files to the sizes in the journal."""
         self.folder = folder
         self.dtype = dtype
         self.columns = tuple(columns)
@@ -70,7 +67,7 @@ class Partial:
         return sum(file.tell() for file in self._files.values())
 
     def append(self, block: EncodedBlock) -> None:
-        """Add a block; every so often, make all so far durable."""
+        """Append a block; commits every 32 blocks."""
         self._files[DOCUMENTS].write(np.ascontiguousarray(block.tokens).data)
         self._files[LENGTHS].write(block.lengths.astype("<i4").data)
         self._files[HASHES].write(block.hashes)
@@ -85,7 +82,7 @@ class Partial:
             self.commit()
 
     def commit(self) -> None:
-        """Make everything so far durable, then say so in the journal."""
+        """Flush all files to disk, then record their sizes in the journal."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -95,7 +92,7 @@ class Partial:
         self._blocks_since_journal = 0
 
     def groups(self) -> Iterator[SampleGroup]:
-        """Read back all samples; at most about 4M tokens, or one longer document, at a time."""
+        """Yield all samples, at most about 4M tokens or one longer document at a time."""
         with ExitStack() as stack:
             files = {name: stack.enter_context((self.folder / name).open("rb")) for name in self._files}
 
@@ -117,9 +114,7 @@ class Partial:
     def __enter__(self) -> "Partial":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.close()
 
@@ -129,7 +124,7 @@ def _column_file(column: Column) -> str:
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
-    """Open for appending after the first `size` bytes; what follows them is cut off."""
+    """Truncate to `size` bytes and open for appending."""
     path.touch()
     assert path.stat().st_size >= size, f"{path} is shorter than its journal says"
     os.truncate(path, size)
@@ -137,7 +132,7 @@ def _open_at(path: Path, size: int) -> BinaryIO:
 
 
 def _groups(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges of documents that hold at most `GROUP_TOKENS` together, or one longer document."""
+    """Ranges of documents with at most `GROUP_TOKENS` together, or one longer document."""
     ends = np.cumsum(lengths, dtype=np.int64)
     start = 0
     while start < len(lengths):

@@ -1,6 +1,6 @@
-"""From a finished partial store to the published one: held-out split, duplicates, lengths, hashes, one rename.
+"""Publishing: a finished partial store becomes a store, with its held-out split, report and manifest.
 
-Reads the partial's files in constant memory and changes none of them, so a kill here costs only this step.
+The partial's files are read in constant memory and not changed, so after a kill only this step is repeated.
 """
 
 import json
@@ -27,14 +27,14 @@ EXACT_LENGTH_BITS = 10
 
 
 def publish(partial: Partial, final: Path, held_out: float, control_ids: Sequence[int], inputs: dict[str, Any]) -> None:
-    """Write the store of `partial` into `final`, which appears whole or not at all.
+    """Write the store of `partial` to the folder `final`, atomically.
 
     Args:
         partial: all documents, committed.
-        final: the folder to make; must not exist.
+        final: the folder to create; must not exist.
         held_out: share of the distinct documents that go to `held_out.bin`.
-        control_ids: tokens of which the manifest records whether they occur in training.
-        inputs: what the store was made from, for manifest.json.
+        control_ids: tokens to look for; the manifest lists those that occur in the training documents.
+        inputs: everything the store depends on, for manifest.json.
     """
     folder = partial.folder / "store"
     shutil.rmtree(folder, ignore_errors=True)
@@ -70,11 +70,11 @@ def publish(partial: Partial, final: Path, held_out: float, control_ids: Sequenc
 
 
 def held_out_limit(held_out: float, smallest: int, largest: int) -> int:
-    """The largest first half of a hash that is held out: the hash of a document's content decides, not chance.
+    """The largest high half of a hash that is held out, -1 for none.
 
-    So all copies of a document, and all samples of a conversation, are on one side (a copy in training would make the
-    held-out loss too low), the same document is on the same side in every corpus, and no random state is needed. With
-    two distinct documents or more, neither side is left empty. `smallest` and `largest` are whole hashes.
+    Splitting by content hash puts all copies of a document and all samples of a conversation on the same side; a copy
+    in training would make the held-out loss too low. With two or more distinct documents, neither side is empty.
+    `smallest` and `largest` are whole hashes.
     """
     if held_out == 0.0:
         return -1
@@ -82,13 +82,13 @@ def held_out_limit(held_out: float, smallest: int, largest: int) -> int:
 
 
 class _Split:
-    """Writes tokens.* and, if any, held_out.*, and counts on the way.
+    """Writes tokens.* and, unless empty, held_out.*.
 
     Attributes:
         counts: documents and tokens of both.
         hashes: SHA-256 of the large files by name.
-        lengths: how many samples have which length.
-        control_tokens: the control tokens that occur in training.
+        lengths: histogram of sample lengths.
+        control_tokens: the control tokens that occur in the training documents.
     """
 
     def __init__(self, folder: Path, partial: Partial, limit: int, control_ids: Sequence[int]) -> None:
@@ -101,7 +101,7 @@ class _Split:
                 for name in ("tokens", "held_out")
             )
             for group in partial.groups():
-                held = _at_most(group.hashes, limit)
+                held = group.hashes[:, 0] <= np.uint64(limit) if limit >= 0 else np.zeros(len(group.hashes), bool)
                 tokens = _add(training, group, ~held)
                 _add(held_out, group, held)
                 self.control_tokens.update(np.unique(tokens[np.isin(tokens, wanted)]).tolist())
@@ -122,7 +122,7 @@ class _Split:
 
 
 def _add(writer: StoreWriter, group: SampleGroup, chosen: np.ndarray) -> np.ndarray:
-    """Append the chosen samples, bool [samples], and give their tokens."""
+    """Append the chosen samples, bool [samples], and return their tokens."""
     chosen_tokens = np.repeat(chosen, group.lengths)
     masks = {"token": chosen_tokens, "document": chosen}
     columns = {column.name: group.columns[column.name][masks[column.per]] for column in writer.columns}
@@ -131,15 +131,10 @@ def _add(writer: StoreWriter, group: SampleGroup, chosen: np.ndarray) -> np.ndar
     return tokens
 
 
-def _at_most(hashes: np.ndarray, limit: int) -> np.ndarray:
-    """Which hashes [samples, 2] have a first half of at most `limit`, bool [samples]."""
-    return np.zeros(len(hashes), dtype=bool) if limit < 0 else hashes[:, 0] <= np.uint64(limit)
-
-
 def count_distinct(path: Path) -> tuple[int, int, int]:
-    """How many distinct hashes a file holds, and the smallest and largest; exact, in constant memory.
+    """The exact number of distinct hashes in a file, the smallest and the largest, in constant memory.
 
-    A file too large to sort at once is first dealt into buckets by the hashes' leading bits.
+    A file too large to sort at once is first partitioned by the leading bits of the hashes.
     """
     num_distinct, smallest, largest = 0, HASH_VALUES, -1
     for hashes in _buckets(path):
@@ -155,7 +150,7 @@ def _as_int(high_low: np.ndarray) -> int:
 
 
 def _buckets(path: Path) -> Iterator[np.ndarray]:
-    """Yield the hashes [n, 2] uint64 in parts that share no value."""
+    """Yield the hashes [n, 2] uint64 in parts without common values."""
     num_hashes = path.stat().st_size // HASH_BYTES
     bits = max(0, (num_hashes // BUCKET_HASHES).bit_length())
     if bits == 0:
@@ -178,14 +173,14 @@ def _buckets(path: Path) -> Iterator[np.ndarray]:
 
 
 def round_lengths(lengths: np.ndarray) -> np.ndarray:
-    """Lengths cut to their ten leading bits: exact below 1,024, within 0.2 % above, and few distinct values."""
+    """Lengths rounded down to ten significant bits: exact below 1,024, within 0.2 % above."""
     _, exponent = np.frexp(lengths.astype(np.float64))
     shift = np.maximum(exponent - EXACT_LENGTH_BITS, 0)
     return (lengths >> shift) << shift
 
 
 def describe_lengths(histogram: Counter[int]) -> dict[str, float]:
-    """Smallest, quantiles, mean and largest of a histogram of lengths."""
+    """Minimum, quantiles, maximum and mean of a histogram of lengths."""
     lengths = np.array(sorted(histogram), dtype=np.int64)
     counts = np.array([histogram[length] for length in lengths.tolist()], dtype=np.int64)
     cumulative = np.cumsum(counts)

@@ -1,8 +1,11 @@
-"""Tally: what happened to the records that were read, counted, as report.json has it, and in words."""
+"""Tally: counts of the records that were read, as stored in report.json, and their description in words."""
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+
+from trivium.data.chat.formats import Conversation, Document
+from trivium.data.rejects import Reject
 
 COUNTS = (
     "records",
@@ -15,30 +18,30 @@ COUNTS = (
     "lost_reasoning_turns",
     "control_token_records",
 )
-"""The counts that are shown, under their names in report.json."""
+"""The counts shown to users, under their names in report.json."""
 
 NOTES = {
-    "dropped_turns": "answers dropped: too long, or nothing before them that they answer",
+    "dropped_turns": "answers dropped: too long, or not preceded by a message",
     "cut_turns": "answers cut to fit",
-    "lost_reasoning_turns": "answers whose reasoning the template does not show",
-    "control_token_records": "records with control tokens written out in the text",
+    "lost_reasoning_turns": "answers whose reasoning the template leaves out",
+    "control_token_records": "records with control tokens in their text",
 }
 
 
 @dataclass
 class Tally:
-    """What happened to the records. A record is kept (one sample), split (several samples) or rejected (none)."""
+    """Counts of records. A record is kept (one sample), split (several samples) or rejected (none)."""
 
     num_samples: int = 0
-    """Documents, and the samples made from conversations."""
+    """Documents and samples of conversations."""
     num_tokens: int = 0
     supervised_tokens: int = 0
     text_bytes: int = 0
     control_token_records: int = 0
-    """Records with a control token written out: plain text in a document, the token itself in a conversation."""
+    """Records with a control token in their text (it stays text in documents, and is a token in conversations)."""
     conversations: int = 0
     reasoning_documents: int = 0
-    """Samples in which an answer reasons."""
+    """Samples with reasoning in an answer."""
     split: int = 0
     num_split_samples: int = 0
     """Samples made from split records."""
@@ -55,9 +58,19 @@ class Tally:
         for name in (one.name for one in fields(self)):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
+    def add_record(self, content: Document | Conversation | Reject) -> None:
+        """Count a record as one sample or one reject, without its tokens."""
+        if isinstance(content, Reject):
+            self.rejected_by_reason[content.reason] += 1
+            return
+        self.num_samples += 1
+        if isinstance(content, Conversation):
+            self.conversations += 1
+            self.reasoning_documents += any(turn.weight and turn.thinks for turn in content.turns)
+
     @property
     def rejected(self) -> int:
-        """Records that cannot be used."""
+        """Rejected records."""
         return self.rejected_by_reason.total()
 
     @property
@@ -67,21 +80,21 @@ class Tally:
 
     @property
     def records(self) -> int:
-        """All records: kept, split and rejected ones."""
+        """All records."""
         return self.kept + self.split + self.rejected
 
     @property
     def reject_share(self) -> float:
-        """Share of the records that were rejected; 0 when there are none."""
+        """Share of the records that were rejected; 0 without records."""
         return self.rejected / self.records if self.records else 0.0
 
     def counts(self) -> dict[str, int]:
-        """The counts that are shown."""
+        """The counts shown to users."""
         return {name: getattr(self, name) for name in COUNTS}
 
 
 def describe_counts(counts: Mapping[str, int]) -> list[str]:
-    """In words: first what happened to the records, then what happened to their answers, where anything did."""
+    """Lines for users: the records, then the notes of `describe_notes`."""
     whole = (
         f"{counts['records']:,} records = {counts['kept']:,} kept + {counts['split']:,} split into several samples + "
         f"{counts['rejected']:,} rejected"
@@ -90,5 +103,5 @@ def describe_counts(counts: Mapping[str, int]) -> list[str]:
 
 
 def describe_notes(counts: Mapping[str, int]) -> list[str]:
-    """In words what was dropped, cut or looks wrong; nothing for counts of 0."""
+    """Lines for users about dropped, cut or suspicious content; none for counts of 0."""
     return [f"{counts[name]:,} {what}" for name, what in NOTES.items() if counts.get(name)]

@@ -1,4 +1,4 @@
-"""A tokenizer trained on the text of sources, made only once like a token store."""
+"""Train a tokenizer on the text of sources; like token stores, the result is cached by a hash of its inputs."""
 
 import os
 import shutil
@@ -29,17 +29,18 @@ def train_tokenizer_from_sources(
     max_sample_bytes: int = SAMPLE_BYTES,
     listener: Listener = SILENT,
 ) -> Path:
-    """Train a tokenizer on the sources' documents, unless the same one is in `cache_dir` already; give its folder.
+    """Train a tokenizer on the sources' text, unless `cache_dir` already has it; return its folder.
 
-    Of more than `max_sample_bytes` of raw records it reads that many, in blocks spread evenly over all sources: always
-    the same ones. Documents that will be held out are read too, since a vocabulary does not reveal single documents.
+    Reads up to `max_sample_bytes` of raw records, in blocks spread evenly over all sources. Documents that will be held
+    out are read too, since a vocabulary does not reveal single documents.
 
     Raises: ConfigError when a source has no text or `vocab_size` is too small, BadData when no record can be used.
     """
     for source in sources:
         if source.store is not None:
             raise ConfigError(
-                f"{source.store}: a store holds tokens, not text, to train a tokenizer on. Name one by its path."
+                f"{source.store}: is a store of tokens, and a tokenizer is trained on text. Name an existing tokenizer "
+                "by its path."
             )
     cache_dir.mkdir(parents=True, exist_ok=True)
     corpora = [open_corpus(source, max_document_mib, cache_dir) for source in sources]
@@ -65,9 +66,9 @@ def train_tokenizer_from_sources(
 
 
 def sample_texts(corpora: Sequence[Corpus], max_bytes: int) -> Iterator[str]:
-    """Texts from blocks spread evenly over the corpora, about `max_bytes` of raw records; a pure function of both.
+    """Yield texts from blocks spread evenly over the corpora, about `max_bytes` of raw records; deterministic.
 
-    A corpus of unknown size gives its first blocks, as many as its equal part allows.
+    From a corpus of unknown size, the first blocks are taken, up to an equal part of `max_bytes`.
     Raises: BadData when there is no text.
     """
     num_texts = 0
@@ -89,12 +90,12 @@ def sample_texts(corpora: Sequence[Corpus], max_bytes: int) -> Iterator[str]:
     if not num_texts:
         names = ", ".join(corpus.name for corpus in corpora)
         raise BadData(
-            f"{names}: no record holds text, so no tokenizer can be trained. See why with: trivium data inspect"
+            f"{names}: no record has text, so no tokenizer can be trained. See why with: trivium data inspect"
         )
 
 
 def _texts(content: object) -> list[str]:
-    """The text of a document, or of every turn of a conversation; nothing for a reject."""
+    """The text of a document or of every message of a conversation; none for a reject."""
     if isinstance(content, Document):
         return [content.text]
     return [turn.content for turn in content.turns] if isinstance(content, Conversation) else []
