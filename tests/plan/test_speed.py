@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -245,9 +245,9 @@ def test_calibration_save_and_load(home):
         "{",
         "[]",
         "{}",
-        json.dumps(asdict(calibrated()) | {"seconds_per_unit": {"fp32": {"flops": -1.0}}}),
-        json.dumps(asdict(calibrated()) | {"seconds_per_unit": {"fp32": {"flops": float("nan")}}}),
-        json.dumps(asdict(calibrated()) | {"more": 1}),
+        json.dumps(calibrated().model_dump() | {"seconds_per_unit": {"fp32": {"flops": -1.0}}}),
+        json.dumps(calibrated().model_dump() | {"seconds_per_unit": {"fp32": {"flops": float("nan")}}}),
+        json.dumps(calibrated().model_dump() | {"more": 1}),
     ],
 )
 def test_calibration_load_refuses_other_files(home, content):

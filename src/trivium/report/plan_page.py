@@ -65,7 +65,6 @@ def _section(title: str, rows: Iterable[tuple[str, ...]]) -> list[Any]:
 def _decision(decision: Decision) -> list[Any]:
     rows = [("why", reason) for reason in decision.reasons]
     rows += [("would change", text) for text in decision.would_change]
-    rows += [("rule of thumb", text) for text in decision.rules_of_thumb]
     seen: set[str] = set()
     labelled = [("" if label in seen or seen.add(label) else label, text) for label, text in rows]
     return _section(f"Method: {decision.title}", labelled)
