@@ -236,7 +236,7 @@ def test_write_run_never_overwrites_other_files(tmp_path: Path):
     plan = search(goal("lora", "Qwen3-0.6B", DEVICES["l4"]))
     mine = tmp_path / "mine.yaml"
     mine.write_text("method: lora\n")
-    with pytest.raises(ConfigError, match="no plan wrote it"):
+    with pytest.raises(ConfigError, match="not written by"):
         write_run(plan, mine)
     assert mine.read_text() == "method: lora\n"
     fresh = tmp_path / "new" / "plan.yaml"
