@@ -159,10 +159,10 @@ def _in_loss(w: Workload, share: ShardedMemory) -> dict[str, float]:
         # The product in 16 bits, and on a CPU its fp32 copy before it is added.
         product = (size + (FP32 if w.device_type == "cpu" else 0)) * vocab * hidden
         head_gradient = (FP32 + size) * chunk * hidden + product
-    final_norm = w.micro_tokens * (_kept_by_norm(w, hidden, 1) + size * hidden)
+    final_norm = w.micro_tokens * (_saved_by_norm(w, hidden, 1) + size * hidden)
     return {
         "gradients": _earlier_gradients(w, share) + (vocab * hidden * FP32 if is_trained else 0),
-        "activations": _kept_by_layers(w, w.shape.num_hidden_layers) + final_norm + 2 * size * rows * hidden,
+        "activations": _saved_by_layers(w, w.shape.num_hidden_layers) + final_norm + 2 * size * rows * hidden,
         "16-bit copies": _copies_of_layers(w) + (vocab * hidden * size if is_trained and not is_wide else 0),
         "logits": chunk * vocab * size,
         "temporaries": max(carried + softmax, carried + hidden_gradient, head_gradient),
@@ -174,8 +174,8 @@ def _in_final_norm(w: Workload, share: ShardedMemory) -> dict[str, float]:
     per_token = 20 if w.device_type == "cpu" else FP32 + 2 * w.dtype_bytes
     hidden, size = w.shape.hidden_size, w.dtype_bytes
     return {
-        "gradients": _earlier_gradients(w, share) + _waiting_head_gradient(w),
-        "activations": _kept_by_layers(w, w.shape.num_hidden_layers),
+        "gradients": _earlier_gradients(w, share) + _head_gradient(w),
+        "activations": _saved_by_layers(w, w.shape.num_hidden_layers),
         "16-bit copies": _copies_of_layers(w),
         "temporaries": w.micro_tokens * hidden * (per_token + size) + num_supervised_rows(w) * hidden * size,
     }
@@ -183,10 +183,10 @@ def _in_final_norm(w: Workload, share: ShardedMemory) -> dict[str, float]:
 
 def _in_last_layer(w: Workload, share: ShardedMemory) -> dict[str, float]:
     """The feed-forward of the last layer; with checkpointing its activations have just been recomputed."""
-    recomputed = _kept_by_layer(w) if w.activation_checkpointing else 0
+    recomputed = _saved_by_layer(w) if w.activation_checkpointing else 0
     return {
-        "gradients": _earlier_gradients(w, share) + _waiting_head_gradient(w),
-        "activations": _kept_by_layers(w, w.shape.num_hidden_layers) + recomputed,
+        "gradients": _earlier_gradients(w, share) + _head_gradient(w),
+        "activations": _saved_by_layers(w, w.shape.num_hidden_layers) + recomputed,
         "16-bit copies": _copies_of_layers(w) + (_copies_of_layer(w) if w.activation_checkpointing else 0),
         "temporaries": _feed_forward_temporaries(w),
     }
@@ -203,12 +203,12 @@ def _in_first_layer(w: Workload, share: ShardedMemory) -> dict[str, float]:
         if w.adapter:
             to_come = FP32 * w.num_trained_params / shape.num_hidden_layers
     gradients = w.num_trained_params * share.gradient_bytes
-    pending = _waiting_head_gradient(w) if w.num_micro_batches > 1 and shape.tie_word_embeddings else 0
+    pending = _head_gradient(w) if w.num_micro_batches > 1 and shape.tie_word_embeddings else 0
     return {
         "gradients": gradients + pending - to_come * share.gradient_bytes / FP32,
-        "activations": _kept_by_layers(w, 1)
-        + (_kept_by_layer(w) if w.activation_checkpointing else 0)
-        - _never_kept(w),
+        "activations": _saved_by_layers(w, 1)
+        + (_saved_by_layer(w) if w.activation_checkpointing else 0)
+        - _unsaved_input(w),
         "16-bit copies": _copies_of_layer(w),
         "temporaries": _feed_forward_temporaries(w),
     }
@@ -240,96 +240,96 @@ def num_supervised_rows(w: Workload) -> int:
 
 
 def _earlier_gradients(w: Workload, share: ShardedMemory) -> float:
-    """Gradients that are there before a backward begins: those of the micro-batches before."""
+    """Gradients allocated before a backward: those of previous micro-batches."""
     return w.num_trained_params * share.gradient_bytes if w.num_micro_batches > 1 else 0
 
 
-def _waiting_head_gradient(w: Workload) -> float:
-    """The head's gradient, from the loss on; an untied one is added to those before at once."""
+def _head_gradient(w: Workload) -> float:
+    """The head's gradient, allocated in the loss. An untied head adds it to the accumulated gradient at once."""
     if w.adapter is not None or (w.num_micro_batches > 1 and not w.shape.tie_word_embeddings):
         return 0
     return w.shape.vocab_size * w.shape.hidden_size * FP32
 
 
-def _kept_by_layers(w: Workload, num_layers: int) -> float:
-    """What is kept of layers from the first on, and the rotary cosines and sines."""
+def _saved_by_layers(w: Workload, num_layers: int) -> float:
+    """Saved activations of the first `num_layers` layers, and the rotary cosines and sines."""
     rotary = w.micro_tokens * w.shape.head_dim * w.dtype_bytes
     if w.activation_checkpointing:
         return num_layers * w.micro_tokens * w.shape.hidden_size * w.dtype_bytes + rotary
-    return num_layers * _kept_by_layer(w) - (_never_kept(w) if num_layers > 1 else 0) + rotary
+    return num_layers * _saved_by_layer(w) - (_unsaved_input(w) if num_layers > 1 else 0) + rotary
 
 
-def _never_kept(w: Workload) -> float:
-    """The input of the first norm is not kept where nothing before it is trained."""
+def _unsaved_input(w: Workload) -> float:
+    """The input of the first norm is not saved if the embedding is frozen."""
     if w.adapter is None or w.num_token_rows or w.activation_checkpointing:
         return 0
-    return w.micro_tokens * _kept_by_norm(w, w.shape.hidden_size, 1)
+    return w.micro_tokens * _saved_by_norm(w, w.shape.hidden_size, 1)
 
 
-def _kept_by_norm(w: Workload, width: int, num_groups: int) -> float:
-    """Bytes a token that an RMSNorm keeps: its input, on a CPU in fp32, there also normalised if its weight trains."""
+def _saved_by_norm(w: Workload, width: int, num_groups: int) -> float:
+    """Bytes per token saved by an RMSNorm: its input; on a CPU in fp32, and normalized too if its weight is trained."""
     if w.device_type == "gpu":
         return w.dtype_bytes * width + FP32 * num_groups
     return FP32 * (width * (2 if w.adapter is None else 1) + num_groups)
 
 
-def _kept_by_layer(w: Workload) -> float:
-    """Bytes that autograd keeps of a whole layer for a micro-batch."""
-    return w.micro_tokens * (_kept_by_attention(w) + _kept_by_feed_forward(w) + _kept_by_adapter(w))
+def _saved_by_layer(w: Workload) -> float:
+    """Bytes saved by a layer in a micro-batch."""
+    return w.micro_tokens * (_saved_by_attention(w) + _saved_by_feed_forward(w) + _saved_by_adapter(w))
 
 
-def _kept_by_attention(w: Workload) -> float:
-    """Bytes a token: norms, queries, keys, values, what attention gives, inputs of the projections that need them."""
-    shape, size, learns = w.shape, w.dtype_bytes, _learning_projections(w)
+def _saved_by_attention(w: Workload) -> float:
+    """Bytes per token: norms, queries, keys, values, attention output, inputs of trained projections."""
+    shape, size, saved = w.shape, w.dtype_bytes, _projections_with_saved_input(w)
     query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    kept = _kept_by_norm(w, shape.hidden_size, 1)
-    if learns & {"q_proj", "k_proj", "v_proj"}:
+    kept = _saved_by_norm(w, shape.hidden_size, 1)
+    if saved & {"q_proj", "k_proj", "v_proj"}:
         kept += size * shape.hidden_size
     if shape.qk_norm:
-        kept += _kept_by_norm(w, query, shape.num_attention_heads)
-        kept += _kept_by_norm(w, key_value, shape.num_key_value_heads)
+        kept += _saved_by_norm(w, query, shape.num_attention_heads)
+        kept += _saved_by_norm(w, key_value, shape.num_key_value_heads)
     in_attention = FP32 if w.device_type == "cpu" else size
     kept += in_attention * (2 * query + 2 * key_value) + FP32 * shape.num_attention_heads
-    # On a CPU documents are attended to one by one and laid together again.
+    # A CPU processes documents one by one and joins the results.
     is_copied = w.device_type == "cpu" and (size != FP32 or w.micro_tokens > (w.document_tokens or w.seq_len))
-    return kept + (size * query if is_copied and "o_proj" in learns else 0)
+    return kept + (size * query if is_copied and "o_proj" in saved else 0)
 
 
-def _kept_by_feed_forward(w: Workload) -> float:
-    """Bytes a token: the norm, gate before and after SiLU, up, and their product if down_proj needs it."""
-    shape, size, learns = w.shape, w.dtype_bytes, _learning_projections(w)
-    kept = _kept_by_norm(w, shape.hidden_size, 1) + 3 * size * shape.intermediate_size
-    if learns & {"gate_proj", "up_proj"}:
+def _saved_by_feed_forward(w: Workload) -> float:
+    """Bytes per token: the norm, gate before and after SiLU, up, and their product if down_proj is trained."""
+    shape, size, saved = w.shape, w.dtype_bytes, _projections_with_saved_input(w)
+    kept = _saved_by_norm(w, shape.hidden_size, 1) + 3 * size * shape.intermediate_size
+    if saved & {"gate_proj", "up_proj"}:
         kept += size * shape.hidden_size
-    return kept + (size * shape.intermediate_size if "down_proj" in learns else 0)
+    return kept + (size * shape.intermediate_size if "down_proj" in saved else 0)
 
 
-def _kept_by_adapter(w: Workload) -> float:
-    """Bytes a token: the low-rank inner values; DoRA's two outputs; dropout's masks and what they leave."""
+def _saved_by_adapter(w: Workload) -> float:
+    """Bytes per token: outputs of A; DoRA's two outputs; dropout's masks and outputs."""
     if w.adapter is None:
         return 0
     size, kept = w.dtype_bytes, 0
     mask_bytes = size if w.device_type == "cpu" else 1
     for matrix in w.shape.layer_matrices():
         if matrix.name in w.adapter.targets:
-            of_one = size * w.adapter.rank
+            per_matrix = size * w.adapter.rank
             if w.adapter.dora:
-                of_one += 2 * size * matrix.out_features
+                per_matrix += 2 * size * matrix.out_features
             if w.adapter.dropout:
-                of_one += (mask_bytes + size) * matrix.in_features
-            kept += matrix.active * of_one
+                per_matrix += (mask_bytes + size) * matrix.in_features
+            kept += matrix.active * per_matrix
     return kept
 
 
-def _learning_projections(w: Workload) -> set[str]:
-    """Projections whose input is kept as it is; dropout keeps what it leaves of it instead."""
+def _projections_with_saved_input(w: Workload) -> set[str]:
+    """Projections whose input is saved; with dropout, its output is saved instead."""
     if w.adapter is None:
         return {matrix.name for matrix in w.shape.layer_matrices()}
     return set() if w.adapter.dropout else set(w.adapter.targets)
 
 
 def _copies_of_layer(w: Workload) -> float:
-    """A layer's trained fp32 weights in 16 bits, which autograd keeps as long as what they were multiplied with."""
+    """16-bit copies of a layer's trained weights, saved with the activations."""
     if w.dtype_bytes == FP32:
         return 0
     if w.adapter is None:
@@ -342,10 +342,10 @@ def _copies_of_layers(w: Workload) -> float:
 
 
 def _feed_forward_temporaries(w: Workload) -> float:
-    """What a feed-forward's backward needs for a moment beyond what was kept.
+    """Buffers of a feed-forward's backward.
 
-    Two gradients as wide as the feed-forward next to that of the residual stream, or a weight's gradient in two types;
-    a packed weight is unpacked, DoRA measures its rows.
+    The gradient of the residual stream, and the largest of: two gradients of the feed-forward's width, a weight's
+    gradient in two dtypes, a dequantized NF4 weight, or DoRA's weight norm.
     """
     size, hidden, wide = w.dtype_bytes, w.shape.hidden_size, w.shape.intermediate_size
     matrix = hidden * wide

@@ -30,8 +30,8 @@ WorkKind = Literal[
     "operations",
 ]
 KINDS: tuple[WorkKind, ...] = get_args(WorkKind)
-"""Kinds of work by unit: FLOPs of the layers, of the head and of attention; attention scores and logits (softmax and its
-gradient); bytes of activations and of weights, gradients and moments read or written; NF4 values dequantized; operations
+"""Kinds of work: FLOPs of the layers, the head and attention; attention scores and logits (softmax and its gradient);
+bytes read or written of activations, and of weights, gradients and moments; NF4 values dequantized; operations
 launched."""
 
 # Operations launched per layer: forward, backward, per adapted projection, per document on a CPU.
