@@ -209,7 +209,7 @@ def _ask(request: "PlanRequest") -> "ResolvedRequest":
 
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise ConfigError(
-            "There is nothing to plan. Expected a run file, a model for example Qwen/Qwen3-0.6B, or data: --data FILE, or "
+            "There is nothing to plan. Expected a run file, a model (Qwen/Qwen3-0.6B), or data: --data FILE, or "
             "--rows 5K --kind conversations, or --tokens 1B --kind documents. On a terminal, `trivium plan` asks."
         )
     answers = ask(lambda text, default: click.prompt(text, default=default, err=True))

@@ -32,6 +32,8 @@ ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
 }
 """Keys that are written even if they have their default."""
 
+DEVICE_FIELDS = ("name", "title", "memory_bytes", "price_per_hour", "price_date")
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -95,14 +97,7 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
         "reasons": plan.reasons,
         "num_params": work.shape.num_params,
         "num_trained_params": work.num_trained_params,
-        "device": {
-            "name": device.name,
-            "title": device.title,
-            "count": work.num_devices,
-            "memory_bytes": device.memory_bytes,
-            "price_per_hour": device.price_per_hour,
-            "price_date": device.price_date,
-        },
+        "device": {"count": work.num_devices} | {name: getattr(device, name) for name in DEVICE_FIELDS},
         "memory": {
             "bytes": plan.memory.total,
             "allowed_bytes": plan.allowed_bytes,
@@ -140,34 +135,28 @@ def run_text(plan: Plan, name: str, notes: Sequence[str] = ()) -> str:
     values = written_values(plan.run)
     if plan.run.name == name:
         values.pop("name", None)
-    comments = [*notes, *figures(plan)]
-    return "".join(
-        f"{line}\n" for line in [*(f"# {line}".rstrip() for line in comments), *_lines(values, plan.reasons)]
-    )
+    comments = [f"# {line}".rstrip() for line in (*notes, *figures(plan))]
+    return "".join(f"{line}\n" for line in (*comments, *_lines(values, plan.reasons)))
 
 
 def figures(plan: Plan) -> list[str]:
     """The predictions, one per line."""
     work, speed = plan.workload, plan.speed
     what = "all trained" if work.adapter is None else f"{work.num_trained_params:,} of them trained"
+    largest = sorted(plan.memory.items.items(), key=lambda entry: -entry[1])
+    items = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size >= 0.01 * GIB)
     lines = [
         f"model   {work.shape.num_params:,} parameters, {what}",
         f"device  {work.num_devices} x {plan.device.title}",
         f"memory  {plan.memory.total / GIB:.2f} GiB at the peak; {plan.allowed_bytes / GIB:.2f} of "
         f"{plan.device.memory_bytes / GIB:.2f} GiB may be used",
-        *textwrap.wrap(_items(plan), 110, initial_indent=8 * " ", subsequent_indent=8 * " "),
+        *textwrap.wrap(items, 110, initial_indent=8 * " ", subsequent_indent=8 * " "),
         f"speed   {speed.tokens_per_second:,.0f} tokens/s "
         f"({speed.step_tokens / speed.high:,.0f} to {speed.step_tokens / speed.low:,.0f})",
     ]
     if plan.cost and plan.num_tokens:
         lines.append(f"cost    {time_and_money(plan.cost)} for {plan.num_tokens:,} tokens")
     return lines
-
-
-def _items(plan: Plan) -> str:
-    """The items of the peak in GiB, largest first."""
-    largest = sorted(plan.memory.items.items(), key=lambda entry: -entry[1])
-    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size >= 0.01 * GIB)
 
 
 def written_values(run: Run) -> dict[str, Any]:

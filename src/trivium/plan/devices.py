@@ -150,16 +150,11 @@ def _device(name: str, values: dict[str, Any], path: Path) -> Device:
         raise ConfigError(printable(f"{path}: {name}.{key}: {reason}") + f". A device's keys are {known}.") from None
     return Device(
         name=name,
-        title=entry.title,
-        kind=entry.kind,
         memory_bytes=int(entry.memory_gib * GIB),
         bandwidth=entry.bandwidth_gb_per_second * GIGA,
         flops={dtype: rate * TERA for dtype, rate in entry.tflops.model_dump(exclude_none=True).items()},
         link_bandwidth=entry.link_gb_per_second * GIGA,
-        price_per_hour=entry.price_per_hour,
-        source=entry.source,
-        price_source=entry.price_source,
-        price_date=entry.price_date,
+        **entry.model_dump(include={"title", "kind", "source", "price_per_hour", "price_source", "price_date"}),
     )
 
 

@@ -63,15 +63,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class ShardedMemory:
-    """The part of the model on one device.
-
-    Attributes:
-        weight_bytes: bytes of trained weights per parameter of the whole model.
-        frozen: share of the frozen weights.
-        gradient_bytes: bytes of gradients per trained parameter.
-        moments: share of the moments.
-        buffer_bytes: gathered weights and communication buckets.
-    """
+    """The part of the model on one device: bytes per trained parameter, shares of the rest, communication buffers."""
 
     weight_bytes: float
     frozen: float

@@ -102,8 +102,7 @@ def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> 
         return ResolvedRequest(situation, decision, _goal_of_decision(request, decision, facts, read_hub))
     if request.target is None:
         raise ConfigError(
-            f"--method {request.method} was given without a model. Give a model too, such as Qwen/Qwen3-0.6B, or a "
-            "run file."
+            f"--method {request.method} was given without a model. Give a model too (Qwen/Qwen3-0.6B), or a run file."
         )
     if request.method:
         methods = (request.method,)

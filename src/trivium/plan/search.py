@@ -331,24 +331,20 @@ def _too_large(goal: Goal) -> str:
 def why_too_expensive(goal: Goal, plans: list[Plan]) -> str:
     """The message if no plan is within the limits: what the cheapest and the fastest would cost."""
     costs = [(plan, plan.cost) for plan in plans if plan.cost]
-    limits = [
-        f"${goal.max_cost:,.2f}" if goal.max_cost is not None else "",
-        f"{goal.max_hours:g} h" if goal.max_hours else "",
-    ]
+    limits = [f"${goal.max_cost:,.2f}"] if goal.max_cost is not None else []
+    limits += [f"{goal.max_hours:g} h"] if goal.max_hours else []
     cheapest = min(costs, key=lambda entry: (entry[1].money or 0.0, entry[1].hours))
     fastest = min(costs, key=lambda entry: entry[1].hours)
-    shown = []
+    text = f"It fits the memory, but not {' and '.join(limits)}"
     for word, (plan, taken) in {"cheapest": cheapest, "fastest": fastest}.items():
         money = "" if taken.money is None else f"${taken.money:,.2f} and "
-        shown.append(
-            f"the {word} takes {money}{taken.hours:,.1f} h on {plan.workload.num_devices} x {plan.device.name}"
-        )
+        text += f"{':' if word == 'cheapest' else ';'} the {word} takes {money}{taken.hours:,.1f} h on "
+        text += f"{plan.workload.num_devices} x {plan.device.name}"
     share = min(
         (goal.max_cost or 0.0) / cheapest[1].money if goal.max_cost is not None and cheapest[1].money else 1.0,
         goal.max_hours / fastest[1].hours if goal.max_hours else 1.0,
     )
     tokens = (cheapest[0].num_tokens or 0) * share
     return (
-        f"It fits the memory, but not {' and '.join(filter(None, limits))}: {'; '.join(shown)}. Raise the limit, train "
-        f"on about {tokens / 1e6:,.1f}M tokens (budget.tokens), or use a smaller model."
+        f"{text}. Raise the limit, train on about {tokens / 1e6:,.1f}M tokens (budget.tokens), or use a smaller model."
     )

@@ -11,7 +11,7 @@ arXiv:2204.02311, appendix B, and Dao 2023, arXiv:2307.08691 (attention).
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from trivium.model.shape import loss_chunk_rows
 from trivium.plan.calibration import Calibration
@@ -215,8 +215,7 @@ def offload_seconds(workload: Workload) -> dict[str, float]:
     return {"offload": moved / HOST_LINK_BANDWIDTH + optimizer_bytes(workload) / HOST_MEMORY_BANDWIDTH}
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """An amount of work of one step on one device."""
 
     item: str
