@@ -238,16 +238,15 @@ def answering(answers):
 
 def test_ask_five_questions():
     assert len(questions()) <= 5
-    found = ask(answering(["no", "20K conversations", "8x h100-80", "yes", "50 USD, 36 hours"]))
-    assert found.data == given_facts("conversations", num_rows=20_000)
+    found, data = ask(answering(["no", "20K conversations", "8x h100-80", "yes", "50 USD, 36 hours"]))
+    assert data == given_facts("conversations", num_rows=20_000)
     assert (found.is_general, found.adapter_only, found.max_cost, found.max_hours) == (False, True, 50.0, 36.0)
-    situation = found.situation(found.data)
-    assert (situation.device, situation.num_devices, situation.is_laptop) == (DEVICES["h100-80"], 8, False)
+    assert (found.device, found.num_devices, found.is_laptop) == (DEVICES["h100-80"], 8, False)
 
 
 def test_ask_empty_lines_take_defaults():
-    found = ask(lambda _text, default: default)
-    assert (found.is_general, found.data, found.adapter_only, found.max_cost, found.max_hours) == (
+    found, data = ask(lambda _text, default: default)
+    assert (found.is_general, data, found.adapter_only, found.max_cost, found.max_hours) == (
         None,
         None,
         False,
@@ -260,8 +259,8 @@ def test_ask_empty_lines_take_defaults():
 def test_ask_returns_path_as_typed(tmp_path):
     path = tmp_path / "5K tokens"
     path.touch()
-    assert ask(answering(["", str(path)])).data == str(path)
-    assert ask(answering(["", "2,000,000 tokens"])).data == given_facts("documents", num_tokens=2_000_000)
+    assert ask(answering(["", str(path)]))[1] == str(path)
+    assert ask(answering(["", "2,000,000 tokens"]))[1] == given_facts("documents", num_tokens=2_000_000)
 
 
 def test_ask_repeats_and_then_refuses():

@@ -212,14 +212,14 @@ def _ask(request: "PlanRequest") -> "ResolvedRequest":
             "There is nothing to plan. Expected a run file, a model (Qwen/Qwen3-0.6B), or data: --data FILE, or "
             "--rows 5K --kind conversations, or --tokens 1B --kind documents. On a terminal, `trivium plan` asks."
         )
-    answers = ask(lambda text, default: click.prompt(text, default=default, err=True))
-    facts, sources = answers.data, ()
+    situation, facts = ask(lambda text, default: click.prompt(text, default=default, err=True))
+    sources = ()
     if isinstance(facts, str):
         sources = (str(Path(facts).expanduser()),)
         facts = _survey([Source(path=path) for path in sources])
-    limits = {"max_cost": answers.max_cost, "max_hours": answers.max_hours}
-    request = replace(request, sources=sources, num_devices=answers.num_devices, **limits)
-    return resolve_situation(answers.situation(facts), request, _read_hub)
+    limits = {"max_cost": situation.max_cost, "max_hours": situation.max_hours}
+    request = replace(request, sources=sources, num_devices=situation.num_devices, **limits)
+    return resolve_situation(replace(situation, facts=facts), request, _read_hub)
 
 
 def _notes(plan: "Plan") -> list[str]:

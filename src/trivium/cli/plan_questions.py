@@ -9,7 +9,6 @@ from typing import Any
 from trivium.config.run import parse_count
 from trivium.errors import ConfigError
 from trivium.plan import devices
-from trivium.plan.devices import Device
 from trivium.plan.situation import Situation
 from trivium.plan.workload import DataFacts, given_facts
 
@@ -24,43 +23,18 @@ HOURS = {"hour": 1, "hours": 1, "h": 1, "day": 24, "days": 24, "d": 24, "week": 
 
 
 @dataclass(frozen=True)
-class PlanAnswers:
-    """The answers; fields as in `Situation`. `data` is an amount or a path, None if there is none yet."""
-
-    is_general: bool | None
-    data: DataFacts | str | None
-    device: Device
-    num_devices: int
-    is_laptop: bool
-    adapter_only: bool
-    max_cost: float | None
-    max_hours: float | None
-
-    def situation(self, facts: DataFacts | None) -> Situation:
-        """The situation, with the facts of `data`."""
-        return Situation(
-            facts=facts,
-            is_general=self.is_general,
-            device=self.device,
-            num_devices=self.num_devices,
-            is_laptop=self.is_laptop,
-            adapter_only=self.adapter_only,
-            max_cost=self.max_cost,
-            max_hours=self.max_hours,
-        )
-
-
-@dataclass(frozen=True)
 class PlanQuestion:
-    """A question with its default answer, and a parser that returns fields of `PlanAnswers`."""
+    """A question with its default answer, and a parser that returns fields of `Situation`, or `data`."""
 
     text: str
     default: str
     read: Callable[[str], dict[str, Any]]
 
 
-def ask(prompt: Callable[[str, str], str]) -> PlanAnswers:
+def ask(prompt: Callable[[str, str], str]) -> tuple[Situation, DataFacts | str | None]:
     """Ask every question with `prompt(text, default)`, and again if the answer is invalid.
+
+    Returns the situation without facts, and the data: facts, or a path as typed, or None.
 
     Raises: ConfigError after three invalid answers to a question.
     """
@@ -75,7 +49,8 @@ def ask(prompt: Callable[[str, str], str]) -> PlanAnswers:
                 if number == MAX_TRIES:
                     raise
                 text = f"{error}\n{question.text}"
-    return PlanAnswers(**answers)
+    data = answers.pop("data")
+    return Situation(**answers), data
 
 
 def questions() -> tuple[PlanQuestion, ...]:

@@ -274,33 +274,33 @@ def _saved_by_attention(w: Workload) -> float:
     """Bytes per token: norms, queries, keys, values, attention output, inputs of trained projections."""
     shape, size, saved = w.shape, w.dtype_bytes, _projections_with_saved_input(w)
     query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    kept = _saved_by_norm(w, shape.hidden_size, 1)
+    saved_bytes = _saved_by_norm(w, shape.hidden_size, 1)
     if saved & {"q_proj", "k_proj", "v_proj"}:
-        kept += size * shape.hidden_size
+        saved_bytes += size * shape.hidden_size
     if shape.qk_norm:
-        kept += _saved_by_norm(w, query, shape.num_attention_heads)
-        kept += _saved_by_norm(w, key_value, shape.num_key_value_heads)
+        saved_bytes += _saved_by_norm(w, query, shape.num_attention_heads)
+        saved_bytes += _saved_by_norm(w, key_value, shape.num_key_value_heads)
     in_attention = FP32 if w.device_type == "cpu" else size
-    kept += in_attention * (2 * query + 2 * key_value) + FP32 * shape.num_attention_heads
+    saved_bytes += in_attention * (2 * query + 2 * key_value) + FP32 * shape.num_attention_heads
     # A CPU processes documents one by one and joins the results.
     is_copied = w.device_type == "cpu" and (size != FP32 or w.micro_tokens > (w.document_tokens or w.seq_len))
-    return kept + (size * query if is_copied and "o_proj" in saved else 0)
+    return saved_bytes + (size * query if is_copied and "o_proj" in saved else 0)
 
 
 def _saved_by_feed_forward(w: Workload) -> float:
     """Bytes per token: the norm, gate before and after SiLU, up, and their product if down_proj is trained."""
     shape, size, saved = w.shape, w.dtype_bytes, _projections_with_saved_input(w)
-    kept = _saved_by_norm(w, shape.hidden_size, 1) + 3 * size * shape.intermediate_size
+    saved_bytes = _saved_by_norm(w, shape.hidden_size, 1) + 3 * size * shape.intermediate_size
     if saved & {"gate_proj", "up_proj"}:
-        kept += size * shape.hidden_size
-    return kept + (size * shape.intermediate_size if "down_proj" in saved else 0)
+        saved_bytes += size * shape.hidden_size
+    return saved_bytes + (size * shape.intermediate_size if "down_proj" in saved else 0)
 
 
 def _saved_by_adapter(w: Workload) -> float:
     """Bytes per token: outputs of A; DoRA's two outputs; dropout's masks and outputs."""
     if w.adapter is None:
         return 0
-    size, kept = w.dtype_bytes, 0
+    size, saved_bytes = w.dtype_bytes, 0
     mask_bytes = size if w.device_type == "cpu" else 1
     for matrix in w.shape.layer_matrices():
         if matrix.name in w.adapter.targets:
@@ -309,8 +309,8 @@ def _saved_by_adapter(w: Workload) -> float:
                 per_matrix += 2 * size * matrix.out_features
             if w.adapter.dropout:
                 per_matrix += (mask_bytes + size) * matrix.in_features
-            kept += matrix.active * per_matrix
-    return kept
+            saved_bytes += matrix.active * per_matrix
+    return saved_bytes
 
 
 def _projections_with_saved_input(w: Workload) -> set[str]:

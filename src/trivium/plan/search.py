@@ -294,7 +294,7 @@ def _why_method(goal: Goal, plan: Plan) -> str:
 
 def _why_device(goal: Goal, plan: Plan) -> str:
     if len(goal.devices) == 1:
-        return "the only one to choose from"
+        return "the only device considered"
     wish = "cheapest" if goal.prefer == "cheapest" else "fastest"
     return f"the {wish} of {len(goal.devices)} devices that fit"
 
