@@ -84,7 +84,7 @@ def small(tmp_path_factory) -> Small:
 
 
 def shrunken(name: str, small: Small, runs_dir: Path) -> Run:
-    """The recipe with another model and other data, a short step and one device; all else as it is."""
+    """The recipe with another model and other data, a short step and one device; all else unchanged."""
     run = load_run(FILES[name]).run
     budgeted = run.model.params is not None
     model = "100K" if budgeted else small.models[shape(run).family]

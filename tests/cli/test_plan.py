@@ -1,4 +1,4 @@
-"""`trivium plan`: the page, its JSON, the run file it writes, the questions, and nonsense refused in a paragraph."""
+"""`trivium plan`: the page, JSON, the written run file, the questions, and wrong usage."""
 
 import json
 import os
@@ -21,7 +21,7 @@ HEAVY = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
 
 @pytest.fixture(autouse=True)
 def at_home(tmp_path: Path, monkeypatch):
-    """No prices or calibration of whoever runs the tests."""
+    """An empty home folder, without prices or a calibration."""
     monkeypatch.setenv("TRIVIUM_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
 

@@ -1,4 +1,4 @@
-"""The counts behind a prediction against torch's own counter, and what a calibration makes of its timings."""
+"""FLOP counts against torch's counter, and the fit of a calibration."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from trivium.config.run import Adapter
 from trivium.errors import TriviumError
 from trivium.measure import calibrate as calibrating
-from trivium.measure.calibrate import SAMPLES, Sample, calibrate, fit, non_negative_fit
+from trivium.measure.calibrate import TIMINGS, Timing, calibrate, fit, non_negative_fit
 from trivium.measure.synthetic import synthetic_batches, synthetic_engine
 from trivium.model.shape import QwenShape
 from trivium.plan import calibration
@@ -46,7 +46,7 @@ ADAPTER = Adapter(rank=8, targets=["q_proj", "v_proj", "down_proj"])
 
 
 def counted_flops(workload):
-    """What torch counts in one step; its table lacks the CPU's attention, whose formula it has."""
+    """FLOPs that torch counts in one step, with the formulas of attention added for the CPU."""
     engine, batches = synthetic_engine(workload), synthetic_batches(workload)
 
     def forward(query, key, value, *args, out_shape=None, **kwargs):
@@ -82,7 +82,7 @@ def counted_flops(workload):
 )
 def test_step_work_flops_match_torch_counter(changes):
     workload = replace(SMALL, **changes)
-    # Torch counts the whole square of scores, of which causality needs half.
+    # Torch counts all attention scores, twice the causal ones.
     counts = [count(workload) for count in (projection_flops, adapter_flops, head_flops, attention_flops)]
     assert sum(counts) + counts[-1] == pytest.approx(counted_flops(workload), rel=1e-9)
 
@@ -95,7 +95,7 @@ def test_step_work_flops_match_torch_counter(changes):
     scale=st.sampled_from([1e-12, 1.0, 1e9]),
 )
 def test_non_negative_fit_is_optimal(rows, columns, seed, scale):
-    """The conditions of Karush, Kuhn and Tucker: no step up helps anywhere, no step down where there is room."""
+    """The Karush-Kuhn-Tucker conditions hold."""
     rng = np.random.default_rng(seed)
     matrix, target = rng.normal(size=(rows, columns)), rng.normal(size=rows)
     x = non_negative_fit(matrix * scale, target) * scale
@@ -109,11 +109,11 @@ def seconds_by(rates, workload):
 
 
 def test_fit_recovers_rates():
-    """All kinds of work can be told apart by the samples."""
+    """The timings can tell all kinds of work apart."""
     rng = np.random.default_rng(0)
     usual = {"flops": 4e-12, "head_flops": 5e-12, "attention_flops": 1.5e-11, "attention_scores": 1e-9}
     usual |= {"bytes": 1.4e-10, "weight_bytes": 1.2e-10, "logits": 1.7e-9, "nf4_values": 1e-9, "operations": 1e-5}
-    steps = [sample.workload("bf16", "cpu") for sample in SAMPLES]
+    steps = [timing.workload("bf16", "cpu") for timing in TIMINGS]
     for _ in range(5):
         planted = {kind: seconds * rng.uniform(0.3, 3.0) for kind, seconds in usual.items()}
         found, error = fit(steps, [seconds_by(planted, workload) for workload in steps])
@@ -124,23 +124,23 @@ def test_fit_recovers_rates():
 def test_fit_with_noise():
     rng = np.random.default_rng(1)
     planted = dict.fromkeys(KINDS, 0.0) | {"flops": 5e-12, "head_flops": 5e-12, "bytes": 1e-10, "operations": 1e-5}
-    steps = [sample.workload("bf16", "cpu") for sample in SAMPLES]
+    steps = [timing.workload("bf16", "cpu") for timing in TIMINGS]
     times = [seconds_by(planted, workload) * rng.uniform(0.93, 1.07) for workload in steps]
     found, error = fit(steps, times)
     assert error < 0.2
-    unseen = Sample(320, 5, 12000, tokens=768, document=192, head_dim=32).workload("bf16", "cpu")
+    unseen = Timing(320, 5, 12000, tokens=768, document=192, head_dim=32).workload("bf16", "cpu")
     assert seconds_by(found, unseen) == pytest.approx(seconds_by(planted, unseen), rel=0.1)
 
 
 def test_fit_without_a_kind_of_work():
-    steps = [sample.workload("bf16", "cpu") for sample in SAMPLES if sample.trained != "packed"]
+    steps = [timing.workload("bf16", "cpu") for timing in TIMINGS if timing.trained != "packed"]
     found, _ = fit(steps, [1.0] * len(steps))
     assert set(found) == set(KINDS) - {"nf4_values"}
 
 
 def test_fit_of_gpu_launches():
-    """A device that would take 2 microseconds for the smallest step's work waits for 5 microseconds an operation."""
-    steps = [sample.workload("bf16", "gpu") for sample in SAMPLES]
+    """The smallest step is limited by launches of 5 microseconds each."""
+    steps = [timing.workload("bf16", "gpu") for timing in TIMINGS]
     planted = {"flops": 2e-15, "head_flops": 2e-15, "attention_flops": 4e-15, "attention_scores": 0.0, "bytes": 1e-12}
     planted |= {"weight_bytes": 1e-12, "logits": 1e-11, "nf4_values": 2e-12, "operations": 5e-6}
 
@@ -155,28 +155,28 @@ def test_fit_of_gpu_launches():
 
 
 def test_calibrate_refuses_contradicting_timings(monkeypatch):
-    """The same step, once in a second and once in ten: other work was running."""
-    sample = Sample(32, 1, 64, tokens=32, document=16, head_dim=16)
+    """The same step takes one second, then ten."""
+    timing = Timing(32, 1, 64, tokens=32, document=16, head_dim=16)
     seconds = iter([1.0, 10.0])
-    monkeypatch.setattr(calibrating, "SAMPLES", (sample, sample))
+    monkeypatch.setattr(calibrating, "TIMINGS", (timing, timing))
     monkeypatch.setattr(calibrating, "measure_step", lambda workload, device: next(seconds))
     with pytest.raises(TriviumError, match="contradict each other"):
         calibrate(device="cpu")
 
 
 def test_calibrate_this_machine(tmp_path, monkeypatch):
-    """Timings themselves are left to the bench: of steps as small as these they say nothing."""
+    """Steps this small are not accurate; bench/speed.py checks the accuracy."""
     monkeypatch.setenv("TRIVIUM_HOME", str(tmp_path))
-    samples = (Sample(32, 1, 64, tokens=32, document=16, head_dim=16), Sample(32, 2, 64, 32, 32, 16, trained="adapter"))
-    monkeypatch.setattr(calibrating, "SAMPLES", samples)
-    monkeypatch.setattr(calibrating, "SECONDS_PER_SAMPLE", 0.0)
-    monkeypatch.setattr(calibrating, "MOST_ERROR", float("inf"))
+    timings = (Timing(32, 1, 64, tokens=32, document=16, head_dim=16), Timing(32, 2, 64, 32, 32, 16, trained="adapter"))
+    monkeypatch.setattr(calibrating, "TIMINGS", timings)
+    monkeypatch.setattr(calibrating, "SECONDS_PER_TIMING", 0.0)
+    monkeypatch.setattr(calibrating, "MAX_ERROR", float("inf"))
     notes = []
     found = calibrate(notes.append, "cpu")
     assert found.device == processor().name and found.num_threads == torch.get_num_threads()
     assert "fp32" in found.seconds_per_unit and notes[0] == "fp32: step 1 of 2"
     calibration.save(found)
     assert calibration.load() == found
-    workload = SAMPLES[1].workload("fp32", "cpu")
+    workload = TIMINGS[1].workload("fp32", "cpu")
     predicted = predict_speed(workload, processor(), calibration.load())
     assert predicted.seconds_per_step > 0.0 and predicted != predict_speed(workload, processor())

@@ -1,4 +1,4 @@
-"""A step traced without values against the memory that torch's allocator really gave out."""
+"""Traces of a step against the memory that torch allocates."""
 
 import gc
 import resource
@@ -39,7 +39,7 @@ def workload(**changes: Any) -> Workload:
 
 
 def measured_peak(work: Workload) -> int:
-    """The most bytes that the CPU's allocator had given out at one time, over two real steps."""
+    """Peak bytes of the CPU's allocator over two real steps."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
         engine = synthetic_engine(work)
@@ -65,9 +65,13 @@ CASES: dict[str, dict[str, Any]] = {
         "step_tokens": 1024,
     },
     "scratch, large untied head": {**SCRATCH, "shape": replace(SMALL, vocab_size=30_000, tie_word_embeddings=False)},
-    "lora, fp32, recomputed": {**LORA, "compute_dtype": "fp32", "activation_checkpointing": True},
-    "qlora, one document a row": {**LORA, "weights": "nf4", "shape": QWEN2, "document_tokens": None},
-    "dora, dropout, token rows": {**LORA, "adapter": Adapter(rank=4, dora=True, dropout=0.1), "num_token_rows": 2},
+    "lora, fp32, checkpointed": {**LORA, "compute_dtype": "fp32", "activation_checkpointing": True},
+    "qlora, one document per sequence": {**LORA, "weights": "nf4", "shape": QWEN2, "document_tokens": None},
+    "dora, dropout, trainable tokens": {
+        **LORA,
+        "adapter": Adapter(rank=4, dora=True, dropout=0.1),
+        "num_token_rows": 2,
+    },
 }
 
 
@@ -89,8 +93,8 @@ def test_trace_peak_counts_weights_gradients_moments(changes: dict[str, Any]) ->
     assert weight_bytes(trace) == 4 * trained + work.frozen_bytes
     assert sum(trace.items.values()) == trace.peak_bytes == max(trace.phases.values())
     num_tensors = len(synthetic_engine(replace(work, weights="pretrained")).parameters)
-    assert trace.items["moments"] == 8 * trained + 4 * num_tensors  # and the count of steps of each
-    # When the optimizer steps there are the gradients, and little more than that.
+    assert trace.items["moments"] == 8 * trained + 4 * num_tensors  # and a step counter per tensor
+    # The optimizer step needs little more than weights, moments and gradients.
     states = weight_bytes(trace) + trace.items["moments"] + 4 * trained
     assert states <= trace.phases["optimizer"] < 1.05 * states
 
@@ -98,7 +102,7 @@ def test_trace_peak_counts_weights_gradients_moments(changes: dict[str, Any]) ->
 def test_trace_peak_needs_little_memory() -> None:
     shape = replace(catalog.get("Qwen3-8B"), num_hidden_layers=2)
     work = workload(**LORA, shape=shape, device_type="gpu")
-    trace_peak(workload(**LORA, device_type="gpu"))  # what is imported for it is there
+    trace_peak(workload(**LORA, device_type="gpu"))  # imports everything first
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trace = trace_peak(work)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

@@ -1,4 +1,4 @@
-"""Plans of run folders read back: errors counted by hand, runs without a measurement, files that are no plan."""
+"""`trivium plan --check`: errors computed by hand, runs without measurements, malformed files."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def write_run(folder: Path, plan: object = None, finished: bool = True) -> Path:
 
 
 def plan_of(gib: float, tokens_per_second: float, measured: tuple[float, float] | None = None) -> dict[str, Any]:
-    """A plan of so many GiB and tokens a second, and what was measured of both."""
+    """A plan with its predictions and measurements."""
     figures = {"bytes": gib * (1 << 30), "low": 0.9 * gib * (1 << 30), "high": 1.1 * gib * (1 << 30)}
     predicted = {
         "device": "a device",

@@ -1,4 +1,4 @@
-"""The way to train: the tables that are taught are kept to, every situation has an answer, more never means less."""
+"""The choice of a method, its warnings and checklist, and the questions of `trivium plan`."""
 
 import re
 from dataclasses import replace
@@ -33,7 +33,7 @@ def text(num_tokens: int) -> DataFacts:
     return DataFacts(max(1, num_tokens // 1000), num_tokens, "documents", 1000.0)
 
 
-# The table of four paths: data needed, and what is taken where hardware, licence and max_cost forbid nothing.
+# The method by amount of data, when hardware, license and max_cost allow everything.
 @pytest.mark.parametrize(
     ("facts", "name", "method"),
     [
@@ -70,7 +70,7 @@ def test_decide_reports_gaps_between_approaches(facts, name):
 
 @pytest.mark.parametrize("num_pairs", [5_000, 20_000, 50_000])
 def test_decide_fairy_tales_on_a_laptop(num_pairs):
-    """Synthetic tales in Korean, trained on a laptop, of which only the adapter is published."""
+    """Synthetic tales in Korean on a laptop; only the adapter may be published."""
     decision = decide(Situation(pairs(num_pairs), adapter_only=True, **LAPTOP))
     assert (decision.method, decision.model) == ("lora", "Qwen/Qwen2.5-0.5B-Instruct")
     if num_pairs >= 10_000:
@@ -89,7 +89,7 @@ def test_decide_adapter_on_laptop():
 
 @pytest.mark.parametrize(("device", "method"), [("t4", "qlora"), ("a100-80", "lora")])
 def test_decide_lora_or_qlora_by_memory(device, method):
-    """Taught as: 7B by QLoRA on 16 GB, by LoRA on 25 GB and more."""
+    """7B needs QLoRA on 16 GB, and LoRA fits on 25 GB and more."""
     situation = Situation(pairs(5_000), False, DEVICES[device], model="Qwen/Qwen2.5-7B-Instruct")
     decision = decide(situation)
     assert (decision.method, decision.model) == (method, "Qwen/Qwen2.5-7B-Instruct")
@@ -109,7 +109,7 @@ def test_decide_full_7b_needs_several_a100():
 
 
 def test_decide_limits_cost_and_time():
-    """From scratch takes 6 x parameters x tokens; what that costs at the full peak buys nobody a run."""
+    """6 x parameters x tokens FLOPs at the full peak are too cheap to be possible."""
     device = DEVICES["h100-80"]
     assert device.price_per_hour is not None
     smallest = catalog.get("Qwen3-0.6B-Base").num_matmul_params
@@ -194,7 +194,7 @@ def test_decide_any_situation(situation):
     if situation.adapter_only:
         assert decision.method in (None, "lora", "qlora")
     if situation.is_laptop and decision.model is not None and decision.name not in ("adapter", "none"):
-        assert situation.num_params is not None  # too small to have been published, and so for a laptop
+        assert situation.num_params is not None  # smaller than any published model, so it fits a laptop
 
 
 @settings(max_examples=150, deadline=None)
@@ -231,23 +231,22 @@ def test_checklist_uses_plan_and_names_existing_commands():
 
 
 def answering(answers):
-    """A prompt that takes its answers from a list, and an empty line afterwards."""
+    """A prompt that takes its answers from a list, then empty lines."""
     left = iter(answers)
     return lambda _text, default: next(left, "") or default
 
 
 def test_ask_five_questions():
     assert len(questions()) <= 5
-    found = ask(answering(["no", "20K conversations", "8x h100-80", "yes", "50 USD, 36 hours"]))
-    assert found.data == given_facts("conversations", num_rows=20_000)
+    found, data = ask(answering(["no", "20K conversations", "8x h100-80", "yes", "50 USD, 36 hours"]))
+    assert data == given_facts("conversations", num_rows=20_000)
     assert (found.is_general, found.adapter_only, found.max_cost, found.max_hours) == (False, True, 50.0, 36.0)
-    situation = found.situation(found.data)
-    assert (situation.device, situation.num_devices, situation.is_laptop) == (DEVICES["h100-80"], 8, False)
+    assert (found.device, found.num_devices, found.is_laptop) == (DEVICES["h100-80"], 8, False)
 
 
 def test_ask_empty_lines_take_defaults():
-    found = ask(lambda _text, default: default)
-    assert (found.is_general, found.data, found.adapter_only, found.max_cost, found.max_hours) == (
+    found, data = ask(lambda _text, default: default)
+    assert (found.is_general, data, found.adapter_only, found.max_cost, found.max_hours) == (
         None,
         None,
         False,
@@ -260,8 +259,8 @@ def test_ask_empty_lines_take_defaults():
 def test_ask_returns_path_as_typed(tmp_path):
     path = tmp_path / "5K tokens"
     path.touch()
-    assert ask(answering(["", str(path)])).data == str(path)
-    assert ask(answering(["", "2,000,000 tokens"])).data == given_facts("documents", num_tokens=2_000_000)
+    assert ask(answering(["", str(path)]))[1] == str(path)
+    assert ask(answering(["", "2,000,000 tokens"]))[1] == given_facts("documents", num_tokens=2_000_000)
 
 
 def test_ask_repeats_and_then_refuses():

@@ -1,4 +1,4 @@
-"""Devices: the figures that ship, the user's edits, and what this machine is found to be."""
+"""The device catalog, the user's changes, and the detection of this machine."""
 
 import os
 import re
@@ -39,7 +39,7 @@ CAPACITY = {"rtx-4090": 23.64, "rtx-3090": 23.69, "rtx-5090": 31.37, "t4": 14.76
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """An empty folder of the user's."""
+    """An empty home folder."""
     monkeypatch.setenv("TRIVIUM_HOME", str(tmp_path))
     return tmp_path
 

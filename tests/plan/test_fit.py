@@ -1,4 +1,4 @@
-"""What fits: portions of a batch, fixes that really fix, plans no dearer than an exhaustive search finds, run files."""
+"""Sizing the batch, fixes, the search against an exhaustive one, and written run files."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -74,14 +74,14 @@ def test_settle_batch_keeps_what_is_set():
 
 
 def changes_batching_only(fix: Fix) -> bool:
-    """Whether a fix is nothing but a smaller micro-batch, recomputation, or both."""
+    """Whether a fix is only a smaller micro-batch, activation checkpointing, or both."""
     return all(word.startswith(("batch.micro", "activation_ch")) for word in fix.text.partition(":")[0].split())
 
 
 @given(methods, models, gpus)
 @settings(max_examples=12)
 def test_cheapest_fixes_make_the_run_fit(method: str, model: str, device: Device):
-    """Typed behind the run file, a fix gives a run whose peak is the one that was promised."""
+    """The overrides of a fix give a run with the predicted peak."""
     run = resolve(method, model).run
     work = goal(method, model, device).workload(run, device, 1)
     fixes = cheapest_fixes(work, device, count=20)
@@ -99,7 +99,7 @@ def test_cheapest_fixes_make_the_run_fit(method: str, model: str, device: Device
             there = replace(there, micro_tokens=work.micro_tokens)
         assert peak_memory(there).total == fix.memory.total, fix.text
     neutral = [changes_batching_only(fix) for fix in fixes]
-    assert neutral == sorted(neutral, reverse=True)  # what leaves the learning as it is stands first
+    assert neutral == sorted(neutral, reverse=True)  # changes that keep the training the same come first
 
 
 def test_cheapest_fixes_are_sorted():
@@ -112,7 +112,7 @@ def test_cheapest_fixes_are_sorted():
     batching_only = [fix for fix in fixes if changes_batching_only(fix)]
     assert batching_only == sorted(batching_only, key=lambda fix: fix.time_factor) and batching_only
     tiny = cheapest_fixes(work, device, memory_bytes=1 << 20, count=50)
-    assert all("GiB, $" in fix.text for fix in tiny)  # nothing but another device fits a mebibyte
+    assert all("GiB, $" in fix.text for fix in tiny)  # only another device helps with one mebibyte
 
 
 def exhaustive(method: str, model: str, device: Device) -> list[tuple[Workload, float]]:
@@ -157,7 +157,7 @@ def test_search_more_memory_is_never_slower(method: str, model: str, device: Dev
 
 
 def alone(everything: Goal, count: int) -> list[Plan]:
-    """The plan for each device by itself, where there is one."""
+    """The plan for each device alone, if one fits."""
     plans = []
     for device in everything.devices:
         with suppress(DoesNotFit):
@@ -191,7 +191,7 @@ def test_search_keeps_set_keys():
     plan = search(Goal((resolved.run,), catalog.get("Qwen3-0.6B"), (DEVICES["h100-80"],), set_keys=keys))
     assert plan.run.optimizer.state_dtype == "8bit" and plan.run.batch.micro_tokens == 4096
     assert plan.workload.compute_dtype == "fp32" and plan.reasons["batch.micro_tokens"] == "as you set it"
-    assert plan.cost is None  # nobody said how much data there is
+    assert plan.cost is None  # the amount of data is unknown
 
 
 def test_search_takes_qlora_when_lora_does_not_fit():
@@ -236,7 +236,7 @@ def test_write_run_never_overwrites_other_files(tmp_path: Path):
     plan = search(goal("lora", "Qwen3-0.6B", DEVICES["l4"]))
     mine = tmp_path / "mine.yaml"
     mine.write_text("method: lora\n")
-    with pytest.raises(ConfigError, match="no plan wrote it"):
+    with pytest.raises(ConfigError, match="not written by"):
         write_run(plan, mine)
     assert mine.read_text() == "method: lora\n"
     fresh = tmp_path / "new" / "plan.yaml"

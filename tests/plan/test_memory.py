@@ -1,4 +1,4 @@
-"""The closed form against the allocator, in a few small steps (the bench has many), and what must always hold."""
+"""The formulas against the allocator in a few small steps (the bench has many), and general properties."""
 
 from dataclasses import replace
 from typing import Any
@@ -31,11 +31,11 @@ STEP = Workload(
 LORA: dict[str, Any] = {"weights": "pretrained", "adapter": Adapter(rank=8), "supervised_share": 0.5}
 CASES: dict[str, dict[str, Any]] = {
     "scratch": {},
-    "scratch, recomputed, accumulated": {"activation_checkpointing": True, "step_tokens": 2048},
+    "scratch, checkpointed, accumulated": {"activation_checkpointing": True, "step_tokens": 2048},
     "scratch, fp32, untied": {"compute_dtype": "fp32", "shape": replace(SMALL, tie_word_embeddings=False)},
     "lora": LORA,
-    "lora, fp32, recomputed": LORA | {"compute_dtype": "fp32", "activation_checkpointing": True},
-    "qlora, Qwen2.5, recomputed": LORA
+    "lora, fp32, checkpointed": LORA | {"compute_dtype": "fp32", "activation_checkpointing": True},
+    "qlora, Qwen2.5, checkpointed": LORA
     | {"weights": "nf4", "activation_checkpointing": True, "shape": replace(SMALL, family="qwen2")},
     "some targets, dropout": LORA | {"adapter": Adapter(targets=["q_proj", "down_proj"], dropout=0.1)},
     "8-bit moments": {"state_dtype": "8bit", "activation_checkpointing": True},
@@ -66,10 +66,10 @@ steps = st.builds(
 @settings(max_examples=60)
 def test_peak_memory_is_monotonic(work: Workload) -> None:
     whole = peak_memory(work).total
-    # With as many micro-batches: accumulating gradients takes more than one pass does.
+    # The number of micro-batches stays the same, because accumulating gradients needs memory.
     assert peak_memory(replace(work, micro_tokens=512, step_tokens=work.step_tokens // 2)).total <= whole
     assert peak_memory(replace(work, supervised_share=0.01)).total <= whole
-    # On several devices nothing but gathered weights and buckets is added.
+    # Several devices add only gathered weights and buckets.
     several = replace(work, num_devices=8, step_tokens=8 * work.step_tokens)
     added = peak_memory(several).items.get("communication", 0)
     assert peak_memory(several).total <= whole + added + 1

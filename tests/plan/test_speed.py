@@ -1,8 +1,8 @@
-"""Speed and cost: published measurements, properties of the arithmetic, and the file of a calibration."""
+"""Speed and cost against published measurements, general properties, and the calibration file."""
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -38,7 +38,7 @@ TINY = QwenShape("qwen3", 512, 64, 192, 2, 4, 2, 16, tie_word_embeddings=True)
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """An empty folder of the user's."""
+    """An empty home folder."""
     monkeypatch.setenv("TRIVIUM_HOME", str(tmp_path))
     return tmp_path
 
@@ -55,9 +55,8 @@ def full_row(name, seq_len, micro_tokens, micro_batches=4, **values):
     return step(shape, seq_len=seq_len, micro_tokens=micro_tokens, step_tokens=micro_batches * micro_tokens, **values)
 
 
-# Seconds of a step of eight micro-batches of LoRA, with recomputation, on an A100-80. Source: github.com/QwenLM/Qwen,
-# README, "Profiling of Memory and Speed". Of rows of 256 tokens its stack does nothing but begin operations, far more
-# than this engine has: that row is left out.
+# Seconds of a step of eight micro-batches of LoRA, with checkpointing, on an A100-80. Source: github.com/QwenLM/Qwen,
+# README, "Profiling of Memory and Speed". Its row for 256 tokens is left out: that stack launches far more operations.
 QWEN_7B_LORA_A100 = {512: 1.5, 1024: 2.8, 2048: 5.2, 4096: 10.1, 8192: 21.3}
 
 
@@ -104,7 +103,7 @@ def test_predict_speed_utilization_of_large_models():
 
 
 def test_projection_flops_of_adapter_are_two_thirds():
-    """4 instead of 6 FLOPs a parameter and token, since only the weights' own gradients are spared."""
+    """4 instead of 6 FLOPs a parameter and token, because only the weight gradients are saved."""
     full, adapted = (step(QWEN_7B, micro_tokens=4096, adapter=kind) for kind in (None, Adapter()))
     assert projection_flops(adapted) / projection_flops(full) == pytest.approx(2 / 3, rel=0.01)
     recomputed = projection_flops(replace(adapted, activation_checkpointing=True))
@@ -183,7 +182,7 @@ def test_predict_speed_of_more_devices():
     ]
     paces = [speed.tokens_per_second for speed in speeds]
     assert paces[0] < paces[1] < paces[2]
-    assert paces[2] <= 64 * paces[0] * 1.1  # a shard of the optimizer is all that can help
+    assert paces[2] <= 64 * paces[0] * 1.1  # only the sharded optimizer can help
 
 
 def test_predict_speed_offload_costs_time():
@@ -227,7 +226,7 @@ def test_predict_speed_uses_calibration_of_its_device_and_dtype():
     assert predict_speed(work, laptop, measured).seconds_per_step == pytest.approx(by_rates)
     for other, device in ((work, DEVICES["cpu-server"]), (replace(work, compute_dtype="bf16"), laptop)):
         assert predict_speed(other, device, measured) == predict_speed(other, device)
-    # What was not measured, such as unpacking without bitsandbytes, is the data sheet's.
+    # Kinds that were not measured use the data sheet, for example dequantization without bitsandbytes.
     part = calibrated(seconds_per_unit={"fp32": {"flops": 0.0}})
     assert 0 < predict_speed(work, laptop, part).seconds_per_step < predict_speed(work, laptop).seconds_per_step
 
@@ -245,9 +244,9 @@ def test_calibration_save_and_load(home):
         "{",
         "[]",
         "{}",
-        json.dumps(asdict(calibrated()) | {"seconds_per_unit": {"fp32": {"flops": -1.0}}}),
-        json.dumps(asdict(calibrated()) | {"seconds_per_unit": {"fp32": {"flops": float("nan")}}}),
-        json.dumps(asdict(calibrated()) | {"more": 1}),
+        json.dumps(calibrated().model_dump() | {"seconds_per_unit": {"fp32": {"flops": -1.0}}}),
+        json.dumps(calibrated().model_dump() | {"seconds_per_unit": {"fp32": {"flops": float("nan")}}}),
+        json.dumps(calibrated().model_dump() | {"more": 1}),
     ],
 )
 def test_calibration_load_refuses_other_files(home, content):

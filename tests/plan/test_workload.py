@@ -1,4 +1,4 @@
-"""Counts of parameters and bytes against the objects themselves: PEFT's adapters, bitsandbytes' matrices, moments."""
+"""Counts of parameters and bytes against PEFT's adapters, bitsandbytes' matrices and optimizer states."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""`trivium plan`: which method, does it fit, how long does it take and what does it cost, before renting or training.
+"""`trivium plan`: choose a method, and predict memory, time and cost before renting or training.
 
-Turns options into a request and prints the answer; `trivium.plan` plans and `trivium.report.plan_page` formats.
-Torch is imported for --calibrate only, and for a model that only the Hub knows.
+Turns options into a `PlanRequest` and prints the answer. Imports torch only for --calibrate and for models that are not
+in the catalog.
 """
 
 import json
@@ -31,7 +31,7 @@ MAX_AMOUNT = 1e18
 
 
 class Amount(click.ParamType):
-    """A number above zero, counts as run files write them: 0.5, 24, 10K, 1.5B."""
+    """A number above zero, with an optional suffix as in run files: 0.5, 24, 10K, 1.5B."""
 
     name = "number"
 
@@ -45,7 +45,7 @@ class Amount(click.ParamType):
         if not 0 < number <= MAX_AMOUNT:
             name = param.opts[0] if param else "A number"
             raise ConfigError(
-                f"{name} is {value!r}; expected a number above zero and up to {MAX_AMOUNT:.0e}, such as 0.5, 24 or 10K."
+                f"{name} is {value!r}; expected a number above zero and up to {MAX_AMOUNT:.0e}, for example 0.5 or 10K."
             )
         return number
 
@@ -58,11 +58,11 @@ GROUPS = {
     "Output": ("run_file", "as_json"),
     "Instead of a plan": ("calibrate", "is_check"),
 }
-"""The options by what they are about, as `--help` shows them."""
+"""Groups of options in `--help`."""
 
 
 class GroupedCommand(click.Command):
-    """A command whose help shows its options in groups."""
+    """A command with grouped options in its help."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in GROUPS.items():
@@ -74,12 +74,10 @@ class GroupedCommand(click.Command):
 @click.command(cls=GroupedCommand)
 @click.argument("words", nargs=-1, metavar="[RUN_FILE_OR_MODEL] [KEY=VALUE]...")
 @click.option("--data", type=FILE, multiple=True, help="A file or folder of training data; repeatable.")
-@click.option("--rows", type=AMOUNT, help="Number of conversations or documents, instead of files, such as 5K.")
-@click.option("--tokens", type=AMOUNT, help="Number of tokens, instead of files or with --rows, such as 1B.")
+@click.option("--rows", type=AMOUNT, help="Number of conversations or documents (5K), instead of files.")
+@click.option("--tokens", type=AMOUNT, help="Number of tokens (1B), instead of files or with --rows.")
 @click.option("--kind", type=click.Choice(["conversations", "documents"]), help="What --rows and --tokens count.")
-@click.option(
-    "--device", help="Device to train on, such as l40s, or `any` for the best one to rent. Default: this machine."
-)
+@click.option("--device", help="Device to train on (l40s), or `any` for the best one to rent. Default: this machine.")
 @click.option(
     "--devices",
     type=click.IntRange(1, 4096),
@@ -117,9 +115,9 @@ def plan(
 ) -> None:
     """Plan a training run: method, memory, time and cost.
 
-    Plans a RUN_FILE, a MODEL (a name, a folder, or a size such as 25M), or, without either, what suits the data. What
-    is set is kept; the rest is searched. Without any arguments it asks on a terminal. Exit codes: 0 a plan, or the
-    advice not to train; 2 usage; 3 nothing fits, with the cheapest changes that would fit.
+    Plans a RUN_FILE, a MODEL (a name, a folder, or a size like 25M), or the model and method for the data. Keys that
+    are set are kept, all others are searched. Without arguments it asks questions on a terminal. Exit codes: 0 a plan,
+    or the advice not to train; 2 wrong usage; 3 nothing fits, with the cheapest changes that would fit.
 
     \b
     Examples:
@@ -148,7 +146,7 @@ def _request(
     memory: float | None,
     **flags: Any,
 ) -> "PlanRequest":
-    """The options as one value; the first word is the target unless it is an override."""
+    """The request; the first word is the target unless it is an override."""
     from trivium.plan.devices import GIB
     from trivium.plan.request import PlanRequest
 
@@ -167,7 +165,7 @@ def _request(
 
 
 def _given_facts(rows: float | None, tokens: float | None, kind: Any, data: tuple[Path, ...]) -> "DataFacts | None":
-    """The data in numbers, where it is given in numbers."""
+    """The facts from --rows, --tokens and --kind; None without them."""
     from trivium.plan.workload import given_facts
 
     if rows is None and tokens is None:
@@ -205,36 +203,36 @@ def _plan(request: "PlanRequest", run_file: Path | None, as_json: bool) -> None:
 
 
 def _ask(request: "PlanRequest") -> "ResolvedRequest":
-    """What the answers to the questions ask for. Raises: ConfigError where there is no terminal to ask on."""
+    """Ask the questions and resolve the answers. Raises: ConfigError without a terminal."""
     from trivium.cli.plan_questions import ask
     from trivium.config.inputs import Source
     from trivium.plan.request import resolve_situation
 
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise ConfigError(
-            "There is nothing to plan. Expected a run file, a model such as Qwen/Qwen3-0.6B, or data: --data FILE, or "
+            "There is nothing to plan. Expected a run file, a model (Qwen/Qwen3-0.6B), or data: --data FILE, or "
             "--rows 5K --kind conversations, or --tokens 1B --kind documents. On a terminal, `trivium plan` asks."
         )
-    answers = ask(lambda text, default: click.prompt(text, default=default, err=True))
-    facts, sources = answers.data, ()
+    situation, facts = ask(lambda text, default: click.prompt(text, default=default, err=True))
+    sources = ()
     if isinstance(facts, str):
         sources = (str(Path(facts).expanduser()),)
         facts = _survey([Source(path=path) for path in sources])
-    limits = {"max_cost": answers.max_cost, "max_hours": answers.max_hours}
-    request = replace(request, sources=sources, num_devices=answers.num_devices, **limits)
-    return resolve_situation(answers.situation(facts), request, _read_hub)
+    limits = {"max_cost": situation.max_cost, "max_hours": situation.max_hours}
+    request = replace(request, sources=sources, num_devices=situation.num_devices, **limits)
+    return resolve_situation(replace(situation, facts=facts), request, _read_hub)
 
 
 def _notes(plan: "Plan") -> list[str]:
-    """What the header of a written run file has to say."""
+    """Notes in the header of a written run file."""
     from trivium.plan.request import NO_DATA_YET
 
-    waits = [source.path for source in plan.run.data.sources] == [NO_DATA_YET]
-    return [f"{NO_DATA_YET} is a placeholder: replace it with the path of your data."] if waits else []
+    is_placeholder = [source.path for source in plan.run.data.sources] == [NO_DATA_YET]
+    return [f"{NO_DATA_YET} is a placeholder: replace it with the path of your data."] if is_placeholder else []
 
 
 def _next_commands(plan: "Plan | None", target: str | None, run_file: Path | None) -> list[str]:
-    """What to run after reading the page."""
+    """Commands to run next."""
     again = shlex.join(["trivium", *sys.argv[1:]])
     if plan is None:
         return [f"{again} --method lora"] if target else []
@@ -247,7 +245,7 @@ def _next_commands(plan: "Plan | None", target: str | None, run_file: Path | Non
 
 
 def _survey(sources: "Sequence[Source]") -> "DataFacts":
-    """The facts of files, with estimated tokens, since counting needs the tokenizer and with it torch."""
+    """Facts about files, with estimated tokens, because counting them needs the tokenizer and torch."""
     from dataclasses import fields
 
     from trivium.data.look.survey import survey
@@ -259,14 +257,14 @@ def _survey(sources: "Sequence[Source]") -> "DataFacts":
 
 
 def _read_hub(name: str) -> "QwenShape":
-    """The shape of a model on the Hub; its weights stay there."""
+    """The shape of a model on the Hub, without downloading its weights."""
     from trivium.model import hf
 
     return hf.read_shape(hf.find_folder(name, with_weights=False))
 
 
 def _calibrate() -> None:
-    """Measure this machine and save the figures."""
+    """Measure this machine and save the calibration."""
     from trivium.measure.calibrate import calibrate
     from trivium.plan import calibration
 
@@ -277,12 +275,10 @@ def _calibrate() -> None:
 
 
 def _check(folders: list[Path], as_json: bool) -> None:
-    """Print the errors of the plans of some runs."""
+    """Print the errors of predictions of some runs."""
     from trivium.plan import check
 
     if not folders:
-        raise ConfigError(
-            "--check was given without run folders. Expected for example: trivium plan --check runs/lora."
-        )
+        raise ConfigError("--check needs run folders, for example: trivium plan --check runs/lora.")
     outcomes = check.check(folders)
     click.echo(json.dumps(check.as_json(outcomes), indent=2) if as_json else check.as_table(outcomes))

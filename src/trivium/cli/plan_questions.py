@@ -1,8 +1,4 @@
-"""The five questions that `trivium plan` asks on a terminal, and how an answer is read.
-
-The caller brings the function that asks, so that nothing here needs a terminal. A path is returned as it was typed.
-Never imports torch.
-"""
+"""The five questions that `trivium plan` asks on a terminal, and the parsers of their answers. Never imports torch."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +9,6 @@ from typing import Any
 from trivium.config.inputs import parse_count
 from trivium.errors import ConfigError
 from trivium.plan import devices
-from trivium.plan.devices import Device
 from trivium.plan.situation import Situation
 from trivium.plan.workload import DataFacts, given_facts
 
@@ -28,55 +23,20 @@ HOURS = {"hour": 1, "hours": 1, "h": 1, "day": 24, "days": 24, "d": 24, "week": 
 
 
 @dataclass(frozen=True)
-class PlanAnswers:
-    """What was answered.
-
-    Attributes:
-        is_general: whether an existing model already does it; None when it is not known.
-        data: its amount, or a path as it was typed; None when there is none yet.
-        device, num_devices: what to train on, and how many of them.
-        is_laptop: whether that is the laptop at hand.
-        adapter_only: whether only the adapter may be shared.
-        max_cost: US dollars; None for no limit.
-        max_hours: how long it may take; None for no limit.
-    """
-
-    is_general: bool | None
-    data: DataFacts | str | None
-    device: Device
-    num_devices: int
-    is_laptop: bool
-    adapter_only: bool
-    max_cost: float | None
-    max_hours: float | None
-
-    def situation(self, facts: DataFacts | None) -> Situation:
-        """What to decide on, once the data has been measured where it was a path."""
-        return Situation(
-            facts=facts,
-            is_general=self.is_general,
-            device=self.device,
-            num_devices=self.num_devices,
-            is_laptop=self.is_laptop,
-            adapter_only=self.adapter_only,
-            max_cost=self.max_cost,
-            max_hours=self.max_hours,
-        )
-
-
-@dataclass(frozen=True)
 class PlanQuestion:
-    """A question: its text, its default answer, and how an answer becomes fields of `PlanAnswers`."""
+    """A question with its default answer, and a parser that returns fields of `Situation`, or `data`."""
 
     text: str
     default: str
     read: Callable[[str], dict[str, Any]]
 
 
-def ask(prompt: Callable[[str, str], str]) -> PlanAnswers:
-    """Ask every question by `prompt(text, default)`, again where an answer cannot be read.
+def ask(prompt: Callable[[str, str], str]) -> tuple[Situation, DataFacts | str | None]:
+    """Ask every question with `prompt(text, default)`, and again if the answer is invalid.
 
-    Raises: ConfigError when three answers to a question could not be read.
+    Returns the situation without facts, and the data: facts, or a path as typed, or None.
+
+    Raises: ConfigError after three invalid answers to a question.
     """
     answers: dict[str, Any] = {}
     for question in questions():
@@ -89,39 +49,34 @@ def ask(prompt: Callable[[str, str], str]) -> PlanAnswers:
                 if number == MAX_TRIES:
                     raise
                 text = f"{error}\n{question.text}"
-    return PlanAnswers(**answers)
+    data = answers.pop("data")
+    return Situation(**answers), data
 
 
 def questions() -> tuple[PlanQuestion, ...]:
-    """In the order of the decision: is training needed, on which data, and with which limits."""
+    """The questions in order."""
     return (
         PlanQuestion(
             "Does an existing model with a good prompt already do it well enough (yes, no, unknown)?",
             "unknown",
-            _general,
+            lambda text: {"is_general": _one_of(text, {"yes": True, "no": False, "unknown": None})},
         ),
         PlanQuestion("What is the training data (a path, or an amount: 5K conversations, 2B tokens)?", "none", _data),
         PlanQuestion("Which device (laptop for this one, or a name: rtx-4090, 8x h100-80)?", "laptop", _hardware),
         PlanQuestion(
-            "May only an adapter be published, because of the license of the model (yes, no)?", "no", _adapter_only
+            "May only an adapter be published, because of the license of the model (yes, no)?",
+            "no",
+            lambda text: {"adapter_only": _one_of(text, {"yes": True, "no": False})},
         ),
         PlanQuestion("What is the limit on cost and time (for example: 50 USD, 2 days)?", "no limit", _limits),
     )
 
 
-def _general(text: str) -> dict[str, Any]:
-    return {"is_general": _one_of(text, {"yes": True, "no": False, "unknown": None})}
-
-
-def _adapter_only(text: str) -> dict[str, Any]:
-    return {"adapter_only": _one_of(text, {"yes": True, "no": False})}
-
-
 def _one_of(text: str, meanings: dict[str, bool | None]) -> bool | None:
-    """The meaning of a word, or of its beginning."""
+    """The meaning of a word or its beginning."""
     found = [word for word in meanings if word.startswith(text.lower())]
     if len(found) != 1:
-        raise ConfigError(f"{text!r} is not an answer. Expected one of {', '.join(meanings)}.")
+        raise ConfigError(f"{text!r} is not a valid answer. Expected one of {', '.join(meanings)}.")
     return meanings[found[0]]
 
 
@@ -147,7 +102,7 @@ def _hardware(text: str) -> dict[str, Any]:
     match = NUMBERED.fullmatch(text)
     count, name = (int(match[1]), match[2]) if match else (1, text)
     if count < 1:
-        raise ConfigError(f"{text!r} is zero devices. Expected one or more, for example 1x t4.")
+        raise ConfigError(f"{text!r} has no devices. Expected one or more, for example 1x t4.")
     return {"device": devices.get(name), "num_devices": count, "is_laptop": False}
 
 

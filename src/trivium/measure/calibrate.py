@@ -1,8 +1,7 @@
-"""Measures what this machine takes for each kind of work, by timing real steps of the engine and fitting their work.
+"""Measure the seconds per unit of each kind of work on this machine, for `trivium plan --calibrate`.
 
-Each step below is heavy in another kind (`plan/speed.py`), so that together they tell the kinds apart; what a unit of
-each takes is the fit of least relative errors in which nothing takes less than no time. Minutes, once a machine. Writes
-nothing: `plan/calibration.py` does.
+Times steps of the engine that stress different kinds of work (`plan/speed.py`) and fits non-negative seconds per unit
+with least squares of the relative errors. Takes minutes. `plan/calibration.py` saves the result.
 """
 
 import datetime
@@ -26,16 +25,12 @@ from trivium.plan.calibration import Calibration
 from trivium.plan.speed import KINDS, WorkKind, step_work
 from trivium.plan.workload import ComputeDtype, DeviceType, Workload
 
-SECONDS_PER_SAMPLE = 2.0
-LEAST_REPEATS, MOST_REPEATS = 3, 30
-# A dtype that is this much slower than fp32 is emulated: it is of no use for training and slow to measure.
-EMULATED_SHARE = 0.5
-# How much wider and how many times the tokens the samples are on a GPU, so that it has something to do.
-GPU_WIDTH, GPU_TOKENS = 4, 8
-# Of a GPU's step, up to which the beginning of operations is surely hidden behind the computing.
-HIDDEN_SHARE = 0.8
-# Beyond this the timings contradict each other: their fit says less than a data sheet.
-MOST_ERROR = 0.4
+SECONDS_PER_TIMING = 2.0
+MIN_REPEATS, MAX_REPEATS = 3, 30
+EMULATED_SHARE = 0.5  # a dtype with less than this share of fp32's FLOP/s is emulated, too slow for training
+GPU_WIDTH, GPU_TOKENS = 4, 8  # factors by which steps are larger on a GPU
+HIDDEN_SHARE = 0.8  # launches that take less than this share of a GPU's step are hidden behind the compute
+MAX_ERROR = 0.4  # with a larger relative error the fit is worse than a data sheet
 
 Trained = Literal["everything", "adapter", "packed"]
 WEIGHTS: dict[Trained, Literal["pretrained", "nf4", "random"]] = {
@@ -46,8 +41,8 @@ WEIGHTS: dict[Trained, Literal["pretrained", "nf4", "random"]] = {
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A step to time, at the size for a CPU: one row a micro-batch, cut into documents."""
+class Timing:
+    """A step to time, at its size for a CPU: micro-batches of one packed sequence of `document` tokens each."""
 
     hidden: int
     layers: int
@@ -61,7 +56,7 @@ class Sample:
     supervised_share: float = 1.0
 
     def workload(self, dtype: ComputeDtype, device_type: DeviceType) -> Workload:
-        """The step as numbers, larger on a GPU."""
+        """The step as numbers; larger on a GPU."""
         width, times = (GPU_WIDTH, GPU_TOKENS) if device_type == "gpu" else (1, 1)
         hidden, tokens = width * self.hidden, times * self.tokens
         heads = hidden // self.head_dim
@@ -92,58 +87,56 @@ class Sample:
         )
 
 
-# Each is heavy in the kind of work that its comment names.
-SAMPLES = (
-    Sample(64, 6, 512, tokens=64, document=64, head_dim=32),  # operations; on a GPU nothing else
-    Sample(512, 2, 1024, tokens=1024, document=128),  # products
-    Sample(1024, 1, 1024, tokens=512, document=128, head_dim=128),  # wide products
-    Sample(1024, 2, 1024, tokens=1024, document=128),  # wide products over many tokens
-    Sample(128, 3, 1024, tokens=2048, document=64, head_dim=32),  # activations
-    Sample(512, 1, 16384, tokens=512, document=128),  # the head
-    Sample(64, 1, 65536, tokens=512, document=128, head_dim=32),  # logits
-    Sample(128, 1, 151936, tokens=256, document=128, head_dim=32),  # the head of a large vocabulary
-    Sample(128, 2, 1024, tokens=2048, document=2048, head_dim=32),  # scores, of narrow heads
-    Sample(256, 2, 1024, tokens=2048, document=2048, head_dim=128),  # attention's products, of wide heads
-    Sample(128, 4, 1024, tokens=1024, document=32, head_dim=32),  # documents
-    Sample(768, 2, 16384, tokens=64, document=64, micro_batches=4),  # weights, several times a step
-    Sample(512, 1, 65536, tokens=128, document=128),  # the optimizer
-    Sample(256, 3, 1024, tokens=1024, document=256, activation_checkpointing=True),  # activation checkpointing
-    Sample(384, 2, 32768, tokens=1024, document=512, supervised_share=0.5),  # a usual mixture
-    Sample(512, 2, 1024, tokens=1024, document=128, trained="adapter"),  # frozen products
-    Sample(
+# The comments name the kind of work that takes most time.
+TIMINGS = (
+    Timing(64, 6, 512, tokens=64, document=64, head_dim=32),  # launches; on a GPU nothing else
+    Timing(512, 2, 1024, tokens=1024, document=128),  # products
+    Timing(1024, 1, 1024, tokens=512, document=128, head_dim=128),  # wide products
+    Timing(1024, 2, 1024, tokens=1024, document=128),  # wide products over many tokens
+    Timing(128, 3, 1024, tokens=2048, document=64, head_dim=32),  # activations
+    Timing(512, 1, 16384, tokens=512, document=128),  # the head
+    Timing(64, 1, 65536, tokens=512, document=128, head_dim=32),  # logits
+    Timing(128, 1, 151936, tokens=256, document=128, head_dim=32),  # the head of a large vocabulary
+    Timing(128, 2, 1024, tokens=2048, document=2048, head_dim=32),  # scores, of narrow heads
+    Timing(256, 2, 1024, tokens=2048, document=2048, head_dim=128),  # attention's products, of wide heads
+    Timing(128, 4, 1024, tokens=1024, document=32, head_dim=32),  # documents
+    Timing(768, 2, 16384, tokens=64, document=64, micro_batches=4),  # weights, several times a step
+    Timing(512, 1, 65536, tokens=128, document=128),  # the optimizer
+    Timing(256, 3, 1024, tokens=1024, document=256, activation_checkpointing=True),  # activation checkpointing
+    Timing(384, 2, 32768, tokens=1024, document=512, supervised_share=0.5),  # a typical step
+    Timing(512, 2, 1024, tokens=1024, document=128, trained="adapter"),  # frozen products
+    Timing(
         192, 3, 8192, 1024, 256, 32, trained="adapter", activation_checkpointing=True, supervised_share=0.25
-    ),  # the adapter's own
-    Sample(256, 1, 32768, tokens=512, document=256, trained="adapter"),  # a frozen head
-    Sample(768, 2, 1024, tokens=128, document=128, trained="packed"),  # unpacking
-    Sample(
+    ),  # the adapter
+    Timing(256, 1, 32768, tokens=512, document=256, trained="adapter"),  # a frozen head
+    Timing(768, 2, 1024, tokens=128, document=128, trained="packed"),  # dequantization
+    Timing(
         384, 2, 8192, 512, 256, trained="packed", activation_checkpointing=True, supervised_share=0.5
-    ),  # unpacking once more
+    ),  # dequantization, with checkpointing
 )
 
 
 def calibrate(note: Callable[[str], None] = lambda text: None, device: str = "auto") -> Calibration:
-    """Measure what a run with this `device` trains on, in every dtype that it computes itself, in a few minutes.
+    """Measure a device in every dtype with hardware support; `note` receives progress messages.
 
-    `note` is told, as it happens, what is measured.
-
-    Raises: TriviumError when the timings contradict each other, as they do while something else is running.
+    Raises: TriviumError if the timings contradict each other, for example because something else was running.
     """
     machine = probe(device, "auto")
-    # Without bitsandbytes nothing is packed, and what unpacking takes remains the data sheet's guess.
-    samples = [sample for sample in SAMPLES if sample.trained != "packed" or find_spec("bitsandbytes")]
+    # Without bitsandbytes, dequantization keeps the estimate from the data sheet.
+    timings = [timing for timing in TIMINGS if timing.trained != "packed" or find_spec("bitsandbytes")]
     rates, errors = {}, {}
     for dtype in (dtype for dtype in get_args(ComputeDtype) if _is_in_hardware(machine, dtype)):
-        steps = [sample.workload(dtype, machine.device_type) for sample in samples]
+        steps = [timing.workload(dtype, machine.device_type) for timing in timings]
         seconds = []
         for number, workload in enumerate(steps, start=1):
             note(f"{dtype}: step {number} of {len(steps)}")
             seconds.append(measure_step(workload, machine.device))
         rates[dtype], errors[dtype] = fit(steps, seconds)
-        if errors[dtype] > MOST_ERROR:
+        if errors[dtype] > MAX_ERROR:
             raise TriviumError(
-                f"The timings in {dtype} contradict each other: their best fit is {errors[dtype]:.0%} off, where "
-                f"{MOST_ERROR:.0%} is the most to be expected. Something else was probably running. Nothing was kept; "
-                "stop it and measure again."
+                f"The timings in {dtype} contradict each other: their best fit is {errors[dtype]:.0%} off; "
+                f"expected at most {MAX_ERROR:.0%}. Something else was probably running. Nothing was saved; stop other "
+                "programs and measure again."
             )
     planned = machine.as_planned
     return Calibration(
@@ -163,15 +156,15 @@ def _is_in_hardware(machine: Machine, dtype: ComputeDtype) -> bool:
 
 
 def measure_step(workload: Workload, device: torch.device) -> float:
-    """Seconds of an optimizer step: the median of several."""
-    return statistics.median(timed_steps(workload, device, SECONDS_PER_SAMPLE))
+    """Median seconds of an optimizer step."""
+    return statistics.median(timed_steps(workload, device, SECONDS_PER_TIMING))
 
 
 def timed_steps(workload: Workload, device: torch.device, least_seconds: float) -> list[float]:
-    """Seconds of each of several optimizer steps on random tokens, after one that warms up."""
+    """Seconds of each of several optimizer steps on random tokens, after one warm-up step."""
     engine, batches = synthetic_engine(workload, device), synthetic_batches(workload)
     times: list[float] = []
-    while len(times) <= LEAST_REPEATS or (sum(times[1:]) < least_seconds and len(times) <= MOST_REPEATS):
+    while len(times) <= MIN_REPEATS or (sum(times[1:]) < least_seconds and len(times) <= MAX_REPEATS):
         start = time.perf_counter()
         engine.forward_backward(batches)
         engine.optimizer_step(1e-5, batches)
@@ -182,10 +175,10 @@ def timed_steps(workload: Workload, device: torch.device, least_seconds: float) 
 
 
 def fit(steps: Sequence[Workload], seconds: Sequence[float]) -> tuple[dict[str, float], float]:
-    """What a unit of each kind in the steps takes, and the largest relative error over those that were fitted.
+    """Fit seconds per unit of each kind of work in the steps; also returns the largest relative error of the fit.
 
-    A GPU computes while operations are begun, and its step takes the longer of the two. There the first step, which is
-    small, tells what an operation takes, and the other kinds are fitted to the steps that are busy.
+    A GPU computes while the CPU launches operations. There the first, small step gives the seconds per launch, and the
+    other kinds are fitted to the steps that are limited by compute.
     """
     amounts = np.array([[_amount(workload, kind) for kind in KINDS] for workload in steps])
     times, operations = np.array(seconds), KINDS.index("operations")
@@ -199,8 +192,8 @@ def fit(steps: Sequence[Workload], seconds: Sequence[float]) -> tuple[dict[str, 
     per_unit = non_negative_fit(shares, np.ones(len(times)))
     error = float(np.abs(shares @ per_unit - 1.0).max())
     per_unit[operations] += launch
-    told = {KINDS[place] for place in np.flatnonzero(shares.any(axis=0))} | {"operations"}
-    return {kind: float(rate) for kind, rate in zip(KINDS, per_unit, strict=True) if kind in told}, error
+    fitted = {KINDS[index] for index in np.flatnonzero(shares.any(axis=0))} | {"operations"}
+    return {kind: float(rate) for kind, rate in zip(KINDS, per_unit, strict=True) if kind in fitted}, error
 
 
 def _amount(workload: Workload, kind: WorkKind) -> float:
@@ -224,13 +217,13 @@ def non_negative_fit(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
             break
         free[slope.argmax()] = True
         while True:
-            wished = np.zeros(len(x))
-            wished[free] = np.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
-            if (wished[free] > 0.0).all():
-                x = wished
+            solution = np.zeros(len(x))
+            solution[free] = np.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
+            if (solution[free] > 0.0).all():
+                x = solution
                 break
-            blocked = free & (wished <= 0.0)
-            fraction = np.min(x[blocked] / np.maximum(x[blocked] - wished[blocked], np.finfo(float).tiny))
-            x += fraction * (wished - x)
+            blocked = free & (solution <= 0.0)
+            fraction = np.min(x[blocked] / np.maximum(x[blocked] - solution[blocked], np.finfo(float).tiny))
+            x += fraction * (solution - x)
             free &= x > 1e-12
     return x / scale

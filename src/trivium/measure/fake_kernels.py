@@ -1,10 +1,9 @@
-"""Stand-ins for what a trace without a GPU cannot run: the same tensors are made and kept, nothing is computed.
+"""Replacements for kernels that `trace.py` cannot run: they allocate and save the same tensors without computing.
 
-Three of the engine's parts need kernels that a CPU, or a tensor without values, does not have: what a GPU does in one
-kernel (attention, normalisation, dropout), weights in NF4, and 8-bit moments. Also what other kernels take inside
-themselves, where that is much: operands cast on a CPU, the sums of an embedding's gradient on a GPU. Left out are
-scratch of matrix libraries and sorts, the norm's partial sums, and a CPU's unpacking of 8-bit moments: a few MiB each,
-or long after the peak.
+These are the GPU's fused kernels (attention, normalization, dropout), NF4 weights and 8-bit moments. Large buffers
+inside other kernels are counted too: casts of operands on a CPU, sums of an embedding's gradient on a GPU. Not counted
+are workspaces of matrix products and sorts, partial sums of the norm, and dequantized 8-bit moments on a CPU: a few MiB
+each, or long after the peak.
 """
 
 import math
@@ -25,26 +24,26 @@ from trivium.model.quantize import BLOCK_SIZE, NF4Linear
 from trivium.model.qwen import Documents, Linear, attend
 from trivium.plan.workload import DeviceType
 
-FP32_STATE_VALUES = 4096  # bitsandbytes keeps the moments of smaller tensors in fp32
-PAGED_VALUES = 100_000  # and pages those of tensors that have as many
-ONE_PASS_TOKENS, ROWS_PER_SUM = 3072, 10  # of an embedding's gradient on a GPU
-FLASH_ROWS = 128  # rows by which flash attention's scratch tensors are longer for each document
+FP32_STATE_VALUES = 4096  # bitsandbytes keeps moments of smaller tensors in fp32
+PAGED_VALUES = 100_000  # and pages moments of tensors from this size
+ONE_PASS_TOKENS, ROWS_PER_SUM = 3072, 10  # embedding gradient on a GPU
+FLASH_ROWS = 128  # extra rows of flash attention's buffers per document
 
 
 @contextmanager
 def fake_kernels(device_type: DeviceType) -> Iterator[None]:
-    """Inside, the engine makes the tensors that it would make on a CPU or on a GPU, whatever runs it."""
-    stand_ins: list[tuple[Any, str, Any]] = [(optim, "eight_bit_adamw", FakeAdamW8bit)]
+    """Patch the engine to allocate the tensors of a CPU or a GPU."""
+    replacements: list[tuple[Any, str, Any]] = [(optim, "eight_bit_adamw", FakeAdamW8bit)]
     if device_type == "gpu":
-        stand_ins += [
+        replacements += [
             (qwen, "attend", _attend),
             (F, "rms_norm", _rms_norm),
             (F, "dropout", _dropout),
-            (head, "CPU_SLICE_VALUES", sys.maxsize),  # there the softmax processes a whole chunk at a time
+            (head, "CPU_SLICE_VALUES", sys.maxsize),  # on a GPU the softmax processes a whole chunk
         ]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in stand_ins]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
     try:
-        for owner, name, value in stand_ins:
+        for owner, name, value in replacements:
             setattr(owner, name, value)
         yield
     finally:
@@ -53,7 +52,7 @@ def fake_kernels(device_type: DeviceType) -> Iterator[None]:
 
 
 def _attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -> Tensor:
-    """In 16 bits flash attention over the whole row; in fp32 no fused kernel knows shared key-value heads."""
+    """Flash attention in 16 bits; in fp32 the math backend for grouped heads."""
     if q_TNH.dtype != torch.float32:
         return _FlashAttention.apply(q_TNH, k_TKH, v_TKH, documents.cu_seqlens.numel() - 1)
     backend = SDPBackend.FLASH_ATTENTION if q_TNH.shape[1] == k_TKH.shape[1] else SDPBackend.MATH
@@ -62,7 +61,7 @@ def _attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -
 
 
 class _FlashAttention(torch.autograd.Function):
-    """What torch.nn.attention.varlen keeps, and the scratch of its backward.
+    """Tensors saved by torch.nn.attention.varlen, and buffers of its backward.
 
     Source: FlashAttention 2, arXiv:2307.08691, `mha_varlen_bwd` of its CUDA interface.
     """
@@ -90,7 +89,7 @@ class _FlashAttention(torch.autograd.Function):
             q_TNH.new_empty(num_rows, num_heads, 32 * math.ceil(head_dim / 32), dtype=torch.float32),
         ]
         if num_heads != k_TKH.shape[1]:
-            scratch += [torch.empty_like(q_TNH), torch.empty_like(q_TNH)]  # keys' and values', a query head each
+            scratch += [torch.empty_like(q_TNH), torch.empty_like(q_TNH)]  # gradients of keys and values per query head
         del scratch
         return *gradients, None
 
@@ -100,7 +99,7 @@ def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Te
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """One kernel, which keeps its input and an fp32 number a row."""
+    """A fused kernel that saves its input and one fp32 value per token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -118,12 +117,12 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 def _dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
-    """One kernel, which keeps a mask of a byte a value."""
+    """A fused kernel that saves a mask of one byte per value."""
     return torch.native_dropout(x, p, training)[0]
 
 
 def scratch_of_a_cpu(operator: Any, operands: Sequence[Any]) -> int:
-    """Bytes an elementwise kernel takes to have all its floating-point operands in the widest of their types."""
+    """Bytes of the casts of an elementwise kernel's operands to the widest floating-point dtype."""
     if torch.Tag.pointwise not in operator.tags:
         return 0
     tensors = [x for x in operands if isinstance(x, Tensor) and x.is_floating_point() and x.dim()]
@@ -132,9 +131,9 @@ def scratch_of_a_cpu(operator: Any, operands: Sequence[Any]) -> int:
 
 
 def scratch_of_a_gpu(operator: Any, operands: Sequence[Any]) -> int:
-    """Bytes in which the gradient rows of an embedding are added up, where there are more than a few tokens.
+    """Bytes of the fp32 partial sums of an embedding's gradient, for more than a few tokens.
 
-    Source: `embedding_dense_backward_cuda` in PyTorch: sums of at most ten rows each, in fp32.
+    Source: `embedding_dense_backward_cuda` in PyTorch, which sums at most ten rows at a time.
     """
     if operator is not torch.ops.aten.embedding_dense_backward.default:
         return 0
@@ -146,7 +145,7 @@ def scratch_of_a_gpu(operator: Any, operands: Sequence[Any]) -> int:
 
 
 class FakeNF4Linear(NF4Linear):
-    """The size of an NF4 projection: its buffers without values, and a new `weight` each time, as unpacking makes."""
+    """An NF4 projection with empty buffers; reading `weight` allocates it, as dequantization does."""
 
     def __init__(self, layer: Linear, compute_dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -165,7 +164,7 @@ class FakeNF4Linear(NF4Linear):
 
     @property
     def weight(self) -> Tensor:  # pyrefly: ignore[bad-override]
-        """The fp32 scales are unpacked first, and let go when the weight is."""
+        """The fp32 scales are dequantized first, and freed with the weight."""
         scales = torch.empty(math.ceil(self.in_features * self.out_features / BLOCK_SIZE))
         weight = torch.empty(self.out_features, self.in_features, dtype=self.compute_dtype)
         del scales
@@ -177,9 +176,9 @@ class FakeNF4Linear(NF4Linear):
 
 
 class FakeAdamW8bit(torch.optim.Optimizer):
-    """The moments of bitsandbytes' AdamW: a byte a value and an fp32 scale for 256 of them; its step makes nothing.
+    """The moments of bitsandbytes' AdamW: one byte per value and an fp32 scale per 256 values; `step` does nothing.
 
-    Small tensors and tables of embeddings have fp32 moments. Paged moments are not the allocator's: they have no size.
+    Small tensors and embeddings have fp32 moments. Paged moments are outside the allocator and not counted.
     """
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], numbers: dict[str, Any], is_paged: bool) -> None:
@@ -188,7 +187,7 @@ class FakeAdamW8bit(torch.optim.Optimizer):
         self.wide = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
     def init_state(self, group: dict[str, Any], parameter: Tensor, group_index: int, index: int) -> None:
-        """Begin the two moments of a tensor."""
+        """Allocate the two moments of a parameter."""
         state, num_values = self.state[parameter], parameter.numel()
         is_wide = id(parameter) in self.wide or num_values < FP32_STATE_VALUES
         state["step"] = 0
@@ -199,4 +198,4 @@ class FakeAdamW8bit(torch.optim.Optimizer):
                 state[f"absmax{moment}"] = parameter.new_zeros(math.ceil(num_values / 256))
 
     def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
-        """In place: nothing to be seen."""
+        """In place; allocates nothing."""

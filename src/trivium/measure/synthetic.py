@@ -1,4 +1,4 @@
-"""An engine with random weights and batches of random tokens, as a `Workload` says, for measuring memory and speed."""
+"""An engine with random weights and batches of random tokens for a `Workload`, to measure memory and speed."""
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RandomStore:
-    """Documents of random tokens, of which the last share is supervised, as in conversations."""
+    """Documents of random tokens; the last `supervised_share` of each is supervised."""
 
     def __init__(self, lengths: list[int], vocab_size: int, supervised_share: float) -> None:
         self.lengths = np.array(lengths, dtype=np.int64)
@@ -41,7 +41,7 @@ class RandomStore:
 
 
 def synthetic_engine(workload: Workload, device: torch.device | str = "cpu") -> Engine:
-    """The model of a workload with its optimizer, made as a run makes it but for the values of the weights."""
+    """The model and optimizer of a workload, as in a run, with random weights."""
     config = Optimizer(lr=1e-5, weight_decay=0.1, state_dtype=workload.state_dtype)
     dtype = DTYPES[workload.compute_dtype]
     if workload.adapter is None:
@@ -57,14 +57,14 @@ def synthetic_engine(workload: Workload, device: torch.device | str = "cpu") -> 
 
 
 def frozen_model(workload: Workload, dtype: torch.dtype, device: torch.device | str) -> Qwen:
-    """A base that is never trained, in the compute dtype or with its projections packed, made a matrix at a time."""
+    """A frozen base model in the compute dtype or NF4, created one matrix at a time to save memory."""
     with torch.device("meta"):
         model = Qwen(workload.shape)
     for path, module in list(model.named_modules()):
         if workload.weights == "nf4" and isinstance(module, Linear) and path != "lm_head":
-            bias = (
-                None if module.bias is None else nn.Parameter(torch.zeros_like(module.bias, dtype=dtype, device=device))
-            )
+            bias = None
+            if module.bias is not None:
+                bias = nn.Parameter(torch.zeros_like(module.bias, dtype=dtype, device=device))
             weight = torch.randn(module.weight.shape, device=device)
             model.set_submodule(path, NF4Linear(weight, bias, dtype))
         else:
@@ -75,13 +75,11 @@ def frozen_model(workload: Workload, dtype: torch.dtype, device: torch.device | 
 
 
 def synthetic_batches(workload: Workload, step: int = 0) -> list[Batch]:
-    """The micro-batches of one device in one optimizer step, full to the last token."""
+    """The micro-batches of one device in one step, without padding."""
     length = round(workload.document_tokens or workload.seq_len)
-    rows = []
-    for start in range(0, workload.seq_len, length):
-        rows.append(min(length, workload.seq_len - start))
-    rows *= workload.micro_tokens // workload.seq_len
-    # Each piece is a whole document and one token more, so that the last token of a row has a label too.
-    store = RandomStore([length + 1 for length in rows], workload.shape.vocab_size, workload.supervised_share)
-    spans = np.array([(0, document, 0, length) for document, length in enumerate(rows)], dtype=np.int64)
+    lengths = [min(length, workload.seq_len - start) for start in range(0, workload.seq_len, length)]
+    lengths *= workload.micro_tokens // workload.seq_len
+    # Each document has one more token, so that the last token of a sequence has a label too.
+    store = RandomStore([length + 1 for length in lengths], workload.shape.vocab_size, workload.supervised_share)
+    spans = np.array([(0, document, 0, length) for document, length in enumerate(lengths)], dtype=np.int64)
     return [pack([store], spans, workload.micro_tokens) for _ in range(workload.num_micro_batches)]

@@ -1,7 +1,7 @@
-"""The planner's whole answer as one value, for programs as JSON, and a plan as a run file.
+"""The planner's complete answer, as one value, as JSON, and as a run file.
 
-The run file has everything that was chosen, each choice with its reason, and the figures in a header. What is the
-method's default is left out, so that the file stays short. Prints nothing and never imports torch.
+The run file contains each choice with its reason, and the predictions in its header. Defaults of the method are left
+out. Never imports torch.
 """
 
 import textwrap
@@ -30,18 +30,20 @@ ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
     "adapter": ("rank", "targets"),
     "parallel": ("devices", "strategy", "offload"),
 }
-"""What a plan decides or stands on, also where it is the default."""
+"""Keys that are written even if they have their default."""
+
+DEVICE_FIELDS = ("name", "title", "memory_bytes", "price_per_hour", "price_date")
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What `trivium plan` says.
+    """The answer of `trivium plan`.
 
     Attributes:
-        decision: which method and why; None where the data is unknown or the method was given.
-        plan: how, and what it takes; None where nothing is to be trained.
-        checklist: the seven points to settle, where there is a path.
-        warnings: common pitfalls of the method, a paragraph each.
+        decision: which method and why; None if the data is unknown or the method was given.
+        plan: None if the advice is not to train.
+        checklist: seven points to settle before training; empty without a decision.
+        warnings: common pitfalls, one paragraph each.
     """
 
     decision: Decision | None
@@ -51,44 +53,35 @@ class Advice:
 
 
 def advise(situation: Situation, decision: Decision | None, goal: Goal | None) -> Advice:
-    """Search a plan for the goal, and fill in what follows from it.
+    """Search for a plan and add the checklist and warnings.
 
-    Raises: DoesNotFit as `search`.
+    Raises: DoesNotFit if no plan fits; see `search`.
     """
     plan = search(goal) if goal else None
     method, model = (plan.run.method, plan.run.model.name) if plan else (None, None)
-    points = checklist(situation, decision, *_memory_and_time(plan)) if decision else []
-    cautions = (*_cautions(plan), *warnings(situation, method, model))
-    return Advice(decision, plan, tuple(points), cautions)
+    memory = time = None
+    if plan:
+        memory = f"{plan.memory.total / GIB:.1f} GiB of {plan.device.memory_bytes / GIB:.1f} on {plan.device.title}"
+        time = time_and_money(plan.cost) if plan.cost else None
+    points = checklist(situation, decision, memory, time) if decision else []
+    found = [*(_plan_warnings(plan) if plan else []), *warnings(situation, method, model)]
+    return Advice(decision, plan, tuple(points), tuple(found))
 
 
-def _memory_and_time(plan: Plan | None) -> tuple[str | None, str | None]:
-    """What the checklist says of both, where there is a plan."""
-    if plan is None:
-        return None, None
-    memory = f"{plan.memory.total / GIB:.1f} GiB of {plan.device.memory_bytes / GIB:.1f} on {plan.device.title}"
-    return memory, time_and_money(plan.cost) if plan.cost else None
-
-
-def _cautions(plan: Plan | None) -> tuple[str, ...]:
-    """What of the plan itself needs care."""
-    if plan is None:
-        return ()
-    cautions = []
+def _plan_warnings(plan: Plan) -> list[str]:
+    found = []
     if plan.workload.num_devices > 1:
-        cautions.append(
-            "Training on more than one device is planned here and not built yet; `trivium train` refuses it."
-        )
+        found.append("Training on more than one device is not supported yet; `trivium train` refuses it.")
     positions = plan.workload.shape.max_position_embeddings
     if plan.run.weights != "random" and plan.run.data.seq_len > positions:
-        cautions.append(f"Rows of {plan.run.data.seq_len:,} tokens are longer than the {positions:,} the model knows.")
+        found.append(f"data.seq_len is {plan.run.data.seq_len:,}, longer than the model's {positions:,} positions.")
     if plan.device.kind == "gpu" and plan.workload.compute_dtype == "fp32" and plan.run.precision != "fp32":
-        cautions.append(f"{plan.device.title} has no bf16, so the products run in fp32, which is several times slower.")
-    return tuple(cautions)
+        found.append(f"{plan.device.title} has no bf16, so the run uses fp32, which is several times slower.")
+    return found
 
 
 def as_record(given: Advice) -> dict[str, Any]:
-    """All of it for programs: bytes, seconds, tokens a second, hours, US dollars."""
+    """The advice as JSON: bytes, seconds, tokens per second, hours, US dollars."""
     return {
         "decision": asdict(given.decision) if given.decision else None,
         "plan": _plan_record(given.plan) if given.plan else None,
@@ -104,14 +97,7 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
         "reasons": plan.reasons,
         "num_params": work.shape.num_params,
         "num_trained_params": work.num_trained_params,
-        "device": {
-            "name": device.name,
-            "title": device.title,
-            "count": work.num_devices,
-            "memory_bytes": device.memory_bytes,
-            "price_per_hour": device.price_per_hour,
-            "price_date": device.price_date,
-        },
+        "device": {"count": work.num_devices} | {name: getattr(device, name) for name in DEVICE_FIELDS},
         "memory": {
             "bytes": plan.memory.total,
             "allowed_bytes": plan.allowed_bytes,
@@ -132,37 +118,39 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
 
 
 def write_run(plan: Plan, path: Path, notes: Sequence[str] = ()) -> None:
-    """Write the run file, whole or not at all; `load_run` reads the same run back.
+    """Write the run file atomically; `load_run` reads the same run back.
 
-    Raises: ConfigError when there is a file that no plan wrote.
+    Raises: ConfigError if the file exists and was not written by the planner.
     """
     if path.exists() and not (path.is_file() and path.read_bytes().startswith(f"# {FIRST_LINE}\n".encode())):
-        raise ConfigError(f"{path} is there already, and no plan wrote it. Give another name, or remove it first.")
+        raise ConfigError(
+            f"{path} exists and was not written by `trivium plan`. Choose another name, or remove it first."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, run_text(plan, path.stem, [FIRST_LINE, *notes]))
 
 
 def run_text(plan: Plan, name: str, notes: Sequence[str] = ()) -> str:
-    """The run file's text; a run of another name than the file keeps it. Notes come before the figures."""
+    """The text of the run file. The run's `name` is left out if it equals `name`."""
     values = written_values(plan.run)
     if plan.run.name == name:
         values.pop("name", None)
-    comments = [*notes, *figures(plan)]
-    return "".join(
-        f"{line}\n" for line in [*(f"# {line}".rstrip() for line in comments), *_lines(values, plan.reasons)]
-    )
+    comments = [f"# {line}".rstrip() for line in (*notes, *figures(plan))]
+    return "".join(f"{line}\n" for line in (*comments, *_lines(values, plan.reasons)))
 
 
 def figures(plan: Plan) -> list[str]:
-    """What the run takes, in a few lines."""
+    """The predictions, one per line."""
     work, speed = plan.workload, plan.speed
-    what = "everything is trained" if work.adapter is None else f"{work.num_trained_params:,} of them trained"
+    what = "all trained" if work.adapter is None else f"{work.num_trained_params:,} of them trained"
+    largest = sorted(plan.memory.items.items(), key=lambda entry: -entry[1])
+    items = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size >= 0.01 * GIB)
     lines = [
         f"model   {work.shape.num_params:,} parameters, {what}",
         f"device  {work.num_devices} x {plan.device.title}",
         f"memory  {plan.memory.total / GIB:.2f} GiB at the peak; {plan.allowed_bytes / GIB:.2f} of "
         f"{plan.device.memory_bytes / GIB:.2f} GiB may be used",
-        *textwrap.wrap(_items(plan), 110, initial_indent=8 * " ", subsequent_indent=8 * " "),
+        *textwrap.wrap(items, 110, initial_indent=8 * " ", subsequent_indent=8 * " "),
         f"speed   {speed.tokens_per_second:,.0f} tokens/s "
         f"({speed.step_tokens / speed.high:,.0f} to {speed.step_tokens / speed.low:,.0f})",
     ]
@@ -171,14 +159,8 @@ def figures(plan: Plan) -> list[str]:
     return lines
 
 
-def _items(plan: Plan) -> str:
-    """The peak by what it is for, largest first, in GiB."""
-    largest = sorted(plan.memory.items.items(), key=lambda entry: -entry[1])
-    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size >= 0.01 * GIB)
-
-
 def written_values(run: Run) -> dict[str, Any]:
-    """The run as nested values in its own order, without what is the default of its method or of every run."""
+    """The run as nested values, without defaults except `ALWAYS_WRITTEN`."""
     everything, plain = run.model_dump(), run.model_dump(exclude_defaults=True)
     written = {key: value for key, value in plain.items() if key not in METHOD_DEFAULTS[run.method]}
     for key, said in METHOD_DEFAULTS[run.method].items():
@@ -201,7 +183,7 @@ def written_values(run: Run) -> dict[str, Any]:
 
 
 def _lines(values: dict[str, Any], reasons: dict[str, str], prefix: str = "", indent: str = "") -> Iterator[str]:
-    """YAML, a key a line, with its reason at the end."""
+    """YAML lines, each key with its reason as a comment."""
     for name, value in values.items():
         key = f"{prefix}{name}"
         start, reason = f"{indent}{quote(name, always=False)}:", f"  # {reasons[key]}" if key in reasons else ""

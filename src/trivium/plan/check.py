@@ -1,12 +1,9 @@
-"""Predictions against measurements, from the `plan.json` of run folders.
-
-Reads one file of each folder, written by `engine/plan_record.py`. Never imports torch.
-"""
+"""Compare predictions with measurements: reads `plan.json` of run folders. Never imports torch."""
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -19,7 +16,7 @@ PLAN_FILE = "plan.json"
 
 @dataclass(frozen=True)
 class Figure:
-    """A prediction with its bounds, and what was measured; None where nothing was yet."""
+    """A prediction with its bounds, and the measured value; None if it was not measured."""
 
     predicted: float
     low: float
@@ -28,7 +25,7 @@ class Figure:
 
     @property
     def error(self) -> float | None:
-        """By which share of the measured value the prediction is over it, or below."""
+        """Relative error of the prediction; positive if it is too high."""
         return self.predicted / self.measured - 1 if self.measured else None
 
 
@@ -38,15 +35,15 @@ class Outcome:
 
     Attributes:
         path: the run folder.
-        status: `finished`, `unfinished`, or `no plan` where there is none to read.
-        device: what was planned for.
-        is_calibrated: whether the device's speed had been measured, rather than read from a data sheet.
-        peak_bytes: most memory on the device.
-        tokens_per_second: training tokens a second, padding not counted.
+        status: `no plan` if there is no readable plan.
+        device: title of the device the plan is for.
+        is_calibrated: whether the device's speed was measured, not taken from a data sheet.
+        peak_bytes: peak memory of the device.
+        tokens_per_second: training tokens, without padding.
         hours: time spent in steps.
-        memory_items: bytes by what they are for, at the instant of the peak.
-        instant: when that is.
-        measured_how: what the peak is the peak of.
+        memory_items: bytes by category at the peak.
+        instant: the part of the step where the peak is.
+        measured_how: how the peak is measured.
     """
 
     path: Path
@@ -61,30 +58,21 @@ class Outcome:
     measured_how: str = ""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """How far one kind of prediction was off over all finished runs, as shares without their sign."""
-
-    median: float
-    worst: float
-    worst_run: str
-
-
 def check(folders: Sequence[Path]) -> list[Outcome]:
-    """The plans of many runs.
+    """Read the plans of several runs.
 
     Raises: ConfigError naming every path that is not a run folder.
     """
-    if strangers := [str(folder) for folder in folders if not (folder / "run.yaml").is_file()]:
+    if others := [str(folder) for folder in folders if not (folder / "run.yaml").is_file()]:
         raise ConfigError(
-            f"Not a run folder: {', '.join(strangers)}. Expected folders that `trivium train` made, with a run.yaml in "
+            f"Not a run folder: {', '.join(others)}. Expected folders that `trivium train` made, with a run.yaml in "
             "them. Name them as runs/NAME."
         )
     return [read_outcome(folder) for folder in folders]
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """One run's plan; a missing, torn or malformed file counts as no plan."""
+    """Read the plan of one run; a missing or malformed file counts as no plan."""
     status = "finished" if (folder / "finished.json").is_file() else "unfinished"
     try:
         plan: dict[str, Any] = json.loads((folder / PLAN_FILE).read_bytes())
@@ -107,7 +95,7 @@ def read_outcome(folder: Path) -> Outcome:
 
 
 def _figure(record: dict[str, Any], key: str, measured: Any) -> Figure:
-    """Raises: ValueError or TypeError where a value is not a finite number."""
+    """Raises: ValueError or TypeError if a value is not a finite number."""
     figure = Figure(
         float(record[key]), float(record["low"]), float(record["high"]), None if measured is None else float(measured)
     )
@@ -116,81 +104,61 @@ def _figure(record: dict[str, Any], key: str, measured: Any) -> Figure:
     return figure
 
 
-def summarise(outcomes: Sequence[Outcome], figure: Callable[[Outcome], Figure | None]) -> Summary | None:
-    """Median and worst error of finished runs in one figure; None where none was measured."""
+def _errors(outcomes: Sequence[Outcome], name: str) -> dict[str, Any] | None:
+    """Median and worst absolute error of a figure over the finished runs; None if none was measured."""
     errors = [
-        (abs(found.error), str(outcome.path))
+        (abs(figure.error), str(outcome.path))
         for outcome in outcomes
-        if outcome.status == "finished" and (found := figure(outcome)) and found.error is not None
+        if outcome.status == "finished" and (figure := getattr(outcome, name)) and figure.error is not None
     ]
     if not errors:
         return None
-    worst, worst_run = max(errors)
-    return Summary(median([error for error, _ in errors]), worst, worst_run)
+    worst, run = max(errors)
+    return {"median": median([error for error, _ in errors]), "worst": worst, "run": run}
 
 
 def as_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """All of it for programs: bytes, tokens a second, errors as shares of what was measured."""
+    """Everything as JSON: bytes, tokens per second, hours, relative errors."""
+    runs = [
+        {
+            "run": str(outcome.path),
+            "status": outcome.status,
+            "device": outcome.device or None,
+            "is_calibrated": outcome.is_calibrated,
+            "peak_memory_bytes": _record(outcome.peak_bytes),
+            "tokens_per_second": _record(outcome.tokens_per_second),
+            "hours": _record(outcome.hours),
+        }
+        for outcome in outcomes
+    ]
     return {
-        "runs": [
-            {
-                "run": str(outcome.path),
-                "status": outcome.status,
-                "device": outcome.device or None,
-                "is_calibrated": outcome.is_calibrated,
-                "peak_memory_bytes": _record(outcome.peak_bytes),
-                "tokens_per_second": _record(outcome.tokens_per_second),
-                "hours": _record(outcome.hours),
-            }
-            for outcome in outcomes
-        ],
-        "peak_memory_bytes": _summary_record(summarise(outcomes, lambda outcome: outcome.peak_bytes)),
-        "tokens_per_second": _summary_record(summarise(outcomes, lambda outcome: outcome.tokens_per_second)),
+        "runs": runs,
+        "peak_memory_bytes": _errors(outcomes, "peak_bytes"),
+        "tokens_per_second": _errors(outcomes, "tokens_per_second"),
     }
 
 
 def _record(figure: Figure | None) -> dict[str, float | None] | None:
-    if figure is None:
-        return None
-    return {
-        "predicted": figure.predicted,
-        "low": figure.low,
-        "high": figure.high,
-        "measured": figure.measured,
-        "error": figure.error,
-    }
-
-
-def _summary_record(summary: Summary | None) -> dict[str, Any] | None:
-    return None if summary is None else {"median": summary.median, "worst": summary.worst, "run": summary.worst_run}
+    return {**asdict(figure), "error": figure.error} if figure else None
 
 
 def as_table(outcomes: Sequence[Outcome]) -> str:
-    """All of it to read, a line a run; errors count from what was measured, so +5 % promised 5 % too much."""
+    """Everything as text, one line per run, then the median and worst errors."""
     head = ["run", "GiB predicted", "measured", "error", "tokens/s predicted", "measured", "error", ""]
-    lines = [head]
+    cells = [head]
     for outcome in outcomes:
         memory = _cells(outcome.peak_bytes, lambda size: f"{size / GIB:.2f}")
         speed = _cells(outcome.tokens_per_second, lambda rate: f"{rate:,.0f}")
-        lines.append([str(outcome.path), *memory, *speed, "" if outcome.status == "finished" else outcome.status])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = [
-        "  ".join(
-            cell.ljust(width) if column in (0, len(head) - 1) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    named = {
-        "memory": summarise(outcomes, lambda outcome: outcome.peak_bytes),
-        "speed": summarise(outcomes, lambda outcome: outcome.tokens_per_second),
-    }
-    rows += [
-        f"{name}: median error {summary.median:.1%}, worst {summary.worst:.1%} ({summary.worst_run})"
-        for name, summary in named.items()
-        if summary is not None
-    ]
-    return "\n".join(rows)
+        cells.append([str(outcome.path), *memory, *speed, "" if outcome.status == "finished" else outcome.status])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for run, *figures, status in cells:
+        right = [cell.rjust(width) for cell, width in zip(figures, widths[1:-1], strict=True)]
+        lines.append("  ".join([run.ljust(widths[0]), *right, status]).rstrip())
+    for title, name in (("memory", "peak_bytes"), ("speed", "tokens_per_second")):
+        if errors := _errors(outcomes, name):
+            lines.append(f"{title}: median error {errors['median']:.1%}, worst {errors['worst']:.1%} ({errors['run']})")
+    return "\n".join(lines)
 
 
 def _cells(figure: Figure | None, show: Callable[[float], str]) -> list[str]:

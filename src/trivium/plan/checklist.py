@@ -1,88 +1,95 @@
-"""Common pitfalls of a method, and a checklist of seven points to settle before training, as far as they are known.
+"""Warnings about common pitfalls of a method, and a checklist of seven points to settle before training.
 
-Warnings apply to any method, the recommended one or the one in a run file. Never imports torch.
+Never imports torch.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from trivium.config.inputs import parse_count
+from trivium.config.inputs import TrainTokenizer, parse_count
 from trivium.config.run import METHOD_DEFAULTS
+from trivium.errors import ConfigError
+from trivium.model import catalog
 from trivium.model.resolve import published_shape
 from trivium.model.shape import QwenShape
 from trivium.plan.decide import TOKENS_PER_PARAM, Decision, short
 from trivium.plan.devices import GIB
-from trivium.plan.situation import Situation, is_chat_model, num_epochs, shape_to_build
+from trivium.plan.fit import is_base
+from trivium.plan.situation import Situation, num_epochs
 from trivium.plan.speed import hours
 from trivium.plan.workload import DataFacts
 
-FEW_CONVERSATIONS, FEW_TOKENS, LARGE_RANK, FEW_REASON = 10_000, 10**9, 64, 0.5
+FEW_CONVERSATIONS, FEW_TOKENS, LARGE_RANK, LOW_REASONING_SHARE = 10_000, 10**9, 64, 0.5
 
 
 class ChecklistItem(NamedTuple):
-    """One point of the checklist."""
-
     question: str
     answer: str
 
 
 def warnings(situation: Situation, method: str | None, model: str | None) -> tuple[str, ...]:
-    """What commonly goes wrong with this method and may go wrong here, a paragraph each."""
+    """Common pitfalls of the method that may apply here, one paragraph each."""
     if method is None:
         return ()
-    chosen, facts = METHOD_DEFAULTS[method], situation.facts
-    found: list[str] = []
-    if chosen["trainable"] == "everything" and chosen["weights"] != "random":
-        found += _of_full_training(facts)
-    if facts and chosen["weights"] != "random":
-        found += _of_pretrained(facts, model)
-    if chosen["trainable"] == "adapter" and situation.rank >= LARGE_RANK:
+    defaults, facts = METHOD_DEFAULTS[method], situation.facts
+    if defaults["weights"] == "random":
+        shape = _shape(situation, model)
+        found = [_compute(situation, facts, shape, method)] if facts and shape else []
+    else:
+        found = _forgetting(facts) if defaults["trainable"] == "everything" else []
+        found += _wrong_model(facts, model) if facts else []
+    if defaults["trainable"] == "adapter" and situation.rank >= LARGE_RANK:
         found.append(
-            f"Rank {situation.rank}: a large adapter costs more memory and time, and overfits a small data set more "
-            "easily. 8 to 16 is usual; use more only for many examples."
+            f"Rank {situation.rank}: a large adapter costs memory and time, and overfits small data sets more easily. "
+            "8 to 16 is usual; use more only for many examples."
         )
-    if facts and facts.kind == "conversations" and 0 < facts.reasoning_share < FEW_REASON:
+    if facts and facts.kind == "conversations" and 0 < facts.reasoning_share < LOW_REASONING_SHARE:
         found.append(
             f"{facts.reasoning_share:.0%} of the conversations show reasoning: a reasoning model may unlearn it. The "
             "guides of Qwen and Unsloth mix three parts with reasoning to one without: data.reasoning_share=0.75."
         )
-    shape = _shape(situation, model)
-    if facts and shape and chosen["weights"] == "random":
-        found.append(_compute(situation, facts, shape, method))
     return tuple(found)
 
 
-def _of_full_training(facts: DataFacts | None) -> Iterator[str]:
+def _forgetting(facts: DataFacts | None) -> list[str]:
+    found = []
     if facts and facts.kind == "conversations" and facts.num_rows < FEW_CONVERSATIONS:
-        yield (
+        found.append(
             f"{short(facts.num_rows)} conversations: below {short(FEW_CONVERSATIONS)} LoRA is usually about as good as "
             "full fine-tuning and more stable, because full fine-tuning overfits a small data set."
         )
-    yield (
+    found.append(
         "All weights change, so the model forgets something: mix in general text, and measure forgetting with "
         "`trivium compare RUN --general TEXTS`."
     )
+    return found
 
 
-def _of_pretrained(facts: DataFacts, model: str | None) -> Iterator[str]:
-    is_chat = is_chat_model(model) if model else None
-    if facts.kind == "documents" and facts.num_tokens < FEW_TOKENS:
-        yield (
+def _wrong_model(facts: DataFacts, model: str | None) -> list[str]:
+    """Warnings when the kind of data does not suit a pretrained model."""
+    is_chat = None  # None: not published, so unknown
+    if model and published_shape(model) and "ladder-" not in model.lower():
+        is_chat = not is_base(model)
+    if facts.kind == "conversations":
+        if is_chat is not False:
+            return []
+        return [
+            f"{model} is a base model: its embeddings of <|im_start|> and <|im_end|> may be untrained and have to be "
+            "trained too. The chat version of the model needs fewer examples."
+        ]
+    found = []
+    if facts.num_tokens < FEW_TOKENS:
+        found.append(
             f"{short(facts.num_tokens)} tokens of plain text: below {short(FEW_TOKENS)} continued pre-training is said "
             "to have little effect, though Gururangan et al. 2020 (arXiv:2004.10964) gain from far less text of the "
             "task itself. For facts alone retrieval is more reliable; measure both."
         )
-    if facts.kind == "documents" and model and is_chat:
+    if model and is_chat:
         base = model.removesuffix("-Instruct") if model.endswith("-Instruct") else f"{model}-Base"
-        yield (
+        found.append(
             f"{model} was tuned for conversations, and plain text damages that: it may no longer answer or stop. Take "
             f"{base if published_shape(base) else 'a base model'}, or mix conversations in."
         )
-    if facts.kind == "conversations" and is_chat is False:
-        yield (
-            f"{model} is a base model: its embeddings of <|im_start|> and <|im_end|> may be untrained and have to be "
-            "trained too. The chat version of the model needs fewer examples."
-        )
+    return found
 
 
 def _compute(situation: Situation, facts: DataFacts, shape: QwenShape, method: str) -> str:
@@ -98,22 +105,35 @@ def _compute(situation: Situation, facts: DataFacts, shape: QwenShape, method: s
             f". There are {facts.num_tokens / size:.2g} tokens for each parameter, and about {TOKENS_PER_PARAM} are "
             f"recommended ({short(TOKENS_PER_PARAM * size)}): take a smaller model or more text"
         )
-    return text + "."
+    return f"{text}."
 
 
 def checklist(
     situation: Situation, decision: Decision, memory: str | None = None, time: str | None = None
 ) -> list[ChecklistItem]:
-    """The seven points, with `memory` and `time` from a plan where there is one."""
-    method = "" if decision.method is None else f" (method: {decision.method})"
+    """Seven points to settle before training; `memory` and `time` come from a plan if there is one."""
+    method, other = decision.method, decision.other_method
+    forgetting = "`trivium compare RUN --general TEXTS` for forgetting"
+    if method is None:
+        test = "`trivium eval MODEL --prompts questions.jsonl`: a few dozen questions with answers, before any training"
+    elif situation.facts and situation.facts.kind == "documents":
+        test = f"`trivium eval RUN` for the held-out loss; {forgetting}"
+    else:
+        test = f"`trivium eval RUN --prompts questions.jsonl` with questions that are not in the data; {forgetting}"
+    comparison = "optional; no other method suits this data, hardware and license as well"
+    if other:
+        comparison = (
+            f"optional: `trivium train RUN_FILE method={other} name=other`, "
+            "then `trivium compare RUN runs/other --prompts questions.jsonl`"
+        )
     return [
-        ChecklistItem("Method", decision.title + method),
+        ChecklistItem("Method", decision.title + (f" (method: {method})" if method else "")),
         ChecklistItem("Base model", decision.model or "a general one; try several with your prompts"),
         ChecklistItem("Data", _data(situation)),
         ChecklistItem("Memory", memory or _memory(situation, decision)),
         ChecklistItem("Training time", time or _time(situation, decision)),
-        ChecklistItem("Evaluation", _evaluation(situation, decision)),
-        ChecklistItem("Comparison", _comparison(decision)),
+        ChecklistItem("Evaluation", test),
+        ChecklistItem("Comparison", comparison),
     ]
 
 
@@ -128,11 +148,14 @@ def _data(situation: Situation) -> str:
 
 
 def _shape(situation: Situation, model: str | None) -> QwenShape | None:
-    """The shape of the model: of a size to build, as given, or as published."""
+    """The shape of a published model, or of a new model of about the given size; None if unknown."""
     size = parse_count(model)
-    if isinstance(size, int):
-        return shape_to_build(size)
-    return situation.shape or (published_shape(model) if model else None)
+    if not isinstance(size, int):
+        return situation.shape or (published_shape(model) if model else None)
+    try:
+        return catalog.size_for_budget(size, TrainTokenizer.model_fields["vocab_size"].default)
+    except ConfigError:
+        return None
 
 
 def _memory(situation: Situation, decision: Decision) -> str:
@@ -155,21 +178,3 @@ def _time(situation: Situation, decision: Decision) -> str:
     if cost is None:
         return f"{short(tokens)} training tokens; give a device to predict the time"
     return f"about {hours(cost.hours)} for {short(tokens)} tokens"
-
-
-def _evaluation(situation: Situation, decision: Decision) -> str:
-    if decision.method is None:
-        return "`trivium eval MODEL --prompts questions.jsonl`: a few dozen questions with answers, before any training"
-    forgetting = "`trivium compare RUN --general TEXTS` for forgetting"
-    if situation.facts and situation.facts.kind == "documents":
-        return f"`trivium eval RUN` for the held-out loss; {forgetting}"
-    return f"`trivium eval RUN --prompts questions.jsonl` with questions that are not in the data; {forgetting}"
-
-
-def _comparison(decision: Decision) -> str:
-    if decision.other_method is None:
-        return "optional; no other method suits this data, hardware and license as well"
-    return (
-        f"optional: `trivium train RUN_FILE method={decision.other_method} name=other`, "
-        "then `trivium compare RUN runs/other --prompts questions.jsonl`"
-    )

@@ -1,8 +1,8 @@
-"""Which method to train with: none, an adapter, full fine-tuning, continued pre-training, or from scratch.
+"""Choose how to train: not at all, LoRA, full fine-tuning, continued pre-training, or from scratch.
 
-An ordered list of approaches, each with the amount of data that it needs. The amount of data selects the approach;
-license, laptop, memory, time and cost can rule it out, and then the next lower one is tried. `decide` is total: every
-situation gets an answer, with its reasons and with what would change it. Never imports torch.
+The amount of data selects one of an ordered list of approaches. If the license, the hardware, or the limits on time and
+cost rule it out, the next lower approach is tried. Every situation gets a decision with its reasons and with what would
+change it. Never imports torch.
 """
 
 import math
@@ -20,23 +20,20 @@ from trivium.plan.fit import FIT_SHARE
 from trivium.plan.situation import Situation, num_epochs
 from trivium.plan.workload import DataFacts
 
-ApproachName = Literal["none", "adapter", "full", "continue", "scratch"]
-
 
 @dataclass(frozen=True)
 class Approach:
-    """A way to train and the data it needs: a number of conversations, or of tokens of documents.
+    """A way to train, and the amount of data it suits.
 
     Attributes:
-        name, title: for programs and for people.
-        methods: `method` of a run file, preferred one first.
-        start: the least data for which it is worth the effort.
-        stop: where its range ends, None where it is open; up to the next approach there is no rule.
-        basis: where the figures come from, and what contradicts them.
-        other: the method that is nearly as good for the same data.
+        methods: the `method` values of a run file, preferred one first.
+        start: least data: conversations, or tokens of documents.
+        stop: most data, None for no limit. No rule covers the gap up to the next approach.
+        basis: source of `start` and `stop`.
+        other: a method that is about as good for the same data.
     """
 
-    name: ApproachName
+    name: Literal["none", "adapter", "full", "continue", "scratch"]
     title: str
     methods: tuple[str, ...]
     start: int
@@ -45,66 +42,64 @@ class Approach:
     other: str | None = None
 
 
-TABLE = "a common rule of thumb"
-CONTEXT = "the context of Qwen, 32,768 tokens; what fits into the prompt needs no training"
+COMMON = "a common rule of thumb"
+CONTEXT = "Qwen's context is 32,768 tokens, and text that fits into the prompt needs no training"
+GURURANGAN = f"{COMMON}; Gururangan et al. 2020, arXiv:2004.10964, gain from far less text of the task itself"
 APPROACHES: dict[str, tuple[Approach, ...]] = {
     "conversations": (
-        Approach("none", "no training (prompt or retrieve)", (), 0, 100, TABLE),
-        Approach("adapter", "LoRA", ("lora", "qlora"), 100, 10_000, TABLE, other="full"),
-        Approach("full", "full fine-tuning", ("full",), 10_000, 1_000_000, f"{TABLE}; LoRA is common here too", "lora"),
+        Approach("none", "no training (prompt or retrieve)", (), 0, 100, COMMON),
+        Approach("adapter", "LoRA", ("lora", "qlora"), 100, 10_000, COMMON, other="full"),
+        Approach("full", "full fine-tuning", ("full",), 10_000, 1_000_000, f"{COMMON}; LoRA is common too", "lora"),
     ),
     "documents": (
         Approach("none", "no training (prompt or retrieve)", (), 0, 32_768, CONTEXT),
         Approach("adapter", "LoRA on the text", ("lora", "qlora"), 32_768, 32_768, CONTEXT),
-        Approach(
-            "continue",
-            "continued pre-training",
-            ("continue",),
-            10**9,
-            10**10,
-            f"{TABLE}; Gururangan et al. 2020, arXiv:2004.10964, gain from much less text of the task itself",
-        ),
-        Approach("scratch", "from scratch", ("scratch",), 10**11, None, TABLE),
+        Approach("continue", "continued pre-training", ("continue",), 10**9, 10**10, GURURANGAN),
+        Approach("scratch", "from scratch", ("scratch",), 10**11, None, COMMON),
     ),
 }
 UNITS = {"conversations": "conversations", "documents": "tokens"}
 TOKENS_PER_PARAM = 20
 """Compute-optimal training from scratch. Source: Hoffmann et al. 2022, arXiv:2203.15556 (Chinchilla)."""
 
-
-def amount(facts: DataFacts) -> int:
-    """What is compared with `start`: the number of conversations, or the tokens of documents."""
-    return facts.num_rows if facts.kind == "conversations" else facts.num_tokens
-
-
-def short(count: float) -> str:
-    """A count as people write it: 5K, 1.5B; 32,768 stays as it is."""
-    if count < 1e5 and count % 100:
-        return f"{count:,.0f}"
-    for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= unit:
-            return f"{count / unit:.4g}{suffix}"
-    return f"{count:.4g}"
-
-
-# What is recommended, smallest first: open licenses only (Apache 2.0; Qwen2.5-3B and 72B have Qwen's own).
+# Models to recommend, smallest first: only open licenses (Apache 2.0; Qwen2.5-3B and 72B have Qwen's license).
 CHAT_MODELS = tuple(f"Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "7B", "14B", "32B"))
 REASONING_MODELS = tuple(f"Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B"))
 BASE_MODELS = tuple(f"Qwen3-{size}-Base" for size in ("0.6B", "1.7B", "4B", "8B", "14B"))
-LARGEST_UNASKED = 9e9
-"""Parameters of the largest model that is recommended when no size is requested: larger ones are slow to try."""
+MAX_DEFAULT_PARAMS = 9e9
+"""Parameters of the largest model recommended when no size is requested; larger ones are slow to try."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The recommended approach.
+
+    Attributes:
+        method, model: values for a run file; None for no training.
+        budget_tokens: `budget.tokens` of a run file, if the limits do not allow all the data.
+        other_method: a method to compare with, if one is about as good.
+        reasons: why, one line each.
+        would_change: what would lead to another decision, one line each.
+    """
+
+    name: str
+    title: str
+    method: str | None
+    model: str | None
+    budget_tokens: int | None
+    other_method: str | None
+    reasons: tuple[str, ...]
+    would_change: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model and a method that fit the hardware and the limits."""
+    """A model and a method that fit the hardware and the limits; `budget_tokens` is None if all the data fits."""
 
     model: str
     method: str
     why: str
-    would_change: tuple[str, ...] = ()
     budget_tokens: int | None = None
-    """Tokens that the limits allow; None where they allow all."""
 
 
 @dataclass(frozen=True)
@@ -115,45 +110,118 @@ class Obstacle:
     unless: str
 
 
-def size_below_all(situation: Situation) -> int | None:
-    """The requested size, where no published model is nearly as small: then there is nothing to adapt."""
-    smallest = catalog.get(CHAT_MODELS[0]).num_params
+def decide(situation: Situation) -> Decision:
+    """Decide whether to train, with which approach, and on which model."""
+    if situation.is_general:
+        return _no_training(("A general model already does it: choose one, write a prompt, and measure it.",), ())
+    tried = (
+        "It is not known whether a general model already does this: try that first, it is free."
+        if situation.is_general is None
+        else "A general model was tried and is not good enough."
+    )
+    facts = situation.facts
+    if facts is None or not situation.has_data:
+        return _no_training((tried, "There is no training data yet."), (_start_of(APPROACHES["conversations"][1]),))
+    if (size := _size_below_published(situation)) is not None:
+        return _small_from_scratch(size, facts, tried)
+    approaches, amount = APPROACHES[facts.kind], _amount(facts)
+    selected = max(index for index, approach in enumerate(approaches) if approach.start <= amount)
+    reasons, unless = [tried, _why_amount(facts, selected)], []
+    for index in range(selected, 0, -1):
+        found = _choose(situation, facts, approaches[index])
+        if isinstance(found, ModelChoice):
+            reasons.append(found.why)
+            if situation.is_general is None:
+                unless.insert(0, "If a general model answers a few dozen of your hardest cases well: no training.")
+            unless += map(_start_of, approaches[selected + 1 : selected + 2])
+            return _decision(situation, facts, index, found, reasons, unless)
+        reasons.append(found.why)
+        unless.append(found.unless)
+    return _no_training(tuple(reasons), (*unless, *map(_start_of, approaches[selected + 1 : selected + 2])))
+
+
+def _no_training(reasons: tuple[str, ...], would_change: tuple[str, ...]) -> Decision:
+    none = APPROACHES["conversations"][0]
+    return Decision(none.name, none.title, None, None, None, None, reasons, would_change)
+
+
+def _decision(
+    situation: Situation, facts: DataFacts, index: int, choice: ModelChoice, reasons: list[str], unless: list[str]
+) -> Decision:
+    """The decision for the approach at `index`, with what would lead elsewhere added to `unless`."""
+    approaches = APPROACHES[facts.kind]
+    approach = approaches[index]
+    unless.append(f"With fewer than {short(approach.start)} {UNITS[facts.kind]}: {approaches[index - 1].title}.")
+    other = next((other for other in approaches[1:] if other.methods[0] == approach.other), None)
+    other_choice = _choose(situation, facts, other) if other else None
+    if other is None or not isinstance(other_choice, ModelChoice):
+        other_choice = None
+    elif _num_params(other_choice.model) > _num_params(choice.model) > 0:
+        unless.append(f"If a larger model helps more than training all weights: {other.title} of {other_choice.model}.")
+    if situation.model is None:
+        unless.append(
+            f"If its answers are not good enough: improve the data first, then try a larger model than {choice.model}."
+        )
+    return Decision(
+        name=approach.name,
+        title="QLoRA" if choice.method == "qlora" else approach.title,
+        method=choice.method,
+        model=choice.model,
+        budget_tokens=choice.budget_tokens,
+        other_method=other_choice.method if other_choice else None,
+        reasons=tuple(reasons),
+        would_change=tuple(unless),
+    )
+
+
+def _num_params(model: str) -> int:
+    shape = published_shape(model)
+    return shape.num_params if shape else 0
+
+
+def _size_below_published(situation: Situation) -> int | None:
+    """The requested size, if it is less than half of the smallest published model; then there is nothing to adapt."""
     size = situation.num_params
-    if situation.model is not None or situation.adapter_only or size is None or not 0 < size < smallest / 2:
+    if situation.model is not None or situation.adapter_only or size is None:
         return None
-    return size
+    return size if 0 < size < catalog.get(CHAT_MODELS[0]).num_params / 2 else None
 
 
-def choose(situation: Situation, facts: DataFacts, approach: Approach) -> ModelChoice | Obstacle:
-    """The model and method for an approach, or what rules it out."""
-    reasons = _forbidden(situation, approach)
-    if not reasons:
-        return _within_means(situation, facts, approach)
-    why, unless = "; ".join(reasons), " and ".join(reasons.values())
-    return Obstacle(f"Not {approach.title}: {why}.", f"If {unless}: {approach.title}.")
+def _small_from_scratch(num_params: int, facts: DataFacts, tried: str) -> Decision:
+    """Train a model smaller than any published one from scratch, whatever the data."""
+    size, enough = short(num_params), short(num_params * TOKENS_PER_PARAM)
+    return Decision(
+        name="scratch",
+        title="from scratch",
+        method="scratch",
+        model=size if parse_count(size) == num_params else str(num_params),
+        budget_tokens=None,
+        other_method=None,
+        reasons=(
+            tried,
+            f"A model of {size} parameters was requested, and no published Qwen is that small.",
+            f"{short(facts.num_tokens)} tokens are {facts.num_tokens / num_params:.2g} for each parameter; about "
+            f"{TOKENS_PER_PARAM} are compute-optimal (Hoffmann et al. 2022, arXiv:2203.15556), which is {enough}. A "
+            "small model keeps improving with more.",
+        ),
+        would_change=("If a model of 0.5B parameters is small enough: adapt one with a few hundred examples.",),
+    )
 
 
-def _forbidden(situation: Situation, approach: Approach) -> dict[str, str]:
-    """What rules it out for every model -> what would have to change."""
-    reasons = {}
-    if situation.adapter_only and approach.name != "adapter":
-        reasons["only the adapter may be shared, and this changes the base weights"] = "the whole model may be shared"
-    if situation.is_laptop and approach.name != "adapter":
-        reasons["it has to run on a laptop, or a machine without a large GPU"] = "it may run on a rented GPU"
-    if situation.model is not None and approach.name == "scratch":
-        reasons[f"{situation.model} was requested, and this would not use its weights"] = "its weights are not needed"
-    return reasons
+def _choose(situation: Situation, facts: DataFacts, approach: Approach) -> ModelChoice | Obstacle:
+    """The first model that fits and can train on all the data within the limits, else the one that trains on the most.
 
-
-def _within_means(situation: Situation, facts: DataFacts, approach: Approach) -> ModelChoice | Obstacle:
-    """The first model that fits and can train on all data within the limits, else the one that trains on the most."""
+    Returns an obstacle if no model fits.
+    """
+    if obstacle := _forbidden(situation, approach):
+        return obstacle
     best: ModelChoice | None = None
     best_share, obstacles = 0.0, []
     for name, shape in _candidates(situation, facts, approach):
-        method = next((one for one in approach.methods if shape is None or situation.fits(shape, one)), None)
-        if shape is None or method is None:
-            if shape is None:
-                return ModelChoice(name, approach.methods[0], f"{name} was requested; its size is not known here.")
+        if shape is None:
+            return ModelChoice(name, approach.methods[0], f"{name} was requested; its size is not known here.")
+        method = next((method for method in approach.methods if situation.fits(shape, method)), None)
+        if method is None:
             obstacles.append(_too_large(situation, approach, name, shape))
             continue
         affordable = situation.affordable_tokens(shape, method) / num_epochs(method)
@@ -162,41 +230,9 @@ def _within_means(situation: Situation, facts: DataFacts, approach: Approach) ->
             continue
         share = min(1.0, affordable / facts.num_tokens)
         if share > best_share:
-            best, best_share = _model_choice(situation, facts, name, shape, method, share), share
-    smallest = 0 if situation.starts_small else -1
-    return best or (obstacles[smallest] if obstacles else _too_little(facts, approach))
-
-
-def _candidates(situation: Situation, facts: DataFacts, approach: Approach) -> Iterator[tuple[str, QwenShape | None]]:
-    """Models in the order to try them: only the named one, only the requested size, else a few.
-
-    A laptop, or an unknown device, starts with the smallest; anything else with the largest. From scratch a model has
-    at most one parameter for each twenty tokens.
-    """
-    if situation.model is not None:
-        yield situation.model, situation.shape or published_shape(situation.model)
-        return
-    names = BASE_MODELS if facts.kind == "documents" else REASONING_MODELS if facts.reasoning_share else CHAT_MODELS
-    shapes = {name: catalog.get(name) for name in names}
-    if situation.num_params is not None:
-        near = min(shapes, key=lambda name: abs(shapes[name].num_params - (situation.num_params or 0)))
-        shapes = {near: shapes[near]}
-    else:
-        shapes = {name: shape for name, shape in shapes.items() if shape.num_params <= LARGEST_UNASKED}
-    from_nothing = METHOD_DEFAULTS[approach.methods[0]]["weights"] == "random"
-    if from_nothing:
-        most = facts.num_tokens / TOKENS_PER_PARAM
-        shapes = {name: shape for name, shape in shapes.items() if shape.num_params <= most}
-    for name in shapes if situation.starts_small else reversed(shapes):
-        yield name if from_nothing else f"Qwen/{name}", shapes[name]
-
-
-def _least_tokens(facts: DataFacts, approach: Approach) -> float:
-    """Tokens of the least data for which the approach is worth the effort, so that more data never rules it out."""
-    return approach.start * (facts.num_tokens / facts.num_rows if facts.kind == "conversations" else 1.0)
-
-
-def _too_little(facts: DataFacts, approach: Approach) -> Obstacle:
+            best, best_share = _model_choice(situation, facts, name, method, share), share
+    if best or obstacles:
+        return best or obstacles[0 if situation.starts_small else -1]
     most = short(facts.num_tokens / TOKENS_PER_PARAM)
     return Obstacle(
         f"Not {approach.title}: {short(facts.num_tokens)} tokens are enough for {most} parameters only.",
@@ -204,35 +240,77 @@ def _too_little(facts: DataFacts, approach: Approach) -> Obstacle:
     )
 
 
-def _model_choice(
-    situation: Situation, facts: DataFacts, name: str, shape: QwenShape, method: str, share: float
-) -> ModelChoice:
-    why = f"{name}: {_why_model(situation)}"
-    if method == "qlora":
-        why += " With 16-bit weights it would not fit, so they are quantized to 4 bits (NF4)."
-    budget_tokens = None
-    if share < 1.0:
-        all_tokens = facts.num_tokens * num_epochs(method)
-        budget_tokens = _rounded_down(share * all_tokens)
-        why += f" The limits on time and cost allow {short(budget_tokens)} of {short(all_tokens)} tokens: use the best."
-    larger = (f"If its answers are not good enough: improve the data first, then try a larger model than {name}.",)
-    return ModelChoice(name, method, why, larger if situation.model is None else (), budget_tokens)
+def _forbidden(situation: Situation, approach: Approach) -> Obstacle | None:
+    """What rules the approach out for every model."""
+    is_adapter, model = approach.name == "adapter", situation.model
+    why, unless = [], []
+    if situation.adapter_only and not is_adapter:
+        why.append("only the adapter may be shared, and this changes the base weights")
+        unless.append("the whole model may be shared")
+    if situation.is_laptop and not is_adapter:
+        why.append("it has to run on a laptop, or a machine without a large GPU")
+        unless.append("it may run on a rented GPU")
+    if model is not None and approach.name == "scratch":
+        why.append(f"{model} was requested, and training from scratch does not use its weights")
+        unless.append("its weights are not needed")
+    if not why:
+        return None
+    return Obstacle(f"Not {approach.title}: {'; '.join(why)}.", f"If {' and '.join(unless)}: {approach.title}.")
 
 
-def _rounded_down(count: float) -> int:
-    """To two digits, which leaves some room for what the prediction does not see."""
-    unit = 10 ** max(0, math.floor(math.log10(max(1.0, count))) - 1)
-    return max(1, math.floor(count / unit) * unit)
+def _candidates(situation: Situation, facts: DataFacts, approach: Approach) -> Iterator[tuple[str, QwenShape | None]]:
+    """Models in the order to try them: the requested model, the one nearest to the requested size, or a few.
 
-
-def _why_model(situation: Situation) -> str:
+    On a laptop or an unknown device the smallest comes first, otherwise the largest. From scratch a model has at most
+    one parameter for each `TOKENS_PER_PARAM` tokens.
+    """
     if situation.model is not None:
-        return "the requested model."
-    if situation.num_params is not None:
-        return f"the published model nearest to {short(situation.num_params)} parameters."
-    if situation.starts_small:
-        return "the smallest published model, the fastest to try on a laptop; start there."
-    return "the largest with an open license, up to 8B, that fits the hardware and the limits."
+        yield situation.model, situation.shape or published_shape(situation.model)
+        return
+    names = BASE_MODELS if facts.kind == "documents" else REASONING_MODELS if facts.reasoning_share else CHAT_MODELS
+    shapes, size = {name: catalog.get(name) for name in names}, situation.num_params
+    if size is not None:
+        nearest = min(shapes, key=lambda name: abs(shapes[name].num_params - size))
+        shapes = {nearest: shapes[nearest]}
+    from_scratch = METHOD_DEFAULTS[approach.methods[0]]["weights"] == "random"
+    most = math.inf if size is not None else MAX_DEFAULT_PARAMS
+    if from_scratch:
+        most = min(most, facts.num_tokens / TOKENS_PER_PARAM)
+    for name in shapes if situation.starts_small else reversed(shapes):
+        if shapes[name].num_params <= most:
+            yield name if from_scratch else f"Qwen/{name}", shapes[name]
+
+
+def _amount(facts: DataFacts) -> int:
+    """The number to compare with `Approach.start`: conversations, or tokens of documents."""
+    return facts.num_rows if facts.kind == "conversations" else facts.num_tokens
+
+
+def _least_tokens(facts: DataFacts, approach: Approach) -> float:
+    """Tokens of the least data the approach suits. Independent of the amount of data, so more never rules it out."""
+    return approach.start * (facts.num_tokens / facts.num_rows if facts.kind == "conversations" else 1.0)
+
+
+def _model_choice(situation: Situation, facts: DataFacts, name: str, method: str, share: float) -> ModelChoice:
+    """The choice of a model that can train on a `share` of the data within the limits."""
+    if situation.model is not None:
+        why = f"{name}: the requested model."
+    elif situation.num_params is not None:
+        why = f"{name}: the published model nearest to {short(situation.num_params)} parameters."
+    elif situation.starts_small:
+        why = f"{name}: the smallest published model, the fastest to try on a laptop; start there."
+    else:
+        why = f"{name}: the largest with an open license, up to 8B, that fits the hardware and the limits."
+    if method == "qlora":
+        why += " It does not fit with 16-bit weights, so they are quantized to 4 bits (NF4)."
+    if share == 1.0:
+        return ModelChoice(name, method, why)
+    all_tokens = facts.num_tokens * num_epochs(method)
+    # Two significant digits, which leaves some room for the error of the prediction.
+    unit = 10 ** max(0, math.floor(math.log10(max(1.0, share * all_tokens))) - 1)
+    budget_tokens = max(1, math.floor(share * all_tokens / unit) * unit)
+    why += f" The limits on time and cost allow {short(budget_tokens)} of {short(all_tokens)} tokens: use the best."
+    return ModelChoice(name, method, why, budget_tokens)
 
 
 def _too_large(situation: Situation, approach: Approach, name: str, shape: QwenShape) -> Obstacle:
@@ -241,159 +319,24 @@ def _too_large(situation: Situation, approach: Approach, name: str, shape: QwenS
     return Obstacle(
         f"Not {approach.title}: {name} needs {needed / GIB:.1f} GiB on each device with the smallest micro-batch, and "
         f"{FIT_SHARE:.0%} of {has / GIB:.1f} GiB may be used.",
-        f"With {needed / FIT_SHARE / GIB:.1f} GiB or more on each device: {approach.title}, with {name}.",
-    )
-
-
-def _means(situation: Situation) -> str:
-    return f"{situation.hours / 24:,.3g} days" + (
-        "" if situation.max_cost is None else f" and {situation.max_cost:,.0f} USD"
+        f"With {needed / FIT_SHARE / GIB:.1f} GiB or more on each device: {approach.title} of {name}.",
     )
 
 
 def _too_expensive(situation: Situation, facts: DataFacts, approach: Approach, name: str, shape: QwenShape) -> Obstacle:
-    """Its arithmetic for the least data that the approach is worth it for."""
+    """The time and cost of the least data the approach suits, and the limits."""
     method = approach.methods[0]
     tokens = round(_least_tokens(facts, approach) * num_epochs(method))
     needed = situation.cost(shape, method, tokens)
     assert needed is not None  # without a device nothing is too expensive
-    cost = f"{needed.hours / 24:,.3g} days" + (f" and {needed.money:,.0f} USD" if needed.money else "")
+    takes, limit = (
+        f"{hours / 24:,.3g} days" + (f" and {money:,.0f} USD" if money else "")
+        for hours, money in ((needed.hours, needed.money), (situation.hours, situation.max_cost))
+    )
     return Obstacle(
-        f"Not {approach.title}: {short(tokens)} tokens, the least worth it, take {cost} with {name}, and the limit is "
-        f"{_means(situation)}.",
-        f"With {cost}: {approach.title}, with {name}.",
-    )
-
-
-UNTRIED = "It is not known whether a general model already does this: try that first, it is free."
-TRIED = "A general model was tried and is not good enough."
-IF_GENERAL = "If a general model answers a few dozen of your hardest cases well: no training."
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The answer.
-
-    Attributes:
-        name, title: the approach.
-        method: what a run file calls it; None where nothing is to be trained.
-        model: what a run file names as `model`; None where nothing is to be trained.
-        budget_tokens: tokens to be read, where the limits do not allow all; `budget.tokens` of a run file.
-        other_method: the method to compare it with, where another is nearly as good.
-        reasons: why, a line each, in the order of the questions.
-        would_change: what would lead elsewhere, with its figure, a line each.
-        rules_of_thumb: figures that are only that, and their source.
-    """
-
-    name: ApproachName
-    title: str
-    method: str | None
-    model: str | None
-    budget_tokens: int | None
-    other_method: str | None
-    reasons: tuple[str, ...]
-    would_change: tuple[str, ...]
-    rules_of_thumb: tuple[str, ...]
-
-
-def decide(situation: Situation) -> Decision:
-    """Whether training is needed, which approach the data selects, and what rules it out."""
-    if situation.is_general:
-        return _untrained(("A general model already does it: choose one, write a prompt, and measure it.",), ())
-    tried = UNTRIED if situation.is_general is None else TRIED
-    facts = situation.facts
-    if facts is None or not situation.has_data:
-        return _untrained((tried, "There is no training data yet."), (_start_of(APPROACHES["conversations"][1]),))
-    if (size := size_below_all(situation)) is not None:
-        return _small_from_scratch(size, facts, tried)
-    approaches = APPROACHES[facts.kind]
-    wanted = max(index for index, approach in enumerate(approaches) if approach.start <= amount(facts))
-    obstacles: list[Obstacle] = []
-    for index in range(wanted, 0, -1):
-        found = choose(situation, facts, approaches[index])
-        if isinstance(found, ModelChoice):
-            return _decision(situation, facts, (index, wanted), obstacles, found, tried)
-        obstacles.append(found)
-    reasons = (tried, _why_amount(facts, wanted), *(obstacle.why for obstacle in obstacles))
-    would_change = (*(obstacle.unless for obstacle in obstacles), *map(_start_of, approaches[wanted + 1 : wanted + 2]))
-    return _untrained(reasons, would_change, _rules(facts, (0, wanted)))
-
-
-def _untrained(reasons: tuple[str, ...], would_change: tuple[str, ...], rules: tuple[str, ...] = ()) -> Decision:
-    none = APPROACHES["conversations"][0]
-    return Decision(none.name, none.title, None, None, None, None, reasons, would_change, rules)
-
-
-def _decision(
-    situation: Situation,
-    facts: DataFacts,
-    indices: tuple[int, int],
-    obstacles: list[Obstacle],
-    choice: ModelChoice,
-    tried: str,
-) -> Decision:
-    """The decision for the first of two approaches, the second is the one that the amount of data selects."""
-    index, wanted = indices
-    approaches = APPROACHES[facts.kind]
-    approach = approaches[index]
-    below = f"With fewer than {short(approach.start)} {UNITS[facts.kind]}: {approaches[index - 1].title}."
-    other = next((other for other in approaches[1:] if other.methods[0] == approach.other), None)
-    other_choice = choose(situation, facts, other) if other else None
-    return Decision(
-        name=approach.name,
-        title="QLoRA" if choice.method == "qlora" else approach.title,
-        method=choice.method,
-        model=choice.model,
-        budget_tokens=choice.budget_tokens,
-        other_method=other_choice.method if isinstance(other_choice, ModelChoice) else None,
-        reasons=(tried, _why_amount(facts, wanted), *(obstacle.why for obstacle in obstacles), choice.why),
-        would_change=(
-            *(() if situation.is_general is False else (IF_GENERAL,)),
-            *(obstacle.unless for obstacle in obstacles),
-            *map(_start_of, approaches[wanted + 1 : wanted + 2]),
-            below,
-            *_larger_by(other, other_choice, choice),
-            *choice.would_change,
-        ),
-        rules_of_thumb=_rules(facts, (index, wanted)),
-    )
-
-
-def _larger_by(
-    other: Approach | None, other_choice: ModelChoice | Obstacle | None, choice: ModelChoice
-) -> tuple[str, ...]:
-    """Where the other method can use a larger model on the same hardware."""
-    if other is None or not isinstance(other_choice, ModelChoice):
-        return ()
-    shape, other_shape = published_shape(choice.model), published_shape(other_choice.model)
-    if shape is None or other_shape is None or other_shape.num_params <= shape.num_params:
-        return ()
-    return (
-        f"If a larger model helps more than training all weights: {other.title}, which can use {other_choice.model}.",
-    )
-
-
-def _small_from_scratch(num_params: int, facts: DataFacts, tried: str) -> Decision:
-    """A model smaller than any published one is trained from scratch, whatever the data."""
-    enough = num_params * TOKENS_PER_PARAM
-    has = f"{short(facts.num_tokens)} tokens are {facts.num_tokens / num_params:.2g} for each parameter"
-    return Decision(
-        name="scratch",
-        title="from scratch",
-        method="scratch",
-        model=short(num_params) if parse_count(short(num_params)) == num_params else str(num_params),
-        budget_tokens=None,
-        other_method=None,
-        reasons=(
-            tried,
-            f"A model of {short(num_params)} parameters was requested, and no published Qwen is that small.",
-            f"{has}; about {TOKENS_PER_PARAM} are compute-optimal, which is {short(enough)}.",
-        ),
-        would_change=("If a model of 0.5B parameters will do: adapt one, which needs a few hundred examples.",),
-        rules_of_thumb=(
-            f"{TOKENS_PER_PARAM} tokens for each parameter: Hoffmann et al. 2022, arXiv:2203.15556, who measured it on "
-            "models from 70M to 16B; a small model keeps improving with more.",
-        ),
+        f"Not {approach.title}: {short(tokens)} tokens, the least it suits, take {takes} with {name}, and the limit is "
+        f"{limit}.",
+        f"With {takes}: {approach.title} of {name}.",
     )
 
 
@@ -402,30 +345,27 @@ def _start_of(approach: Approach) -> str:
     return f"With {short(approach.start)} {unit} or more: {approach.title}."
 
 
-def _why_amount(facts: DataFacts, wanted: int) -> str:
-    """Which approach the amount of data selects."""
-    approaches, unit, has = APPROACHES[facts.kind], UNITS[facts.kind], amount(facts)
-    approach = approaches[wanted]
-    counted = f"{short(has)} {unit}"
+def _why_amount(facts: DataFacts, selected: int) -> str:
+    """Why the amount of data selects this approach, and the source of the rule."""
+    approaches, amount = APPROACHES[facts.kind], _amount(facts)
+    approach = approaches[selected]
+    counted = f"{short(amount)} {UNITS[facts.kind]}"
     if approach.stop is None:
-        return f"{counted}: enough for {approach.title}, from {short(approach.start)} on."
-    if has <= approach.stop:
-        return f"{counted}: the range of {approach.title}, {short(approach.start)} to {short(approach.stop)}."
+        return f"{counted}: enough for {approach.title}, from {short(approach.start)} on ({approach.basis})."
+    if amount <= approach.stop:
+        between = f"{short(approach.start)} to {short(approach.stop)}"
+        return f"{counted}: the range of {approach.title}, {between} ({approach.basis})."
     gap = f"beyond {short(approach.stop)}"
-    if wanted + 1 < len(approaches):
-        gap = f"between {short(approach.stop)} and {short(approaches[wanted + 1].start)}"
-    return f"{counted}: a gap, because there is no rule {gap}; {approach.title} is the next lower method."
+    if selected + 1 < len(approaches):
+        gap = f"between {short(approach.stop)} and {short(approaches[selected + 1].start)}"
+    return f"{counted}: a gap, because no rule covers data {gap}; {approach.title} is the next lower approach."
 
 
-def _rules(facts: DataFacts, indices: tuple[int, int]) -> tuple[str, ...]:
-    approaches, unit = APPROACHES[facts.kind], UNITS[facts.kind]
-    named = dict.fromkeys(approaches[index] for index in indices)
-    return tuple(f"{approach.title}, {_range(approach)} {unit}: {approach.basis}." for approach in named)
-
-
-def _range(approach: Approach) -> str:
-    if not approach.start and approach.stop is not None:
-        return f"below {short(approach.stop)}"
-    if approach.stop is None or approach.stop == approach.start:
-        return f"{short(approach.start)} or more"
-    return f"{short(approach.start)} to {short(approach.stop)}"
+def short(count: float) -> str:
+    """A count with a suffix: 5K, 1.5B. Counts below 100,000 that are not multiples of 100 keep all digits."""
+    if count < 1e5 and count % 100:
+        return f"{count:,.0f}"
+    for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= unit:
+            return f"{count / unit:.4g}{suffix}"
+    return f"{count:.4g}"

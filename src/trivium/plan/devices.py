@@ -1,7 +1,7 @@
-"""Devices to rent or to own: memory, bandwidth, rates, prices, with sources and dates. Prices are the user's to edit.
+"""The catalog of devices: memory, bandwidth, peak FLOP/s and prices, with their sources.
 
-The catalog is `devices.yaml` in this folder, with the user's own file of the same form over it. Also says what the
-machine at hand is, as far as that can be told without torch. Measures nothing and never imports torch.
+The catalog is `devices.yaml` in this folder; `~/.trivium/devices.yaml` can add devices and change prices. Also detects
+the device of this machine, without torch.
 """
 
 import difflib
@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,9 +26,9 @@ CATALOG_FILE = Path(__file__).with_name("devices.yaml")
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,99}")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CPUINFO = Path("/proc/cpuinfo")
-# The driver counts what the runtime then keeps for itself: 0.6 % (H100) to 1.7 % (T4).
+# Usable share of the memory that the driver reports: the runtime reserves 0.6 % (H100) to 1.7 % (T4).
 DRIVER_SHARE = 0.98
-# FLOP a cycle and core of a vector unit in fp32, and how many times that in bf16, by the flag that promises it.
+# fp32 FLOP per cycle and core by CPU flag, and the ratio of bf16 to fp32 FLOP.
 FP32_PER_CYCLE = {"avx512f": 64, "avx2": 32}
 BF16_RATIO = {"amx_bf16": 32, "avx512_bf16": 2}
 USUAL_CLOCK, USUAL_BANDWIDTH_PER_CORE, MOST_CPU_BANDWIDTH = 2.6e9, 10 * GIGA, 300 * GIGA
@@ -41,16 +41,15 @@ class Device:
     """One kind of device.
 
     Attributes:
-        name: what the command line calls it, such as `h100-80`.
-        title: what people call it.
-        kind: `gpu` (CUDA or ROCm), `apple` (memory shared with the CPU), `cpu`.
-        memory_bytes: what a program can use of it.
-        bandwidth: bytes a second of its memory.
-        flops: peak dense FLOP/s by dtype: `fp32`, `fp16`, `bf16`; one that is missing is not there in hardware.
-        link_bandwidth: bytes a second to and from the other devices of its node, in each direction.
-        price_per_hour: US dollars for one, rented; None where it is not rented.
-        source, price_source: where the figures come from.
-        price_date: when the price was seen, ISO.
+        name: as on the command line, for example `h100-80`.
+        kind: `gpu` (CUDA or ROCm), `apple` (memory shared with the CPU) or `cpu`.
+        memory_bytes: usable memory.
+        bandwidth: memory bandwidth in bytes per second.
+        flops: peak dense FLOP/s by dtype (`fp32`, `fp16`, `bf16`); dtypes without hardware support are missing.
+        link_bandwidth: bytes per second to and from other devices of the node, in each direction.
+        price_per_hour: US dollars to rent one; None if unknown.
+        source, price_source: sources of the figures and of the price.
+        price_date: ISO date of the price.
     """
 
     name: str
@@ -75,7 +74,7 @@ class DeviceRates(Part):
 
 
 class DeviceEntry(Part):
-    """A device as a file describes it."""
+    """A device in a catalog file."""
 
     title: str
     kind: Literal["gpu", "apple", "cpu"] = "gpu"
@@ -90,14 +89,14 @@ class DeviceEntry(Part):
 
 
 def home_folder() -> Path:
-    """Where the user's devices and this machine's calibration lie: $TRIVIUM_HOME, else ~/.trivium."""
+    """Folder of the user's devices and calibration: $TRIVIUM_HOME or ~/.trivium."""
     return Path(os.environ.get("TRIVIUM_HOME") or Path.home() / ".trivium")
 
 
 def catalog() -> dict[str, Device]:
-    """Every device by name, the user's edits laid over what Trivium ships.
+    """All devices by name, with the user's changes applied.
 
-    Raises: ConfigError naming file, device and key when the user's file is wrong.
+    Raises: ConfigError naming file, device and key if the user's file is wrong.
     """
     entries, own = _read(CATALOG_FILE), home_folder() / "devices.yaml"
     edits = _read(own) if own.exists() else {}
@@ -108,7 +107,7 @@ def catalog() -> dict[str, Device]:
 
 
 def get(name: str) -> Device:
-    """The device of this name, in upper or lower case.
+    """The device with this name, ignoring case.
 
     Raises: ConfigError with the nearest known name.
     """
@@ -116,33 +115,32 @@ def get(name: str) -> Device:
     if name.lower() not in devices:
         near = difflib.get_close_matches(name.lower(), devices, n=1, cutoff=0)[0]
         raise ConfigError(
-            f"There is no device named {name!r}; the nearest is {near!r}. Known are {', '.join(devices)}. Add your own "
+            f"Unknown device {name!r}; the nearest is {near!r}. Known are {', '.join(devices)}. Add your own "
             f"devices to {home_folder() / 'devices.yaml'}."
         )
     return devices[name.lower()]
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """A file's devices as plain values, by name in lower case."""
+    """The devices of a file as plain values, by lower-case name."""
     problems: list[Problem] = []
     try:
-        content = parse_tree(read_file(path), str(path), problems).plain()
+        content = parse_tree(read_file(path), str(path), problems).plain() or {}
+        if problems:
+            raise problems[0]
     except Problem as problem:
-        problems.append(problem)
-        content = None
-    if problems:
-        raise ConfigError(str(problems[0]))
-    for name, entry in (content or {}).items() if isinstance(content or {}, dict) else [("", content)]:
+        raise ConfigError(str(problem)) from None
+    for name, entry in content.items() if isinstance(content, dict) else [("", content)]:
         if not isinstance(entry, dict) or not NAME.fullmatch(name.lower()):
             raise ConfigError(
                 printable(f"{path}: found {name or entry!r}")
-                + "; expected the name of a device and its keys, such as `h100-80: {price_per_hour: 2.10}`."
+                + "; expected the name of a device and its keys, for example `h100-80: {price_per_hour: 2.10}`."
             )
-    return {name.lower(): entry for name, entry in (content or {}).items()}
+    return {name.lower(): entry for name, entry in content.items()}
 
 
 def _device(name: str, values: dict[str, Any], path: Path) -> Device:
-    """Check the values of one device. Raises: ConfigError with the first thing that is wrong."""
+    """Validate one device. Raises: ConfigError with the first problem."""
     try:
         entry = DeviceEntry.model_validate(values)
     except ValidationError as error:
@@ -152,30 +150,24 @@ def _device(name: str, values: dict[str, Any], path: Path) -> Device:
         raise ConfigError(printable(f"{path}: {name}.{key}: {reason}") + f". A device's keys are {known}.") from None
     return Device(
         name=name,
-        title=entry.title,
-        kind=entry.kind,
         memory_bytes=int(entry.memory_gib * GIB),
         bandwidth=entry.bandwidth_gb_per_second * GIGA,
         flops={dtype: rate * TERA for dtype, rate in entry.tflops.model_dump(exclude_none=True).items()},
         link_bandwidth=entry.link_gb_per_second * GIGA,
-        price_per_hour=entry.price_per_hour,
-        source=entry.source,
-        price_source=entry.price_source,
-        price_date=entry.price_date,
+        **entry.model_dump(include={"title", "kind", "source", "price_per_hour", "price_source", "price_date"}),
     )
 
 
 def this_machine() -> Device:
-    """What a run on this machine would train on: its first NVIDIA GPU, Apple's GPU, else the processor.
+    """The device a run on this machine would use: the first NVIDIA GPU, Apple's GPU, or the CPU.
 
-    Memory is what this machine has. An unknown GPU gets the rates of the slowest with as much memory,
-    and its `source` says so. Other vendors' GPUs are not seen: name theirs.
+    AMD and Intel GPUs are not detected; name them instead.
     """
     return _nvidia() or _apple() or processor()
 
 
 def host_memory_bytes() -> int:
-    """Physical memory, and no more than the container's limit; swap is not counted."""
+    """Physical memory or the container's limit, whichever is less; swap is not counted."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if CGROUP_LIMIT.is_file() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
         total = min(total, int(limit))
@@ -183,7 +175,7 @@ def host_memory_bytes() -> int:
 
 
 def _output(*command: str) -> str:
-    """What a short command prints; nothing where it is not there or fails."""
+    """The output of a short command; empty if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -193,7 +185,7 @@ def _output(*command: str) -> str:
 
 
 def _nvidia() -> Device | None:
-    """The first GPU that the driver lists."""
+    """The first GPU in the driver's list."""
     lines = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits").splitlines()
     reported, _, mebibytes = lines[0].rpartition(",") if lines else ("", "", "")
     if not mebibytes.strip().isdigit():
@@ -202,32 +194,29 @@ def _nvidia() -> Device | None:
 
 
 def identify(reported: str, driver_bytes: int) -> Device:
-    """The catalog's device behind a driver's name, such as `NVIDIA A100-SXM4-80GB`, with this one's memory.
+    """The catalog device that matches a driver's name, for example `NVIDIA A100-SXM4-80GB`, with this GPU's memory.
 
-    All words of the title but those in brackets must be in that name; most words win, then the nearest memory.
+    All words of the title outside parentheses must be in the driver's name. The match with most words wins, then the
+    one with the nearest memory. An unknown GPU gets the rates of the slowest with as much memory.
     """
     words, usable = _words(reported), int(driver_bytes * DRIVER_SHARE)
     gpus = [device for device in catalog().values() if device.kind == "gpu"]
     found = [gpu for gpu in gpus if _words(gpu.title) <= words and "laptop" not in words]
     if found:
         best = max(found, key=lambda gpu: (len(_words(gpu.title)), -abs(gpu.memory_bytes - usable)))
-        return _with(best, memory_bytes=min(best.memory_bytes, driver_bytes))
+        return replace(best, memory_bytes=min(best.memory_bytes, driver_bytes))
     roomy = [gpu for gpu in gpus if gpu.memory_bytes > 0.95 * usable] or gpus
     near = min(roomy, key=lambda gpu: gpu.bandwidth)
     source = f"not in the catalog; rates of {near.title}, the slowest with as much memory"
-    return _with(near, name="this-gpu", title=reported, memory_bytes=usable, price_per_hour=None, source=source)
+    return replace(near, name="this-gpu", title=reported, memory_bytes=usable, price_per_hour=None, source=source)
 
 
 def _words(title: str) -> set[str]:
     return set(re.findall(r"[a-z0-9]+", re.sub(r"\(.*\)", "", title).lower()))
 
 
-def _with(device: Device, **changes: Any) -> Device:
-    return Device(**{**vars(device), **changes})
-
-
 def _apple() -> Device | None:
-    """Apple silicon, with the share of its memory that Metal gives the GPU."""
+    """Apple silicon, with the share of memory that Metal gives the GPU."""
     if platform.system() != "Darwin" or platform.machine() != "arm64":
         return None
     words = _words(_output("sysctl", "-n", "machdep.cpu.brand_string"))
@@ -236,11 +225,11 @@ def _apple() -> Device | None:
     chips = [device for device in catalog().values() if device.kind == "apple"]
     found = [chip for chip in chips if _words(chip.title) <= words]
     best = max(found or chips[:1], key=lambda chip: len(_words(chip.title)))
-    return _with(best, memory_bytes=memory_bytes, price_per_hour=None)
+    return replace(best, memory_bytes=memory_bytes, price_per_hour=None)
 
 
 def processor() -> Device:
-    """This processor by its cores and the instructions it promises; a guess that calibration replaces."""
+    """This CPU, with rates estimated from its cores, clock and instruction sets; calibration replaces them."""
     text = CPUINFO.read_text() if CPUINFO.is_file() else ""
     flags = set(found[1].split()) if (found := re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)) else set()
     model = found[1].strip() if (found := re.search(r"^model name\s*:(.*)$", text, re.MULTILINE)) else ""
@@ -258,5 +247,5 @@ def processor() -> Device:
         flops={"fp32": fp32} | bf16,
         link_bandwidth=GIGA,
         price_per_hour=None,
-        source="its cores, clock and instructions, as the operating system tells them",
+        source="cores, clock and instruction sets reported by the operating system",
     )

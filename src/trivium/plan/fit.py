@@ -1,9 +1,8 @@
-"""What fits a device, how a run's batch is sized to fit it, and the cheapest changes that make a step fit.
+"""Decide whether a step fits a device, size its micro-batch, and find the cheapest changes that make it fit.
 
-A step fits when its predicted peak takes at most `FIT_SHARE` of the memory, and all of it with what the allocator may
-hold beyond; the rest is the margin for what no formula sees, such as a display. Searches among whole plans are in
-`search.py`. The verb `plan`, `train` and the engine's last words after running out of memory import this file; it never
-imports torch.
+A step fits if its predicted peak is at most `FIT_SHARE` of the memory, and the peak plus the allocator's slack is at
+most all of it. The rest is a margin for what the formulas do not cover, for example a display. `search.py` searches
+whole plans. Never imports torch.
 """
 
 import itertools
@@ -25,7 +24,6 @@ FIT_SHARE = 0.92
 """Share of a device's memory that a predicted peak may take."""
 MIN_SEQ_LEN = 256
 MIN_RANK = 4
-ADAPTER_RATE = METHOD_DEFAULTS["lora"]["optimizer"]["lr"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 Overrides = dict[str, object]
@@ -36,10 +34,10 @@ class Fix:
     """A change that makes a step fit.
 
     Attributes:
-        overrides: keys of the run file and their new values; none where the change is another device.
-        text: the change and its figures in one line.
-        memory: the peak with it.
-        time_factor: seconds of a step with it, over seconds without.
+        overrides: run file keys and their new values; empty if the change is another device.
+        text: the change and its effect in one line.
+        memory: the new peak.
+        time_factor: new seconds per step over the old.
     """
 
     overrides: Overrides
@@ -50,15 +48,12 @@ class Fix:
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that could be changed.
+    """A step on a device after some changes, which may not fit.
 
     Attributes:
-        workload: the step with it.
-        device: what it runs on.
-        memory_bytes: the memory there.
-        overrides: see `Fix`.
-        name: what is changed, where it is not a key.
-        price: what an hour costs, over what it costs now; 1 where one of the two is unknown.
+        overrides: as in `Fix`.
+        name: the change, if it is not a key.
+        price: new price per hour over the old; 1 if either is unknown.
     """
 
     workload: Workload
@@ -70,15 +65,28 @@ class Change:
 
 
 def fits(memory: Memory, memory_bytes: int) -> bool:
-    """Whether a predicted peak fits, with the margin."""
+    """Whether a predicted peak fits with the margin."""
     return memory.total <= FIT_SHARE * memory_bytes and memory.high <= memory_bytes
 
 
-def micro_batch_sizes(workload: Workload, most_tokens: int) -> list[int]:
-    """Tokens that a micro-batch of at most so many may have, largest first: rows that divide a device's share."""
-    rows = max(1, workload.step_tokens // workload.seq_len // workload.num_devices)
-    most_rows = min(rows, most_tokens // workload.seq_len)
-    return [size * workload.seq_len for size in range(most_rows, 0, -1) if rows % size == 0] or [workload.seq_len]
+def micro_batch_sizes(workload: Workload, max_tokens: int) -> list[int]:
+    """Sizes in tokens up to `max_tokens`, largest first, that divide a device's share of the step evenly."""
+    sequences = max(1, workload.step_tokens // workload.seq_len // workload.num_devices)
+    most = min(sequences, max_tokens // workload.seq_len)
+    return [size * workload.seq_len for size in range(most, 0, -1) if sequences % size == 0] or [workload.seq_len]
+
+
+def best_batching(workload: Workload, sizes: list[int], checkpointing: bool | None, memory_bytes: int) -> Workload:
+    """The first of `sizes` that fits, with activation checkpointing (if None, open) only if no size fits without.
+
+    Returns the last size with checkpointing if nothing fits.
+    """
+    choices = [
+        with_batching(workload, size, is_checkpointed)
+        for is_checkpointed in ((False, True) if checkpointing is None else (checkpointing,))
+        for size in sizes
+    ]
+    return next((choice for choice in choices if fits(peak_memory(choice), memory_bytes)), choices[-1])
 
 
 def settle_batch(
@@ -89,41 +97,34 @@ def settle_batch(
     memory_bytes: int,
     facts: DataFacts | None = None,
 ) -> Run:
-    """Fill in `batch.micro_tokens` and `activation_checkpointing` where the run file leaves them open.
+    """Fill in `batch.micro_tokens` and `activation_checkpointing` if the run file leaves them open.
 
-    The default micro-batch if that fits, else the largest one that does, with activation checkpointing only where
-    nothing fits without. If nothing fits at all: the smallest, with checkpointing; the caller decides whether to try.
+    See `best_batching`. If nothing fits, the caller decides whether to try anyway.
     """
-    workload = of_run(run, shape, facts, compute_dtype, device_type)
-    given = run.activation_checkpointing
-    sizes = [workload.micro_tokens] if run.batch.micro_tokens else micro_batch_sizes(workload, workload.micro_tokens)
-    choices = [
-        (size, activation_checkpointing)
-        for activation_checkpointing in ((False, True) if given is None else (given,))
-        for size in sizes
-    ]
-    fitting = (choice for choice in choices if fits(peak_memory(with_batching(workload, *choice)), memory_bytes))
-    micro_tokens, activation_checkpointing = next(fitting, choices[-1])
-    batch = run.batch.model_copy(update={"micro_tokens": micro_tokens})
-    return run.model_copy(update={"batch": batch, "activation_checkpointing": activation_checkpointing})
+    work = of_run(run, shape, facts, compute_dtype, device_type)
+    sizes = [work.micro_tokens] if run.batch.micro_tokens else micro_batch_sizes(work, work.micro_tokens)
+    work = best_batching(work, sizes, run.activation_checkpointing, memory_bytes)
+    batch = run.batch.model_copy(update={"micro_tokens": work.micro_tokens})
+    return run.model_copy(update={"batch": batch, "activation_checkpointing": work.activation_checkpointing})
 
 
 def cheapest_fixes(workload: Workload, device: Device, memory_bytes: int | None = None, count: int = 3) -> list[Fix]:
-    """The cheapest changes that make a step fit, each checked to do so; fewer where there are fewer.
+    """Up to `count` of the cheapest changes that make a step fit; each is checked.
 
-    Changes that leave training as it is come first, then lower precision, other hardware, and a smaller model or less
-    context; within each the cheapest by time and price. Where a smaller micro-batch alone does not suffice, the other
-    changes are combined with one.
+    Smaller micro-batches and activation checkpointing come first, then lower precision, other hardware, and a smaller
+    model or less context. Each group is sorted by time and price. If batching alone is not enough, the other changes
+    are combined with it.
     """
     here = Change(workload, device, memory_bytes or device.memory_bytes)
     fixes = sorted(_smaller_batches(here, here), key=lambda fix: fix.time_factor)
     batching_suffices = bool(fixes)
-    for tier in (_coarser(here), _hardware(here), _learning_less(here)):
+    for group in (_lower_precision(here), _hardware(here), _smaller_training(here)):
         offers: list[tuple[float, Fix]] = []
-        for family in tier:  # of each the gentlest that suffices
-            for change in family:
-                found = _suffices(change, here)
-                fix = found if found or batching_suffices else next(iter(_smaller_batches(change, here)), None)
+        for alternatives in group:  # take the smallest change that is enough
+            for change in alternatives:
+                fix = _as_fix(change, here)
+                if fix is None and not batching_suffices:
+                    fix = next(iter(_smaller_batches(change, here)), None)
                 if fix:
                     offers.append((fix.time_factor * change.price, fix))
                     break
@@ -131,8 +132,8 @@ def cheapest_fixes(workload: Workload, device: Device, memory_bytes: int | None 
     return fixes[:count]
 
 
-def _suffices(change: Change, here: Change) -> Fix | None:
-    """The change as a fix, or None where it does not make the step fit."""
+def _as_fix(change: Change, here: Change) -> Fix | None:
+    """The change as a fix; None if the step still does not fit."""
     memory = peak_memory(change.workload)
     if not fits(memory, change.memory_bytes):
         return None
@@ -149,7 +150,7 @@ def _smaller_batches(change: Change, here: Change) -> list[Fix]:
     smaller = [size for size in micro_batch_sizes(work, work.micro_tokens) if size < work.micro_tokens]
 
     def first(sizes: list[int], activation_checkpointing: bool) -> list[Fix]:
-        tried = (_suffices(_with_batching(change, size, activation_checkpointing), here) for size in sizes)
+        tried = (_as_fix(_with_batching(change, size, activation_checkpointing), here) for size in sizes)
         return list(itertools.islice(filter(None, tried), 1))
 
     if work.activation_checkpointing:
@@ -158,7 +159,6 @@ def _smaller_batches(change: Change, here: Change) -> list[Fix]:
 
 
 def _with_batching(change: Change, micro_tokens: int, activation_checkpointing: bool) -> Change:
-    """The change, and less at a time."""
     work, keys = change.workload, dict(change.overrides)
     if micro_tokens != work.micro_tokens:
         keys["batch.micro_tokens"] = micro_tokens
@@ -167,8 +167,8 @@ def _with_batching(change: Change, micro_tokens: int, activation_checkpointing: 
     return replace(change, workload=with_batching(work, micro_tokens, activation_checkpointing), overrides=keys)
 
 
-def _coarser(here: Change) -> Iterator[list[Change]]:
-    """The same learning with numbers kept in fewer bits, or in fewer places."""
+def _lower_precision(here: Change) -> Iterator[list[Change]]:
+    """The same training with numbers in fewer bits, or sharded over the devices."""
     work = here.workload
     eight_bit: Overrides = {"optimizer.state_dtype": "8bit"}
     packed: Overrides = {"weights": "nf4"}
@@ -185,10 +185,10 @@ def _coarser(here: Change) -> Iterator[list[Change]]:
 
 
 def _hardware(here: Change) -> Iterator[list[Change]]:
-    """More devices of the kind, and larger ones that can be rented."""
+    """More of the same GPU, and larger GPUs to rent."""
     work, device = here.workload, here.device
-    rows = work.step_tokens // work.seq_len
-    more = [count for count in (2, 4, 8) if work.num_devices < count and rows % count == 0]
+    sequences = work.step_tokens // work.seq_len
+    more = [count for count in (2, 4, 8) if work.num_devices < count and sequences % count == 0]
     if device.kind == "gpu":
         yield [_spread(here, count) for count in more]
     rented = [other for other in devices.catalog().values() if other.kind == "gpu" and other.price_per_hour]
@@ -206,35 +206,29 @@ def _hardware(here: Change) -> Iterator[list[Change]]:
 
 
 def _spread(here: Change, num_devices: int) -> Change:
-    """The same step on more devices, each with no more rows at a time than are its own."""
-    work = here.workload
-    share = replace(work, num_devices=num_devices, strategy="fsdp2")
-    micro_tokens = micro_batch_sizes(share, work.micro_tokens)[0]
+    """The same step on more devices, with the micro-batch cut to a device's share of the step."""
+    work = replace(here.workload, num_devices=num_devices, strategy="fsdp2")
     keys: Overrides = {"parallel.devices": num_devices, "parallel.strategy": "fsdp2"}
-    price = num_devices / work.num_devices
-    changed = replace(here, workload=replace(share, micro_tokens=work.micro_tokens), overrides=keys, price=price)
-    return (
-        changed
-        if micro_tokens == work.micro_tokens
-        else _with_batching(changed, micro_tokens, work.activation_checkpointing)
-    )
+    price = num_devices / here.workload.num_devices
+    change = replace(here, workload=work, overrides=keys, price=price)
+    return _with_batching(change, micro_batch_sizes(work, work.micro_tokens)[0], work.activation_checkpointing)
 
 
 def moved(work: Workload, device: Device) -> Workload:
-    """The same step on another kind of device, in the type that it is fast at."""
+    """The same step on another device, in bf16 if the device is fast at it."""
     dtype: ComputeDtype = "bf16" if "bf16" in device.flops else "fp32"
     return replace(work, compute_dtype=dtype, device_type="cpu" if device.kind == "cpu" else "gpu")
 
 
-def _learning_less(here: Change) -> Iterator[list[Change]]:
-    """What learns less, or something else: an adapter, a smaller one, a smaller model, shorter rows."""
+def _smaller_training(here: Change) -> Iterator[list[Change]]:
+    """An adapter instead of all weights, a smaller adapter, a smaller model, shorter sequences."""
     work = here.workload
 
     def changed(overrides: Overrides, to: Workload) -> Change:
         return replace(here, workload=to, overrides=overrides)
 
     if work.adapter is None and work.weights == "pretrained":
-        keys: Overrides = {"trainable": "adapter", "optimizer.lr": ADAPTER_RATE}
+        keys: Overrides = {"trainable": "adapter", "optimizer.lr": METHOD_DEFAULTS["lora"]["optimizer"]["lr"]}
         lora = replace(work, adapter=Adapter())
         yield [changed(keys, lora), changed(keys | {"weights": "nf4"}, replace(lora, weights="nf4"))]
     if adapter := work.adapter:
@@ -248,17 +242,18 @@ def _learning_less(here: Change) -> Iterator[list[Change]]:
             yield [changed({"adapter.targets": ATTENTION}, replace(work, adapter=lighter))]
     yield [changed({"model": name}, replace(work, shape=shape)) for name, shape in _smaller_models(work)]
     lengths = [work.seq_len >> halvings for halvings in range(1, 12) if work.seq_len % (1 << halvings) == 0]
-    yield [changed({"data.seq_len": length}, _cut(work, length)) for length in lengths if length >= MIN_SEQ_LEN]
-
-
-def _cut(work: Workload, seq_len: int) -> Workload:
-    """The same step in shorter rows."""
-    document_tokens = min(work.document_tokens, seq_len) if work.document_tokens else None
-    return replace(work, seq_len=seq_len, document_tokens=document_tokens)
+    yield [
+        changed(
+            {"data.seq_len": length},
+            replace(work, seq_len=length, document_tokens=min(work.document_tokens or 0, length) or None),
+        )
+        for length in lengths
+        if length >= MIN_SEQ_LEN
+    ]
 
 
 def _smaller_models(work: Workload) -> list[tuple[str, QwenShape]]:
-    """Published sizes of the family where weights are needed, else halves and quarters of the budget; largest first."""
+    """Smaller published models of the family; from scratch 1/2, 1/4 and 1/8 of the parameters. Largest first."""
     shape = work.shape
     if work.weights == "random":
         budgets = [f"{shape.num_params / parts / 1e6:.3g}M" for parts in (2, 4, 8) if shape.num_params > 1e6 * parts]
@@ -266,27 +261,28 @@ def _smaller_models(work: Workload) -> list[tuple[str, QwenShape]]:
         for budget in budgets:
             try:
                 found.append((budget, catalog.size_for_budget(round(float(budget[:-1]) * 1e6), shape.vocab_size)))
-            except ConfigError:  # the vocabulary leaves nothing for the layers
+            except ConfigError:  # the embedding alone is larger
                 break
         return found
     sizes = [(name, catalog.get(name)) for name in catalog.names() if name.startswith("Qwen")]
     twins = [name for name, other in sizes if other == shape]
-    is_base = bool(twins) and all(map(_is_base, twins))
+    wants_base = bool(twins) and all(map(is_base, twins))
     smaller = [
         (f"Qwen/{name}", other)
         for name, other in sizes
-        if other.family == shape.family and other.num_params < shape.num_params and _is_base(name) == is_base
+        if other.family == shape.family and other.num_params < shape.num_params and is_base(name) == wants_base
     ]
     return sorted(smaller, key=lambda entry: -entry[1].num_params)
 
 
-def _is_base(name: str) -> bool:
-    """Whether a published name is a base model's: Qwen2.5 marks its chat models, Qwen3 its bases."""
-    return name.endswith("-Base") if name.startswith("Qwen3") else not name.endswith("-Instruct")
+def is_base(name: str) -> bool:
+    """Whether a published model is a base model: Qwen2.5 marks its chat models, Qwen3 its base models."""
+    name = name.rsplit("/", 1)[-1].lower()
+    return name.endswith("-base") if name.startswith("qwen3") else not name.endswith("-instruct")
 
 
 def pace(factor: float) -> str:
-    """How much slower or faster something is, from its time over the other's."""
+    """A ratio of times in words."""
     if factor > 2:
         return f"{factor:.1f} times as long"
     if factor < 0.5:

@@ -1,7 +1,6 @@
-"""From the user's request to what the planner works on: the situation, the method, and the goal of the search.
+"""Turn the options of `trivium plan` into a situation, a method, and the goal of the search.
 
-A run file leaves open what it does not set; a model alone, or data alone, leaves open everything else. Reads the run
-file and a model's config.json; what needs torch or Arrow is brought by the caller. The verb `plan` imports this file.
+Reads the run file and a model's config.json. The caller passes in the functions that need torch or Arrow.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Literal, cast
 
 from trivium.config.inputs import COUNT_PATTERN, Source, parse_count
 from trivium.config.load import ResolvedRun, load_run, quote
-from trivium.config.run import METHOD_DEFAULTS, Run
+from trivium.config.run import METHOD_DEFAULTS
 from trivium.errors import ConfigError
 from trivium.model.resolve import hub_id, planned_shape, shape_of_name
 from trivium.model.shape import QwenShape
@@ -23,26 +22,27 @@ from trivium.plan.situation import Situation
 from trivium.plan.workload import DataFacts
 
 NODE = (1, 2, 4, 8)
-"""Numbers of rented devices that are tried by default: up to those of one machine."""
+"""Numbers of rented devices to try by default, up to one node."""
 NO_DATA_YET = "data.jsonl"
+"""Placeholder path when the user gives no files."""
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is asked.
+    """The options of `trivium plan`.
 
     Attributes:
-        target: a run file, a model's name or folder, or a size such as `25M`; None where only the data is known.
-        overrides: `key=value`, laid over the run file.
-        sources: files to learn from, instead of the run file's.
-        facts: the data in numbers; None where there is none, or files are to be looked at.
-        device: a name, `any` for every device that can be rented, None for this machine.
-        num_devices: how many; None leaves it open where devices are rented.
-        memory_bytes: of a device, instead of all of it.
-        method: the training method, where it is not open.
+        target: a run file, a model's name or folder, or a size like `25M`; None if only the data is known.
+        overrides: `key=value` overrides of the run file.
+        sources: training files, instead of the run file's.
+        facts: the data in numbers, if given in numbers.
+        device: a name, `any` for every device with a price, None for this machine.
+        num_devices: None to choose for rented GPUs.
+        memory_bytes: memory of a device, instead of all of it.
+        method: None to choose it.
         prefer, max_cost, max_hours: see `Goal`.
         adapter_only, is_general: see `Situation`.
-        name: of the run, where no run file says it.
+        name: name of the run without a run file.
     """
 
     target: str | None = None
@@ -62,13 +62,13 @@ class PlanRequest:
 
     @property
     def run_file(self) -> Path | None:
-        """The target, where that is a file to be read."""
+        """The target, if it is a run file."""
         path = Path(self.target) if self.target else None
         return path if path and (path.is_file() or path.suffix in (".yaml", ".yml")) else None
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """What it may run on, each with the memory that counts."""
+        """The devices to choose from, with `memory_bytes` applied."""
         if self.device == "any":
             found = tuple(device for device in devices.catalog().values() if device.price_per_hour)
         else:
@@ -78,12 +78,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """What a request comes to.
-
-    Attributes:
-        decision: which method and why, where that was open and the data is known.
-        goal: what to search for; None where nothing is to be trained.
-    """
+    """The decision, None if the method was given or the data is unknown, and the goal, None if not to train."""
 
     situation: Situation
     decision: Decision | None
@@ -95,9 +90,9 @@ ReadHub = Callable[[str], QwenShape]
 
 
 def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> ResolvedRequest:
-    """What a request comes to; `survey` looks at files, `read_hub` fetches the shape of a model that no list has.
+    """Resolve a request; `survey` inspects data files, `read_hub` gets the shape of a model outside the catalog.
 
-    Raises: ConfigError when the run file, the model, the device or the method is wrong.
+    Raises: ConfigError if the run file, model, device or method is wrong.
     """
     if request.run_file:
         return _of_run_file(request, survey, read_hub)
@@ -108,15 +103,21 @@ def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> 
         return ResolvedRequest(situation, decision, _goal_of_decision(request, decision, facts, read_hub))
     if request.target is None:
         raise ConfigError(
-            f"--method {request.method} was given without a model. Give a model too, such as Qwen/Qwen3-0.6B, or a "
-            "run file."
+            f"--method {request.method} was given without a model. Give a model too (Qwen/Qwen3-0.6B), or a run file."
         )
-    methods = (request.method,) if request.method else _usual_methods(request.target)
+    if request.method:
+        methods = (request.method,)
+    else:
+        methods = (
+            ("scratch",)
+            if _is_size(request.target) or request.target.lower().startswith("ladder-")
+            else ("lora", "qlora")
+        )
     return ResolvedRequest(situation, None, _goal(request, _runs(request, methods, request.target), facts, read_hub))
 
 
 def resolve_situation(situation: Situation, request: PlanRequest, read_hub: ReadHub) -> ResolvedRequest:
-    """What a situation and its one device ask for, where no model or run file is named."""
+    """Resolve a situation with one device and no model or run file."""
     decision = decide(situation)
     goal = _goal_of_decision(request, decision, situation.facts, read_hub)
     device = situation.device
@@ -124,12 +125,11 @@ def resolve_situation(situation: Situation, request: PlanRequest, read_hub: Read
 
 
 def _of_run_file(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> ResolvedRequest:
-    """A run file sets the method; what it leaves open is searched."""
     method = (f"method={request.method}",) if request.method else ()
     resolved = load_run(request.run_file, [*request.overrides, *method])
     sources = [Source(path=path) for path in request.sources] or resolved.run.data.sources
-    are_there = all(source.path is not None and Path(source.path).exists() for source in sources)
-    facts = request.facts or (survey(sources) if are_there else None)
+    exist = all(source.path is not None and Path(source.path).exists() for source in sources)
+    facts = request.facts or (survey(sources) if exist else None)
     goal = _goal(request, [resolved], facts, read_hub)
     situation = replace(_situation(request, facts), model=resolved.run.model.name, shape=goal.shape)
     if resolved.run.adapter is not None:
@@ -140,7 +140,7 @@ def _of_run_file(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> Res
 def _goal_of_decision(
     request: PlanRequest, decision: Decision, facts: DataFacts | None, read_hub: ReadHub
 ) -> Goal | None:
-    """What to search for after a decision; LoRA and QLoRA are searched together."""
+    """The goal for a decision; LoRA and QLoRA are searched together."""
     if decision.method is None or decision.model is None:
         return None
     methods = tuple(dict.fromkeys((decision.method, "qlora"))) if decision.name == "adapter" else (decision.method,)
@@ -149,10 +149,8 @@ def _goal_of_decision(
     return _goal(request, _runs(request, methods, request.target or decision.model), facts, read_hub)
 
 
-def _usual_methods(target: str) -> tuple[str, ...]:
-    """What is meant when a model is named and no more: what has no weights is built, anything else is adapted."""
-    is_size = COUNT_PATTERN.fullmatch(target.strip()) is not None
-    return ("scratch",) if is_size or target.lower().startswith("ladder-") else ("lora", "qlora")
+def _is_size(target: str) -> bool:
+    return COUNT_PATTERN.fullmatch(target.strip()) is not None
 
 
 def _runs(request: PlanRequest, methods: Sequence[str], model: str) -> list[ResolvedRun]:
@@ -161,30 +159,29 @@ def _runs(request: PlanRequest, methods: Sequence[str], model: str) -> list[Reso
     given = [f"data=[{paths}]", f"name={request.name}", *request.overrides]
     runs = []
     for method in methods:
-        needs_weights = METHOD_DEFAULTS[method]["weights"] != "random"
-        name = hub_id(model) if needs_weights else model
+        name = model if METHOD_DEFAULTS[method]["weights"] == "random" else hub_id(model)
         runs.append(load_run(None, [f"method={method}", f"model={quote(name)}", *given]))
     return runs
 
 
 def _goal(request: PlanRequest, resolved: Sequence[ResolvedRun], facts: DataFacts | None, read_hub: ReadHub) -> Goal:
-    """What to search for: everything that is not set."""
+    """The goal: search every key that the user has not set."""
     run = resolved[0].run
     set_keys = {key for key, origin in resolved[0].origins.items() if not origin.startswith("default")}
     set_keys -= set() if request.run_file or request.method else {"method"}
-    there = request.devices
-    counts = NODE if request.device and there[0].kind == "gpu" else NODE[:1]
+    choices = request.devices
+    counts = NODE if request.device and choices[0].kind == "gpu" else NODE[:1]
     if request.num_devices or "parallel.devices" in set_keys:
         counts = (request.num_devices or run.parallel.devices,)
     if run.sequences_per_step % counts[0]:
         raise ConfigError(
-            f"A step of {run.batch.tokens:,} tokens is {run.sequences_per_step} rows of {run.data.seq_len:,}, which "
-            f"{counts[0]} devices cannot share evenly. Change batch.tokens or the number of devices."
+            f"A step of {run.batch.tokens:,} tokens is {run.sequences_per_step} sequences of {run.data.seq_len:,}, "
+            f"which {counts[0]} devices cannot share evenly. Change batch.tokens or the number of devices."
         )
     return Goal(
         runs=tuple(entry.run for entry in resolved),
-        shape=planned_shape(run) or _from_hub(run, read_hub),
-        devices=there,
+        shape=planned_shape(run) or read_hub(cast(str, run.model.name)),
+        devices=choices,
         num_devices=counts,
         set_keys=frozenset(set_keys),
         facts=facts,
@@ -195,21 +192,15 @@ def _goal(request: PlanRequest, resolved: Sequence[ResolvedRun], facts: DataFact
     )
 
 
-def _from_hub(run: Run, read_hub: ReadHub) -> QwenShape:
-    assert run.model.name is not None
-    return read_hub(run.model.name)
-
-
 def _situation(request: PlanRequest, facts: DataFacts | None) -> Situation:
-    """What the decision stands on."""
-    there, target = request.devices, None if request.run_file else request.target
-    is_size = target is not None and COUNT_PATTERN.fullmatch(target.strip()) is not None
+    choices, target = request.devices, None if request.run_file else request.target
+    is_size = target is not None and _is_size(target)
     return Situation(
         facts=facts,
         is_general=request.is_general,
-        device=there[0] if len(there) == 1 else None,
+        device=choices[0] if len(choices) == 1 else None,
         num_devices=request.num_devices or 1,
-        is_laptop=not request.device and there[0].kind != "gpu",
+        is_laptop=not request.device and choices[0].kind != "gpu",
         adapter_only=request.adapter_only,
         max_cost=request.max_cost,
         max_hours=request.max_hours,

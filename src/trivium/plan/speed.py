@@ -1,9 +1,8 @@
-"""How long a step takes and what a run costs: the work of a step by kind, times what a unit of each kind takes.
+"""Predict the time of a step and the cost of a run: amounts of work by kind, times the seconds per unit of each kind.
 
-The work follows the engine operation by operation: products of the layers, attention inside documents, the head over
-supervised tokens, what only moves bytes, the optimizer. What a unit takes comes from a device's data sheet at the
-efficiencies below, or from a `Calibration` of this machine. What several devices send each other, and what lies in the
-host's memory, is added. Measures nothing and never imports torch.
+The work follows the engine operation by operation: matrix products, attention inside documents, the head over
+supervised tokens, memory traffic, the optimizer. Seconds per unit come from a device's data sheet at the efficiencies
+below, or from a `Calibration` of this machine. Communication and offload are added. Never imports torch.
 
 Sources: Williams et al. 2009, "Roofline", doi:10.1145/1498765.1498785; for the counts Chowdhery et al. 2022,
 arXiv:2204.02311, appendix B, and Dao 2023, arXiv:2307.08691 (attention).
@@ -12,7 +11,7 @@ arXiv:2204.02311, appendix B, and Dao 2023, arXiv:2307.08691 (attention).
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from trivium.model.shape import loss_chunk_rows
 from trivium.plan.calibration import Calibration
@@ -31,53 +30,51 @@ WorkKind = Literal[
     "operations",
 ]
 KINDS: tuple[WorkKind, ...] = get_args(WorkKind)
-"""Kinds of work by their units. FLOPs of the blocks' products, the head's and attention's own; scores of attention and
-logits of the head, each normalised and differentiated; bytes of activations and of weights, gradients and moments that
-are read or written; packed weights unpacked; operations begun."""
+"""Kinds of work: FLOPs of the layers, the head and attention; attention scores and logits (softmax and its gradient);
+bytes read or written of activations, and of weights, gradients and moments; NF4 values dequantized; operations
+launched."""
 
-# Of one layer, as the engine begins them: forward, backward, of each adapted projection, of each document on a CPU.
+# Operations launched per layer: forward, backward, per adapted projection, per document on a CPU.
 FORWARD_OPERATIONS, BACKWARD_OPERATIONS, ADAPTER_OPERATIONS, DOCUMENT_OPERATIONS = 100, 160, 22, 21
-# Element-wise operations in passes over a tensor, one for each read and one for each write: forward, and backward.
+# Reads and writes of a tensor by element-wise operations: forward, backward.
 ROPE_PASSES, SWIGLU_PASSES, RESIDUAL_PASSES = (9, 12), (5, 9), (6, 15)
-NORM_PASSES = {"cpu": (10, 20), "gpu": (2, 4)}  # a CPU has no fused kernel for it
-ATTENTION_PASSES = {"cpu": (3, 3), "gpu": (0, 0)}  # to fp32 and back, and documents joined
-ADAPTER_PASSES = ((6, 1), (3, 5))  # over the outputs and the inputs of what is adapted
-CLIP_BYTES = 12  # the norm reads a gradient, the scale reads and writes it
-STEP_BYTES = {"fp32": 28, "8bit": 16, "paged-8bit": 16}  # weight, gradient and moments, read and but one written
-# Queries that a CPU takes together, by the least length of a document: their scores are all computed, masked or not.
+NORM_PASSES = {"cpu": (10, 20), "gpu": (2, 4)}  # a CPU has no fused kernel
+ATTENTION_PASSES = {"cpu": (3, 3), "gpu": (0, 0)}  # casts to fp32 and back, and joining documents
+ADAPTER_PASSES = ((6, 1), (3, 5))  # over outputs and inputs of adapted projections
+CLIP_BYTES = 12  # bytes per parameter: the norm reads a gradient, the scale reads and writes it
+STEP_BYTES = {"fp32": 28, "8bit": 16, "paged-8bit": 16}  # bytes per parameter: all read, all but the gradient written
+# Block of queries on a CPU, by least document length: the CPU computes all scores of a block, masked or not.
 CPU_QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
 
-# Of a device's peak: dense products, attention, its memory's bandwidth. Source: traces of A100s, checked in the tests.
+# Efficiency relative to the peak. Source: traces of A100s, checked in the tests.
 PRODUCT_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.75, 0.6, 0.8
-# FlashAttention 2 goes no faster on newer GPUs. Source: pytorch/pytorch#142132.
+# FlashAttention 2 is not faster on newer GPUs. Source: pytorch/pytorch#142132.
 MOST_ATTENTION_FLOPS = 350e12
-# Processors reach less of what their instructions promise, AMX (whose peak is over ten times fp32's) least of all.
+# CPUs are less efficient, least of all with AMX, whose peak is over ten times that of fp32.
 CPU_PRODUCT_SHARE, AMX_SHARE, CPU_ATTENTION_SHARE = 0.6, 0.2, 0.35
 LOGIT_BYTES = 20  # written, widened, exponentiated, summed, written back
 NF4_VALUE_BYTES = 5  # half a byte read, two written, at half the bandwidth
 SECONDS_PER_OPERATION = {"gpu": 6e-6, "apple": 15e-6, "cpu": 10e-6}
-# Measured over predicted seconds, where only the data sheet is known; and the error of a machine that was measured, at
-# least, where the calibration's own is not larger.
+# Range of measured over predicted seconds without a calibration, and the least relative error assumed with one.
 UNMEASURED_RANGE = {"gpu": (0.75, 1.6), "apple": (0.7, 2.5), "cpu": (0.5, 2.5)}
 LEAST_MEASURED_ERROR = 0.25
 
 NODE_DEVICES = 8
-NETWORK_BANDWIDTH = 25e9  # bytes a second of each device to other nodes: 200 Gbit/s
+NETWORK_BANDWIDTH = 25e9  # bytes per second of a device to other nodes: 200 Gbit/s
 HOST_LINK_BANDWIDTH = 25e9  # to the host's memory, over PCIe 4
 HOST_MEMORY_BANDWIDTH = 20e9  # of the host's optimizer, for each device
-OVERLAP_SHARE = 0.5  # of the computing, behind which transfers can hide
+OVERLAP_SHARE = 0.5  # of compute time that can hide communication
 OVERHEAD_SHARE = 0.12  # of a run's hours: loading, evaluation, checkpoints
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What an optimizer step takes.
+    """The predicted time of a step.
 
     Attributes:
-        seconds_per_step: the prediction.
-        low, high: seconds between which the measured time is expected.
+        low, high: bounds of `seconds_per_step`.
         step_tokens: tokens of the step, over all devices.
-        items: seconds by what they are for; they add up to `seconds_per_step`.
+        items: seconds by category; they add up to `seconds_per_step`.
     """
 
     seconds_per_step: float
@@ -94,7 +91,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cost:
-    """Hours and US dollars of a run, each with its bounds; no money where the device has no price."""
+    """Hours and US dollars of a run with their bounds; money is None if the device has no price."""
 
     hours: float
     hours_low: float
@@ -113,7 +110,7 @@ def time_and_money(cost: Cost) -> str:
 
 
 def hours(count: float) -> str:
-    """Hours as people say them: 40 s, 12 min, 3.4 h, 12 days, 300 years."""
+    """Hours in a suitable unit: 40 s, 12 min, 3.4 h, 12 days, 300 years."""
     for unit, size, most in (("s", 1 / 3600, 90), ("min", 1 / 60, 90), ("h", 1.0, 48), ("days", 24.0, 730)):
         if count / size < most:
             return f"{count / size:,.2g} {unit}" if count / size < 10 else f"{count / size:,.0f} {unit}"
@@ -121,7 +118,7 @@ def hours(count: float) -> str:
 
 
 def cost(speed: Speed, num_tokens: int, device: Device, num_devices: int) -> Cost:
-    """What it takes to train on `num_tokens`, loading, evaluation and checkpoints included."""
+    """Time and cost to train on `num_tokens`, including loading, evaluation and checkpoints."""
     steps = num_tokens / speed.step_tokens
     hours, low, high = (
         steps * seconds * (1.0 + OVERHEAD_SHARE) / 3600 for seconds in (speed.seconds_per_step, speed.low, speed.high)
@@ -132,14 +129,15 @@ def cost(speed: Speed, num_tokens: int, device: Device, num_devices: int) -> Cos
 
 
 def predict_speed(workload: Workload, device: Device, calibration: Calibration | None = None) -> Speed:
-    """The time of an optimizer step on a device, or on the machine that was measured.
+    """Predict the time of a step on a device.
 
-    A GPU computes while the next operations are begun, so that of the two the slower counts; a processor does one
-    after the other. A calibration of another device, or without the workload's compute dtype, is not used.
+    A GPU computes while the CPU launches operations, so the slower of the two counts; a CPU does both in turn. A
+    calibration of another device, or without the workload's compute dtype, is ignored.
     """
-    is_of_this = calibration is not None and calibration.device == device.name
-    measured = calibration.seconds_per_unit.get(workload.compute_dtype) if calibration and is_of_this else None
-    rates: dict[str, float] = {**seconds_per_unit(workload, device), **(measured or {})}
+    measured: dict[str, float] = {}
+    if calibration and calibration.device == device.name:
+        measured = calibration.seconds_per_unit.get(workload.compute_dtype, {})
+    rates: dict[str, float] = {**seconds_per_unit(workload, device), **measured}
     items: dict[str, float] = {}
     for term in step_work(workload):
         items[term.item] = items.get(term.item, 0.0) + term.amount * rates[term.kind]
@@ -158,9 +156,9 @@ def predict_speed(workload: Workload, device: Device, calibration: Calibration |
 
 
 def seconds_per_unit(workload: Workload, device: Device) -> dict[WorkKind, float]:
-    """What a unit of each kind takes by the device's data sheet.
+    """Seconds per unit of each kind of work, from the device's data sheet.
 
-    A dtype that the hardware lacks is emulated in fp32, at half its rate.
+    A dtype without hardware support runs at half the rate of fp32.
     """
     peak = device.flops.get(workload.compute_dtype, device.flops["fp32"] / 2)
     second_per_byte = 1.0 / (BANDWIDTH_SHARE * device.bandwidth)
@@ -175,7 +173,7 @@ def seconds_per_unit(workload: Workload, device: Device) -> dict[WorkKind, float
         "flops": 1.0 / products,
         "head_flops": 1.0 / products,
         "attention_flops": 1.0 / attention,
-        "attention_scores": 0.0,  # their time is in attention's share of the peak
+        "attention_scores": 0.0,  # included in the efficiency of attention
         "bytes": second_per_byte,
         "weight_bytes": second_per_byte,
         "logits": LOGIT_BYTES * second_per_byte,
@@ -185,10 +183,10 @@ def seconds_per_unit(workload: Workload, device: Device) -> dict[WorkKind, float
 
 
 def communication_seconds(workload: Workload, device: Device) -> float:
-    """What the devices send each other in a step, were nothing hidden behind the computing.
+    """Seconds of communication in a step, without overlap.
 
-    Rings send (W - 1) / W of a tensor for a gather or a scatter, twice that for both. Source: Rajbhandari et al. 2020,
-    arXiv:1910.02054. Gradients travel in fp32, weights as they are computed with.
+    A ring of W devices sends (W - 1) / W of a tensor for a gather or a scatter, twice that for an all-reduce. Source:
+    Rajbhandari et al. 2020, arXiv:1910.02054. Gradients are sent in fp32, weights in the compute dtype.
     """
     devices, trained = workload.num_devices, workload.num_trained_params
     if devices == 1:
@@ -206,7 +204,7 @@ def communication_seconds(workload: Workload, device: Device) -> float:
 
 
 def offload_seconds(workload: Workload) -> dict[str, float]:
-    """Gradients to the host, its optimizer, weights back; with `all`, the weights of every pass over them too."""
+    """Seconds to move gradients to the host, step there, and move weights back; `all` moves weights in every pass."""
     if workload.offload == "none":
         return {}
     trained = workload.num_trained_params / workload.num_devices
@@ -217,9 +215,8 @@ def offload_seconds(workload: Workload) -> dict[str, float]:
     return {"offload": moved / HOST_LINK_BANDWIDTH + optimizer_bytes(workload) / HOST_MEMORY_BANDWIDTH}
 
 
-@dataclass(frozen=True)
-class Term:
-    """Some work of one step on one device: what it is for, of which kind, and how much."""
+class Term(NamedTuple):
+    """An amount of work of one step on one device."""
 
     item: str
     kind: WorkKind
@@ -227,7 +224,7 @@ class Term:
 
 
 def step_work(workload: Workload) -> Iterator[Term]:
-    """All work of a step on one device, but for what devices send each other."""
+    """All work of a step on one device, without communication."""
     for term in _micro_batch_work(workload):
         yield Term(term.item, term.kind, term.amount * workload.num_micro_batches)
     if workload.offload == "none":
@@ -235,7 +232,7 @@ def step_work(workload: Workload) -> Iterator[Term]:
 
 
 def optimizer_bytes(workload: Workload) -> float:
-    """Bytes that clipping and AdamW move on one device."""
+    """Bytes that gradient clipping and AdamW read and write on one device."""
     is_sharded = workload.num_devices > 1 and workload.strategy != "ddp"
     share = 1 / workload.num_devices if is_sharded else 1.0
     return share * workload.num_trained_params * (CLIP_BYTES + STEP_BYTES[workload.state_dtype])
@@ -262,10 +259,11 @@ def _micro_batch_work(workload: Workload) -> Iterator[Term]:
 
 
 def projection_flops(workload: Workload) -> float:
-    """Of the blocks' projections in a micro-batch: 2 a parameter and token, forward, again, and for each gradient.
+    """FLOPs of the layers' projections in a micro-batch: 2 per parameter and token for each pass.
 
-    Frozen weights get no gradient, and below the first layer's there is nothing that one would go to. What a layer ends
-    with is not computed again: its result is needed by no gradient.
+    The passes are forward, recomputed forward, and each gradient. Frozen weights have no gradient, and the first
+    layer's frozen q, k and v need no gradient of their input. Checkpointing does not recompute the last product of a
+    layer, because no gradient needs its result.
     """
     shape, adapter = workload.shape, workload.adapter
     params = shape.num_hidden_layers * shape.num_layer_active_params
@@ -281,7 +279,7 @@ def projection_flops(workload: Workload) -> float:
 
 
 def adapter_flops(workload: Workload) -> float:
-    """Of A and B in a micro-batch: forward, again, and two gradients; DoRA multiplies them with each other too."""
+    """FLOPs of A and B in a micro-batch: forward, recomputed forward, two gradients; DoRA also multiplies A with B."""
     adapter, shape = workload.adapter, workload.shape
     if adapter is None:
         return 0.0
@@ -290,7 +288,7 @@ def adapter_flops(workload: Workload) -> float:
     sides = sum(matrix.active * (matrix.out_features + matrix.in_features) for matrix in adapted)
     passes = sides * (2 + again) * layers
     if workload.activation_checkpointing and "down_proj" in adapter.targets and not adapter.dora:
-        passes -= layers * shape.hidden_size  # B of what a layer ends with
+        passes -= layers * shape.hidden_size  # B of the last product of a layer
     if not workload.num_token_rows:
         passes -= len({"q_proj", "k_proj", "v_proj"}.intersection(adapter.targets)) * shape.hidden_size
     flops = 2.0 * adapter.rank * passes * workload.micro_tokens
@@ -301,9 +299,9 @@ def adapter_flops(workload: Workload) -> float:
 
 
 def attention_flops(workload: Workload) -> float:
-    """Of causal attention inside documents in a micro-batch: 2 products forward, 5 backward, 2 again.
+    """FLOPs of causal attention inside documents in a micro-batch: 2 products forward, 5 backward, 2 recomputed.
 
-    A product costs 2 * heads * head_dim a pair of tokens, and a document of n tokens has about n * n / 2 pairs.
+    A product costs 2 * heads * head_dim per pair of tokens, and a document of n tokens has about n * n / 2 pairs.
     """
     shape = workload.shape
     width = shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
@@ -315,20 +313,20 @@ def _document_tokens(workload: Workload) -> float:
 
 
 def _masked_share(workload: Workload) -> float:
-    """Scores that are computed over those that count: a CPU's blocks of queries reach past the diagonal."""
+    """Computed over unmasked scores: a CPU's blocks of queries reach past the diagonal."""
     length = _document_tokens(workload)
     block = next(block for least, block in CPU_QUERY_BLOCKS if length >= least)
     return 1.0 + block / length if workload.device_type == "cpu" else 1.0
 
 
 def head_flops(workload: Workload) -> float:
-    """Of the head and its gradients in a micro-batch, over supervised tokens only; never computed again."""
+    """FLOPs of the head and its gradients in a micro-batch, over supervised tokens; never recomputed."""
     tokens = workload.micro_tokens * workload.supervised_share
     return (6.0 if workload.adapter is None else 4.0) * tokens * workload.shape.vocab_size * workload.shape.hidden_size
 
 
 def _layer_bytes(workload: Workload) -> float:
-    """Bytes of activations that one layer reads and writes in a micro-batch, whatever it computes with them."""
+    """Bytes of activations that one layer reads and writes in a micro-batch."""
     shape, adapter, matrices = workload.shape, workload.adapter, workload.shape.layer_matrices()
     query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     products = sum(matrix.active * (matrix.out_features + matrix.in_features) for matrix in matrices)
@@ -351,7 +349,7 @@ def _layer_bytes(workload: Workload) -> float:
 
 
 def _weight_bytes(workload: Workload) -> float:
-    """Bytes that a micro-batch moves for each weight, whatever its tokens: casts, gradients widened, summed, joined."""
+    """Bytes read and written for weights in a micro-batch: casts, and gradients cast to fp32 and accumulated."""
     shape, width, passes = workload.shape, workload.dtype_bytes, 2 + workload.activation_checkpointing
     layers = shape.num_hidden_layers * shape.num_layer_matmul_params
     table = shape.vocab_size * shape.hidden_size
@@ -368,13 +366,13 @@ def _weight_bytes(workload: Workload) -> float:
 
 
 def _head_chunks(workload: Workload) -> int:
-    """Chunks of the logits of a trained head, each of which adds to the gradient of all of it."""
+    """Chunks of logits of a trained head; each adds to the whole gradient of the head."""
     rows = loss_chunk_rows(workload.shape.vocab_size, workload.dtype_bytes, is_trained=True)
     return math.ceil(workload.micro_tokens * workload.supervised_share / rows)
 
 
 def _layer_operations(workload: Workload) -> float:
-    """Operations of one layer in a micro-batch; a GPU takes all documents at once."""
+    """Operations launched by one layer in a micro-batch; a GPU processes all documents at once."""
     targets = len(set(workload.adapter.targets)) if workload.adapter else 0
     forward = FORWARD_OPERATIONS + ADAPTER_OPERATIONS / 3 * targets
     backward = BACKWARD_OPERATIONS + ADAPTER_OPERATIONS * 2 / 3 * targets

@@ -1,8 +1,7 @@
-"""What is computed and stored in one optimizer step, as numbers: the input of every prediction.
+"""One optimizer step as numbers, the input of every prediction, and the facts about the data.
 
-A run file is reduced to these numbers by `of_run`; the planner's search varies them and writes a run file again. Also
-the facts of the data that the planner uses, exact counts of trained, frozen and quantized parameters, and the sizes in
-which the engine computes its loss. Reads no file and never imports torch.
+`of_run` makes a `Workload` from a run file. Parameters and bytes of weights and optimizer states are counted exactly.
+Never imports torch.
 """
 
 import math
@@ -21,24 +20,23 @@ DataKind = Literal["documents", "conversations"]
 DTYPE_BYTES: dict[ComputeDtype, int] = {"fp32": 4, "bf16": 2}
 FP32_BYTES = 4
 MIN_8BIT_VALUES, MOMENT_BLOCK = 4096, 256
-NF4_BLOCK, NF4_SCALES_BLOCK = 64, 256  # values that share a scale of one byte, scales that share an fp32 scale
+NF4_BLOCK, NF4_SCALES_BLOCK = 64, 256  # values per one-byte scale, scales per fp32 scale
 
 TYPICAL_TOKENS: dict[DataKind, int] = {"conversations": 400, "documents": 1000}
-"""Assumed mean length of a record: a question with an answer of one page, and one or two pages of text."""
+"""Assumed mean tokens of a record."""
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The data in numbers, measured from files (`data/look/survey.py`) or given (`given_facts`).
+    """The data in numbers, surveyed from files (`data/look/survey.py`) or given (`given_facts`).
 
     Attributes:
-        num_rows: documents or conversations.
-        num_tokens: tokens of one pass over them.
-        kind: what a record is.
-        mean_tokens: mean length of a record in tokens.
-        supervised_share: share of the tokens that are supervised when only answers are.
+        num_rows: number of documents or conversations.
+        num_tokens: tokens of one epoch.
+        mean_tokens: mean tokens of a record.
+        supervised_share: share of supervised tokens when only answers have loss.
         reasoning_share: share of the conversations that show reasoning.
-        is_measured: whether the tokens were counted with the model's tokenizer, rather than estimated or given.
+        is_measured: whether the tokens were counted with the model's tokenizer.
     """
 
     num_rows: int
@@ -53,9 +51,9 @@ class DataFacts:
 def given_facts(
     kind: DataKind, num_rows: int | None = None, num_tokens: int | None = None, mean_tokens: float | None = None
 ) -> DataFacts:
-    """Facts from numbers; of records, tokens and mean length the missing ones are computed from the others.
+    """Facts from numbers; missing ones are computed from the others.
 
-    Raises: ConfigError when neither records nor tokens are given, or a number is not above zero.
+    Raises: ConfigError if neither records nor tokens are given, or a number is not above zero.
     """
     given = {"number of records": num_rows, "number of tokens": num_tokens, "mean tokens of a record": mean_tokens}
     for name, value in given.items():
@@ -78,18 +76,16 @@ class Workload:
 
     Attributes:
         shape: the network, with its final vocabulary size.
-        weights: what the weights start as; `nf4` ones stay quantized.
-        adapter: the adapter's settings; None trains everything.
-        state_dtype: how AdamW's moments are kept, see `config.Optimizer`.
+        weights: initial weights; `nf4` weights stay quantized.
+        adapter: None trains all weights.
+        state_dtype: dtype of AdamW's moments.
         seq_len: tokens of a packed sequence.
-        micro_tokens: tokens of one forward and backward on one device, a multiple of `seq_len`.
-        step_tokens: tokens of an optimizer step over all devices.
-        activation_checkpointing: whether the activations of a layer are computed again in the backward.
-        compute_dtype: type of the matrix products.
-        device_type: attention and softmax run differently on a CPU and on a GPU.
+        micro_tokens: tokens of a micro-batch on one device, a multiple of `seq_len`.
+        step_tokens: tokens of a step over all devices.
+        compute_dtype: dtype of the matrix products.
         num_devices, strategy, offload: see `config.Parallel`; one device ignores the strategy.
-        supervised_share: share of the tokens that are supervised.
-        document_tokens: mean length of what attention spans, at most `seq_len`; None for whole sequences.
+        supervised_share: share of supervised tokens.
+        document_tokens: mean tokens of a document in a packed sequence; None for whole sequences.
         num_token_rows: trainable tokens next to the adapter.
     """
 
@@ -117,12 +113,12 @@ class Workload:
 
     @property
     def num_micro_batches(self) -> int:
-        """Forward and backward passes of one device in an optimizer step."""
+        """Micro-batches of one device in a step."""
         return max(1, math.ceil(self.step_tokens / (self.micro_tokens * self.num_devices)))
 
     @property
     def num_trained_params(self) -> int:
-        """Parameters with a gradient, exactly."""
+        """Parameters with a gradient."""
         if self.adapter is None:
             return self.shape.num_params
         tables = 1 if self.shape.tie_word_embeddings else 2
@@ -130,7 +126,7 @@ class Workload:
 
     @property
     def frozen_bytes(self) -> int:
-        """Weights that are not trained: quantized matrices with their scales, the rest in the compute dtype."""
+        """Bytes of frozen weights: NF4 matrices with their scales, the rest in the compute dtype."""
         if self.adapter is None:
             return 0
         if self.weights != "nf4":
@@ -142,7 +138,7 @@ class Workload:
 
 
 def num_adapter_params(shape: QwenShape, adapter: Adapter) -> int:
-    """Values of A and B of every adapted matrix, and of DoRA's magnitudes."""
+    """Parameters of A and B of every adapted matrix, and of DoRA's magnitudes."""
     per_layer = 0
     for matrix in shape.layer_matrices():
         if matrix.name in adapter.targets:
@@ -152,7 +148,7 @@ def num_adapter_params(shape: QwenShape, adapter: Adapter) -> int:
 
 
 def nf4_bytes(num_values: int) -> int:
-    """A quantized matrix: half a byte a value, a byte for each 64, 4 bytes for each 256 of those, and the tables.
+    """Bytes of a quantized matrix: 1/2 per value, 1 per 64 values, 4 per 256 of those, and the tables.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314 (double quantization); bitsandbytes' QuantState.
     """
@@ -162,9 +158,9 @@ def nf4_bytes(num_values: int) -> int:
 
 
 def moment_bytes(w: Workload) -> int:
-    """Both of AdamW's moments of everything trained, as `engine/optim.py` keeps them.
+    """Bytes of both AdamW moments of all trained parameters.
 
-    In 8 bits: a byte each and an fp32 scale a block, but fp32 for embeddings and small tensors.
+    8-bit moments have an fp32 scale per block; embeddings and small tensors have fp32 moments.
     Source: bitsandbytes' Optimizer2State.
     """
     if w.state_dtype == "fp32":
@@ -179,7 +175,7 @@ def _moment_bytes_8bit(num_values: int, is_embedding: bool) -> int:
 
 
 def _trained_tensors(w: Workload) -> Iterator[tuple[int, int, bool]]:
-    """Values of each trained tensor, how many such tensors there are, and whether it is an embedding."""
+    """Size, number, and whether it is an embedding, of each kind of trained tensor."""
     shape, layers, hidden = w.shape, w.shape.num_hidden_layers, w.shape.hidden_size
     if w.adapter is not None:
         for matrix in shape.layer_matrices():
@@ -206,7 +202,7 @@ def _trained_tensors(w: Workload) -> Iterator[tuple[int, int, bool]]:
 def of_run(
     run: Run, shape: QwenShape, facts: DataFacts | None, compute_dtype: ComputeDtype, device_type: DeviceType
 ) -> Workload:
-    """The step of a run file; without facts of the data, full sequences in which every token is supervised."""
+    """The step of a run file. Without facts, sequences are whole documents and all tokens are supervised."""
     return Workload(
         shape=shape,
         weights=run.weights,
@@ -227,5 +223,5 @@ def of_run(
 
 
 def with_batching(workload: Workload, micro_tokens: int, activation_checkpointing: bool) -> Workload:
-    """The same step with another micro-batch: changes memory and time, never what is learned."""
+    """The same step with another micro-batch and checkpointing, which change memory and time but not the result."""
     return replace(workload, micro_tokens=micro_tokens, activation_checkpointing=activation_checkpointing)

@@ -1,7 +1,6 @@
-"""The planner's advice as a page in the terminal: method, memory as bars, time and cost, and the reason of each choice.
+"""Format the advice of `trivium plan` for the terminal: method, memory bars, time, cost, and reasons.
 
-Plain text where stdout is no terminal, and without color where NO_COLOR is set. Only formats what `plan/advice.py`
-contains.
+Plain text if stdout is not a terminal, and no color if NO_COLOR is set.
 """
 
 import shutil
@@ -28,7 +27,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def print_page(advice: Advice, next_commands: Iterable[str]) -> None:
-    """Print all of it to stdout."""
+    """Print the page to stdout."""
     columns = min(shutil.get_terminal_size().columns, MAX_COLUMNS) if sys.stdout.isatty() else MAX_COLUMNS
     console = Console(width=columns, highlight=False)
     plan = advice.plan
@@ -45,13 +44,13 @@ def print_page(advice: Advice, next_commands: Iterable[str]) -> None:
 
 
 def bar(share: float, columns: int = BAR_COLUMNS) -> str:
-    """A share of the columns, filled to an eighth of one."""
+    """A bar with a resolution of one eighth of a column."""
     eighths = round(max(0.0, min(1.0, share)) * columns * 8)
     return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).rstrip()
 
 
 def _section(title: str, rows: Iterable[tuple[str, ...]]) -> list[Any]:
-    """A heading and rows of a label and texts; nothing where there are no rows."""
+    """A heading and rows of a label and texts; empty without rows."""
     rows = list(rows)
     if not rows:
         return []
@@ -65,7 +64,6 @@ def _section(title: str, rows: Iterable[tuple[str, ...]]) -> list[Any]:
 def _decision(decision: Decision) -> list[Any]:
     rows = [("why", reason) for reason in decision.reasons]
     rows += [("would change", text) for text in decision.would_change]
-    rows += [("rule of thumb", text) for text in decision.rules_of_thumb]
     seen: set[str] = set()
     labelled = [("" if label in seen or seen.add(label) else label, text) for label, text in rows]
     return _section(f"Method: {decision.title}", labelled)
