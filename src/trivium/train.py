@@ -126,7 +126,7 @@ def build_and_loop(
         config = {**job.run.model_dump(mode="json"), "inputs": job.inputs}
         trackers = job.run.log.trackers if ranks.is_first else []
         with closing(open_trackers(trackers, folder.path, job.run.name, config, observer)) as tracked:
-            run_loop(job, engine, machine, folder, tracked, ranks)
+            run_loop(job, engine, machine, folder, tracked)
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise plan_record.ran_out(job, machine, error, held_bytes) from error

@@ -17,13 +17,7 @@ import torch
 from safetensors import safe_open
 
 from trivium.errors import ConfigError, TriviumError
-from trivium.files import (
-    atomic_write,
-    fsync_directory,
-    require_free_space,
-    sha256_file,
-    write_safetensors,
-)
+from trivium.files import atomic_write, fsync_directory, require_free_space, sha256_file, write_safetensors
 from trivium.model import hf
 
 FORMAT = 1

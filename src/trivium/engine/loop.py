@@ -48,8 +48,13 @@ class Observer(Protocol):
         """A line of metrics or a generated text was written."""
 
 
-class Silent(Observer):
+class Silent:
     """An observer that shows nothing."""
+
+    def note(self, text: str) -> None: ...
+    def begin(self, step: int, num_steps: int) -> None: ...
+    def step(self, step: int, loss: float) -> None: ...
+    def record(self, record: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -97,7 +102,7 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def run_loop(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observer: Observer, ranks: Ranks) -> None:
+def run_loop(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observer: Observer) -> None:
     """Train to the end of the budget, starting from the newest valid checkpoint if there is one.
 
     Args:
@@ -106,28 +111,28 @@ def run_loop(job: Job, engine: Engine, machine: Machine, folder: RunFolder, obse
         machine: the device it runs on.
         folder: the run folder, open and locked.
         observer: receives the events.
-        ranks: the processes that train together.
 
     Raises:
         Stopped: a signal arrived; the step was finished and everything saved.
         TriviumError: the loss or a gradient is not finite; no weight was updated.
     """
-    progress = resume(job, engine, folder, observer, ranks)
-    run, num_steps = job.run, job.num_steps
+    progress = resume(job, engine, folder, observer)
+    run, num_steps, ranks = job.run, job.num_steps, engine.ranks
     eval_steps = run.eval.every_steps or max(1, num_steps // 10)
     sample_steps = run.sample.every_steps or max(1, num_steps // 10)
     save_steps = run.checkpoint.every_steps or min(max(1, num_steps // 10), MAX_DEFAULT_CHECKPOINT_STEPS)
     observer.begin(progress.step, num_steps)
     with StopRequest() as stop, batches_ahead(job, machine, progress.step, ranks) as ahead:
         while progress.step < num_steps:
-            figures = train_step(job, engine, ahead, folder, progress, ranks)
+            figures = train_step(job, engine, ahead, folder, progress)
             observer.step(progress.step, figures["train/loss"])
             is_last = progress.step == num_steps
             is_stopped = ranks.any(stop.signal is not None)
             if is_last or progress.step == 1 or progress.step % run.log.every_steps == 0:
-                log(job, machine, folder, progress, figures, observer, ranks)
+                metrics = {**figures, **progress.interval.figures(machine, ranks.size)}
+                log(job, folder, progress, metrics, observer)
             if is_last or progress.step % eval_steps == 0:
-                evaluate(job, engine, folder, progress, observer, ranks)
+                evaluate(job, engine, folder, progress, observer)
             if is_last or progress.step % sample_steps == 0:
                 sample(job, engine, folder, progress, observer)
             if is_last or is_stopped or progress.step % save_steps == 0:
@@ -144,24 +149,24 @@ def run_loop(job: Job, engine: Engine, machine: Machine, folder: RunFolder, obse
 
 
 def batches_ahead(job: Job, machine: Machine, step: int, ranks: Ranks) -> Prefetch:
-    """The batches of the remaining steps, packed in the background; in pinned memory for a GPU."""
+    """The batches of the steps after `step`, packed in the background; in pinned memory for a GPU."""
     prepare = Batch.pinned if machine.device.type == "cuda" else None
     return Prefetch(job.batches, step, job.num_steps, ranks.rank, ranks.size, prepare)
 
 
-def resume(job: Job, engine: Engine, folder: RunFolder, observer: Observer, ranks: Ranks) -> Progress:
+def resume(job: Job, engine: Engine, folder: RunFolder, observer: Observer) -> Progress:
     """Load the newest checkpoint, or start fresh; truncate the run's JSONL files to its step and return its progress.
 
     Raises: ConfigError when the data differs from the data the checkpoint was trained on.
     """
     fresh = Progress(job.inputs)
-    with ranks.first_goes_first():  # rank 0 moves damaged checkpoints aside
+    with engine.ranks.first_goes_first():  # rank 0 moves damaged checkpoints aside
         state, problems = checkpoint.load_newest(folder.checkpoints, engine.load)
     for problem in problems:
         observer.note(f"set aside a damaged checkpoint: {problem}")
     if state is None:
         folder.cut_after(-1)
-        evaluate(job, engine, folder, fresh, observer, ranks)
+        evaluate(job, engine, folder, fresh, observer)
         sample(job, engine, folder, fresh, observer)
         return fresh
     fields: dict[str, Any] = {key: state[key] for key in asdict(fresh)}
@@ -179,9 +184,7 @@ def resume(job: Job, engine: Engine, folder: RunFolder, observer: Observer, rank
     return progress
 
 
-def train_step(
-    job: Job, engine: Engine, ahead: Prefetch, folder: RunFolder, progress: Progress, ranks: Ranks
-) -> dict[str, float]:
+def train_step(job: Job, engine: Engine, ahead: Prefetch, folder: RunFolder, progress: Progress) -> dict[str, float]:
     """Run one optimizer step, append it to the ledger, and return its metrics.
 
     Raises: TriviumError naming the documents involved when a loss or gradient is not finite; nothing was updated.
@@ -193,14 +196,14 @@ def train_step(
         figures = engine.forward_backward(batches)
         norm = engine.optimizer_step(lr, batches)
     except NonFinite as error:
-        raise TriviumError(record_failure(job, folder, progress.step, error, ranks)) from error
+        raise TriviumError(record_failure(job, folder, progress.step, error, engine.ranks)) from error
     seconds = time.perf_counter() - start
-    read = what_was_read(job, batches, ranks)
+    num_tokens, flops, digests = zip(*micro_batches_read(job, batches, engine.ranks), strict=True)
     progress.step += 1
-    progress.num_tokens += sum(one.num_tokens for one in read)
-    progress.ledger = step_digest(progress.ledger, [one.digests for one in read])
+    progress.num_tokens += sum(num_tokens)
+    progress.ledger = step_digest(progress.ledger, digests)
     progress.train_seconds += seconds
-    progress.interval.add(figures["loss"], sum(one.flops for one in read), sum(one.num_tokens for one in read), seconds)
+    progress.interval.add(figures["loss"], sum(flops), sum(num_tokens), seconds)
     folder.ledger.append({"step": progress.step, "num_tokens": progress.num_tokens, "digest": progress.ledger})
     return {
         **{f"train/{name}": value for name, value in figures.items()},
@@ -209,20 +212,11 @@ def train_step(
     }
 
 
-@dataclass(frozen=True)
-class Read:
-    """One micro-batch in numbers: tokens read, their training FLOPs, digests of its packed sequences."""
-
-    num_tokens: int
-    flops: float
-    digests: list[str]
-
-
-def what_was_read(job: Job, batches: Sequence[Batch], ranks: Ranks) -> list[Read]:
-    """The micro-batches of a step on all ranks, in data order."""
+def micro_batches_read(job: Job, batches: Sequence[Batch], ranks: Ranks) -> list[tuple[int, float, list[str]]]:
+    """Tokens, training FLOPs and digests of each micro-batch of a step, on all ranks, in data order."""
     frozen = job.run.adapter is not None
-    mine = [[batch.num_tokens, training_flops(job.shape, batch, frozen), list(batch.digests)] for batch in batches]
-    return [Read(*one) for micro_batches in zip(*ranks.gather(mine), strict=True) for one in micro_batches]
+    mine = [(batch.num_tokens, training_flops(job.shape, batch, frozen), list(batch.digests)) for batch in batches]
+    return [one for micro_batches in zip(*ranks.gather(mine), strict=True) for one in micro_batches]
 
 
 def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite, ranks: Ranks) -> str:
@@ -249,21 +243,12 @@ def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite, ran
     return message
 
 
-def log(
-    job: Job,
-    machine: Machine,
-    folder: RunFolder,
-    progress: Progress,
-    figures: dict[str, float],
-    observer: Observer,
-    ranks: Ranks,
-) -> None:
+def log(job: Job, folder: RunFolder, progress: Progress, metrics: dict[str, float], observer: Observer) -> None:
     """Write a line of metrics over the steps since the previous line."""
     record = {
         "step": progress.step,
         "time": now(),
-        **figures,
-        **progress.interval.figures(machine, ranks.size),
+        **metrics,
         "train/num_tokens": progress.num_tokens,
         "train/epoch": job.batches.epoch(progress.step),
         "train/seconds": progress.train_seconds,
@@ -273,14 +258,14 @@ def log(
     observer.record(record)
 
 
-def evaluate(job: Job, engine: Engine, folder: RunFolder, progress: Progress, observer: Observer, ranks: Ranks) -> None:
+def evaluate(job: Job, engine: Engine, folder: RunFolder, progress: Progress, observer: Observer) -> None:
     """Write a line of metrics with the held-out loss, if documents are held out."""
     if not job.held_out:
         return
     try:
-        loss, num_tokens = engine.evaluate(share(job.held_out, ranks.rank, ranks.size))
+        loss, num_tokens = engine.evaluate(share(job.held_out, engine.ranks.rank, engine.ranks.size))
     except NonFinite as error:
-        raise TriviumError(record_failure(job, folder, progress.step, error, ranks)) from error
+        raise TriviumError(record_failure(job, folder, progress.step, error, engine.ranks)) from error
     record = {"step": progress.step, "time": now(), "eval/loss": loss, "eval/num_tokens": num_tokens}
     folder.metrics.append(record)
     observer.record(record)
