@@ -312,7 +312,9 @@ def _read_config(folder: Path, tied: bool) -> tuple[Adapter, list[int]]:
         )
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error).replace("\n", " ")
-        raise ConfigError(f"{folder / CONFIG} is incomplete: {reason}. Download it again.") from None
+        raise ConfigError(
+            f"{folder / CONFIG} is not a complete LoRA configuration: {reason}. Download it again."
+        ) from None
     return config, ids
 
 

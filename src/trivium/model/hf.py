@@ -213,7 +213,7 @@ def _require_equal(embeddings: Path, head: Path) -> None:
 
 
 def _pieces(path: Path, name: str) -> Iterator[Tensor]:
-    """A stored tensor in pieces of whole rows. Each call opens the file, since an open memory map keeps pages in RAM."""
+    """A stored tensor in pieces of whole rows. The file is opened per call: an open memory map keeps pages in RAM."""
     with safe_open(path, framework="pt") as file:
         stored = file.get_slice(name)
         shape = stored.get_shape()
