@@ -54,7 +54,7 @@ PAD_ID = 0
 
 
 def chat(rng: Random) -> dict[str, Any]:
-    """One to three turns cut from a story; some have a system prompt, some an answer that is not to be learnt."""
+    """One to three turns cut from a story; some have a system prompt, some an answer without loss."""
     words = story(rng).text.split()
     messages = [{"role": "system", "content": "Tell a story."}] if rng.random() < 0.3 else []
     for turn in range(rng.randint(1, 3)):
@@ -207,11 +207,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_every_step_has_the_loss_of_trl_and_peft(method: str, base: Path, tmp_path: Path) -> None:
+def test_every_step_matches_the_loss_of_trl_and_peft(method: str, base: Path, tmp_path: Path) -> None:
     job = prepare(run_of(method, base, tmp_path), note=lambda _: None)
     ours, our_norms = train_here(job, tmp_path / "first")
     theirs, their_norms = train_there(job, tmp_path / "first", tmp_path / "trl")
     assert len(theirs) == STEPS
-    assert ours[-1] < ours[0] - 1.0, "nothing was learnt, so nothing was compared"
+    assert ours[-1] < ours[0] - 1.0, "the loss did not decrease, so the comparison shows nothing"
     assert max(abs(one - other) for one, other in zip(ours, theirs, strict=True)) < TOLERANCE_NATS
     assert our_norms == pytest.approx(their_norms, rel=1e-3)
