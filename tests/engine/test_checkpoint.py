@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, every damage found, the one before used, the last good one never deleted."""
+"""Checkpoints: atomic writes, verification, fallback to the previous one, and pruning."""
 
 import json
 import shutil

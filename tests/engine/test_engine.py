@@ -1,4 +1,4 @@
-"""The engine's arithmetic: packing, accumulation and ranks change nothing; NaN stops before the update."""
+"""The engine's arithmetic: results do not depend on packing, accumulation or ranks; NaN stops before the update."""
 
 import numpy as np
 import pytest

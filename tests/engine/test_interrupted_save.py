@@ -1,4 +1,4 @@
-"""A save, and a load that sets a damaged checkpoint aside, interrupted at every single file-system call they make."""
+"""Saving and loading checkpoints, interrupted at every file-system call."""
 
 import shutil
 from collections.abc import Callable

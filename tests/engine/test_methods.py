@@ -1,4 +1,4 @@
-"""Adapters, NF4, full and continued training: what learns, what stays as it was, and kills that change nothing."""
+"""Adapters, NF4, full and continued training: what trains, what stays frozen, and kills that change nothing."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Objectives against autograd through plain logits: the gradients of any function of the log-probabilities."""
+"""Objectives: gradients of functions of the log-probabilities, compared with autograd through plain logits."""
 
 from collections.abc import Mapping
 

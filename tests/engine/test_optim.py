@@ -1,4 +1,4 @@
-"""The schedules as functions of the step."""
+"""Learning-rate schedules."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What a run is made of before it starts: shares of reasoning, stop tokens, and what its inputs are known by."""
+"""Preparing a run: reasoning shares, stop tokens, selections and the digest of inputs."""
 
 import json
 from pathlib import Path

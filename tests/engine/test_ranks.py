@@ -1,4 +1,4 @@
-"""Steps and runs of several gloo processes: the same losses, weights and ledger as one process makes alone."""
+"""Steps and runs on several gloo ranks have the same losses, weights and ledger as on one."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Trackers: their own readers find every figure once, under the Trainer's names, also after a kill; no secret leaks."""
+"""Trackers: each tracker's reader finds every metric once, also after a kill; no API key is written."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Adapters against stock PEFT, both ways: saved here and loaded there, saved there and loaded here, merged by both."""
+"""Adapters compared with PEFT: saved here and loaded there, saved there and loaded here, merged by both."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Names, the ladder's true counts, and the search for a budget."""
+"""The catalog: names, parameter counts, and the search for a budget."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders, both ways, and the ones that are refused."""
+"""Hugging Face folders: exchange with transformers, and folders that are refused."""
 
 import json
 import os

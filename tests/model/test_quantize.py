@@ -1,4 +1,4 @@
-"""NF4 weights: against bitsandbytes' own and transformers', their gradients, and what loading them takes."""
+"""NF4 weights compared with bitsandbytes and transformers: packing, gradients, memory."""
 
 import subprocess
 import sys

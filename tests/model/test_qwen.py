@@ -1,4 +1,4 @@
-"""The network against transformers, documents against each other, and the first weights."""
+"""The network compared with transformers, packed documents with single ones, and initialization."""
 
 from dataclasses import replace
 from itertools import accumulate

@@ -1,4 +1,4 @@
-"""Shapes: counts, checks, and the config.json they come from and go to."""
+"""Model shapes: parameter counts, validation, and config.json."""
 
 from dataclasses import replace
 

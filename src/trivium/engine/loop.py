@@ -306,7 +306,10 @@ def finish(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -> N
         dtype = engine.model.compute_dtype
         hf.save_folder(engine.model, folder.model, job.tokenizer_folder, dtype, generation)
     else:
-        adapter.save(engine.model, folder.adapter, base_name(job), job.tokenizer_folder, generation)
+        name = job.run.model.name
+        assert name is not None
+        base_name = str(Path(name).resolve()) if Path(name).is_dir() else name
+        adapter.save(engine.model, folder.adapter, base_name, job.tokenizer_folder, generation)
     folder.write(
         "finished.json",
         {
@@ -318,10 +321,3 @@ def finish(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -> N
             "model_sha256": {path.name: sha256_file(path) for path in folder.result.glob("*.safetensors")},
         },
     )
-
-
-def base_name(job: Job) -> str:
-    """The base model's name in adapter_config.json: its Hub id or the absolute path of its folder."""
-    name = job.run.model.name
-    assert name is not None
-    return str(Path(name).resolve()) if Path(name).is_dir() else name

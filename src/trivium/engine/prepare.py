@@ -116,6 +116,7 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
     built = build_data(run, tokenizer, note)
     mixture = find_mixture(run, built)
     has_conversations = any(store.has_conversations for store in built)
+    turn_end = [describe_template(tokenizer).end_of_turn_id] if has_conversations else []
     facts = count_facts(mixture)
     if machine is not None:
         run = settle_batching(run, shape, facts, machine, note)
@@ -136,7 +137,7 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
         batches=StoreBatches(stores, order, run.sequences_per_step, run.sequences_per_micro_batch, num_sequences),
         held_out=held_out_batches(run, built),
         num_steps=count_steps(run, num_sequences),
-        stop_ids=stop_ids(tokenizer, has_conversations),
+        stop_ids=list(dict.fromkeys([*turn_end, *end_ids(tokenizer)])),
         inputs=digest_inputs(run, tokenizer_folder, built, order, frozen_folder),
         facts=facts,
     )
@@ -221,12 +222,6 @@ def find_mixture(run: Run, built: Sequence[BuiltStore]) -> list[MixtureComponent
     return mixture
 
 
-def stop_ids(tokenizer: Any, has_conversations: bool) -> list[int]:
-    """Ids that end generation: end of turn for runs on conversations, then end of document."""
-    turn_end = [describe_template(tokenizer).end_of_turn_id] if has_conversations else []
-    return list(dict.fromkeys([*turn_end, *end_ids(tokenizer)]))
-
-
 def digest_inputs(
     run: Run, tokenizer_folder: Path, built: Sequence[BuiltStore], order: Order, frozen_folder: Path | None
 ) -> str:
@@ -249,7 +244,7 @@ def find_shape(run: Run) -> tuple[QwenShape | None, Path | None]:
     model = run.model
     if model.name is None:
         return shape_of_sizes(run), None
-    if run.weights == "random" and model.name.lower() in {name.lower() for name in catalog.names()}:
+    if run.weights == "random" and catalog.is_listed(model.name):
         return catalog.get(model.name), None
     folder = hf.find_folder(model.name, with_weights=run.weights != "random")
     return hf.read_shape(folder), folder

@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
 
 
-def provenance(job: Job, engine: Engine, machine: Machine) -> dict[str, Any]:
+def describe_run(job: Job, engine: Engine, machine: Machine) -> dict[str, Any]:
     """Versions, hardware, model, hashes of tokenizer and data, and the commit of the working directory."""
     return {
         "versions": versions(),
@@ -93,7 +93,7 @@ def begun_machine(provenance: dict[str, Any], run: Run) -> Machine:
 
 def record_start(job: Job, engine: Engine, machine: Machine, folder: RunFolder, previous: dict[str, Any]) -> None:
     """Write provenance.json at the first start and add an entry to its `starts`; delete failure.json."""
-    record = provenance(job, engine, machine)
+    record = describe_run(job, engine, machine)
     settled = flatten(job.run)
     this_start = {
         "time": now(),

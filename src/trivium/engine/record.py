@@ -94,7 +94,10 @@ def read_record(path: Path) -> Record:
     Raises: TriviumError when `path` is not a run folder.
     """
     folder = RunFolder.existing(path)
-    run_yaml, provenance_json = _text(path / "run.yaml"), _text(path / "provenance.json")
+    run_yaml, provenance_json = (
+        file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        for file in (folder.run_yaml, path / "provenance.json")
+    )
     floor = folder.read("floor.json")
     return Record(
         name=path.resolve().name,
@@ -139,10 +142,6 @@ def _is_locked(path: Path) -> bool:
 
 def _lines(records: JsonLines) -> list[dict[str, Any]]:
     return [line for line in records if isinstance(line, dict) and isinstance(line.get("step"), int)]
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _yaml(text: str) -> dict[str, Any]:
