@@ -1,8 +1,7 @@
-"""Fine-tuning learns as TRL and PEFT do: the same loss at every step, all weights trained or an adapter.
+"""Full and adapter fine-tuning have the same loss as TRL and PEFT at every step.
 
-TRL is given the conversations of each of our steps as rows of its own, padded, with the labels that we train on, so
-what is compared is all that follows: network, loss, gradients, clipping, AdamW, adapter. What had to be set equal,
-because the two differ by choice:
+TRL gets the conversations of each of our steps as padded rows with our labels, so the comparison covers the network,
+loss, gradients, clipping, AdamW and the adapter. These intended differences are made equal for the test:
 
 - Masks. TRL's template for Qwen3 trains the empty think block that serving puts into the prompt; we do not. TRL takes
   labels of 0 or 1; ours may have weights.

@@ -105,12 +105,7 @@ class StopRequest:
 def run_loop(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observer: Observer) -> None:
     """Train to the end of the budget, starting from the newest valid checkpoint if there is one.
 
-    Args:
-        job: the run with its data.
-        engine: with its initial weights.
-        machine: the device it runs on.
-        folder: the run folder, open and locked.
-        observer: receives the events.
+    The engine has its initial weights; the folder is open and locked.
 
     Raises:
         Stopped: a signal arrived; the step was finished and everything saved.

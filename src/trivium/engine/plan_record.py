@@ -37,11 +37,7 @@ def workload_of(job: Job, machine: Machine) -> Workload:
 def predict(job: Job, machine: Machine, versions: dict[str, str], held_bytes: int) -> dict[str, Any]:
     """The `predicted` part of plan.json; times cover training steps only.
 
-    Args:
-        job: the prepared run.
-        machine: the device.
-        versions: package versions to record.
-        held_bytes: memory of the process before the engine is built, see `begin_peak`.
+    `held_bytes`: memory of the process before the engine is built, see `begin_peak`.
     """
     workload, device = workload_of(job, machine), machine.as_planned
     memory = peak_memory(workload)
@@ -135,10 +131,7 @@ def ran_out(job: Job, machine: Machine, error: Exception, held_bytes: int) -> Do
     Available memory was less than the memory in use plus the failed request, and less than the plan's peak: that is the
     limit for suggested changes.
 
-    Args:
-        job, machine: the run and its device.
-        error: the out-of-memory error.
-        held_bytes: memory of the process before the engine was built.
+    `held_bytes`: memory of the process before the engine was built.
     """
     workload = workload_of(job, machine)
     memory, asked = peak_memory(workload), asked_bytes(error)

@@ -59,10 +59,8 @@ class Job:
     """A prepared run.
 
     Attributes:
-        shape: of the model.
         weights_folder: folder of the pretrained weights; None for random initialization.
         tokenizer: the transformers tokenizer.
-        tokenizer_folder: its folder.
         built: the token store of each source.
         mixture: the parts of the training mixture.
         batches: the micro-batches of every step.
@@ -102,7 +100,6 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
     """Find the model, tokenizer and data of a run, and build what does not exist yet.
 
     Args:
-        run: the run.
         note: receives a line about each long task and about the planner's choices.
         machine: its memory decides the batching that the run file leaves open; None uses the defaults.
 

@@ -53,7 +53,7 @@ def find_folder(name: str, with_weights: bool = True) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ConfigError(
             f"There is no folder {name!r}, and it is not a Hub id of the form owner/name. Give the path of a model "
-            "folder, or an id such as Qwen/Qwen3-0.6B-Base."
+            "folder, or an id like Qwen/Qwen3-0.6B-Base."
         )
     from huggingface_hub import snapshot_download
 
