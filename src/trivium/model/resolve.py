@@ -37,7 +37,6 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer: 
     """The shape with its final vocabulary size: as pretrained, as set, or as the tokenizer needs.
 
     Args:
-        run: the run.
         shape: the shape so far; None for a parameter budget.
         num_tokens: tokens of the tokenizer.
         tokenizer: its name in messages.
