@@ -119,7 +119,7 @@ def test_recipe_trains_one_step(name, small, tmp_path):
     folder = RunFolder(tmp_path / run.name)
     folder.path.mkdir()
     with batches_ahead(job, machine, 0, ALONE) as ahead:
-        figures = train_step(job, engine, ahead, folder, Progress(job.inputs), ALONE)
+        figures = train_step(job, engine, ahead, folder, Progress(job.inputs))
 
     assert math.isfinite(figures["train/loss"]) and figures["train/grad_norm"] > 0.0
     assert any(not torch.equal(value, trained[key]) for key, value in engine.model.named_parameters() if key in trained)

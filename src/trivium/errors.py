@@ -1,34 +1,34 @@
-"""The errors a user sees, each with the exit code the command line ends with.
+"""The errors a user sees, each with the exit code of the command line.
 
 A message is one paragraph: what was found, what was expected, what to do. Any other exception is a bug.
 """
 
 
 class TriviumError(Exception):
-    """A run, build or command failed for a reason the user can act on."""
+    """A command failed for a reason the user can fix."""
 
     exit_code = 1
 
 
 class ConfigError(TriviumError):
-    """The run file, a flag or a combination of them is wrong; nothing was written."""
+    """The run file or a flag is wrong; nothing was written."""
 
     exit_code = 2
 
 
 class DoesNotFit(TriviumError):
-    """The work does not fit the memory, the disk or the cost limit."""
+    """The run exceeds the memory, the disk or the cost limit."""
 
     exit_code = 3
 
 
 class BadData(TriviumError):
-    """Too many records are rejected, or the data is not what it claims to be."""
+    """Too many records were rejected, or a data file is damaged or not in the expected format."""
 
     exit_code = 4
 
 
 class Stopped(TriviumError):
-    """The run was asked to stop and has saved a checkpoint; the same command resumes it."""
+    """A signal stopped the run after it saved a checkpoint; the same command resumes it."""
 
     exit_code = 75

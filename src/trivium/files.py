@@ -1,8 +1,4 @@
-"""Files that survive a crash: atomic writes, hashes, locks, free space, streamed safetensors.
-
-
-Never imports torch.
-"""
+"""Crash-safe files: atomic writes, hashes, locks, free-space checks, streamed safetensors. Never imports torch."""
 
 import errno
 import fcntl
@@ -23,7 +19,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 
 def fsync_directory(folder: Path) -> None:
-    """Make renames and new names inside `folder` durable; a file's own fsync does not cover its name."""
+    """Make renames and new files in `folder` durable; fsync of a file does not cover its directory entry."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,7 +28,7 @@ def fsync_directory(folder: Path) -> None:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Replace `path` by `content` so that a reader, or a crash at any instant, sees the old file or the new one."""
+    """Replace `path` with `content`; readers see the old file or the new one, even after a crash."""
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -53,10 +49,7 @@ def sha256_file(path: Path) -> str:
 
 
 def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Refuse to start a write that the disk cannot hold, before it destroys the last free bytes.
-
-    Raises: TriviumError when fewer than `needed_bytes` are free where `folder` lies.
-    """
+    """Raise TriviumError if the disk of `folder` has fewer than `needed_bytes` free."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise TriviumError(
@@ -66,7 +59,7 @@ def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
 
 
 class FolderLock:
-    """An exclusive lock on a folder's `lock` file, freed by the kernel when its holder dies, however it dies."""
+    """An exclusive lock on a folder's `lock` file; the kernel frees it when the process dies."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,7 +68,7 @@ class FolderLock:
     def acquire(self, wait: bool) -> None:
         """Take the lock; with `wait` block until it is free.
 
-        Raises: TriviumError naming the holder's process and host when the lock is taken and `wait` is false.
+        Raises: TriviumError naming the process and host that hold the lock if it is taken and `wait` is false.
         """
         file = self.path.open("a+b")
         try:
@@ -87,8 +80,8 @@ class FolderLock:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise TriviumError(
-                f"{self.path.parent} is in use by {holder}. Two runs never share a folder: "
-                "wait for that one, stop it, or give this run another name."
+                f"{self.path.parent} is in use by {holder}. Two runs cannot share a folder: "
+                "wait for the other one, stop it, or give this run another name."
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -96,7 +89,7 @@ class FolderLock:
         self._file = file
 
     def release(self) -> None:
-        """Free the lock; the file stays, since removing it would let two holders in."""
+        """Free the lock. The file stays: after deleting it, two processes could each hold a lock."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -112,7 +105,7 @@ class FolderLock:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """One tensor to write: its name, safetensors dtype (`F32`, `BF16`, `U8`, ...), shape, and its bytes on demand."""
+    """One tensor to write: name, safetensors dtype (`F32`, `BF16`, `U8`, ...), shape, and a function that reads it."""
 
     name: str
     dtype: str
@@ -122,10 +115,9 @@ class TensorSource:
 
 
 def write_safetensors(path: Path, tensors: Iterable[TensorSource], metadata: dict[str, str]) -> str:
-    """Write a safetensors file one tensor at a time, fsync it, and return the SHA-256 of what was written.
+    """Write a safetensors file one tensor at a time, fsync it, and return its SHA-256.
 
-    The hash is taken of the bytes on their way out, not of a file read back through the page cache, so a
-    write that the disk lost or bent does not verify. No second copy of the tensors is ever in memory.
+    The hash covers the bytes before they are written, so later verification detects what the disk lost or corrupted.
 
     Source: https://github.com/huggingface/safetensors#format
     """

@@ -1,15 +1,15 @@
-"""Train a run: the way in for the command line, the quickstart and scripts. Read this file first.
+"""Train a run: the entry point for the command line, the quickstart and scripts. Read this file first.
 
-    check     the doctor examines the run file                          doctor/
-    prepare   tokenizer, token stores, shape of the network, batching    engine/prepare.py
-    check     the doctor examines data, tokens, numbers and memory       doctor/
-    open      the run folder, its lock and its records                   engine/runfolder.py
+    check     the doctor checks the run file                             doctor/
+    prepare   tokenizer, token stores, model shape, batching             engine/prepare.py
+    check     the doctor checks data, tokens, numerics and memory        doctor/
+    open      the run folder and its lock                                engine/runfolder.py
     build     the engine: model, adapter, optimizer                      engine/build.py
     loop      steps, evaluation, checkpoints until the budget is spent   engine/loop.py
-    report    report.html, however the run ended                         report/
+    report    report.html, even if the run failed                        report/
 
-The same call resumes a run that was stopped or killed, and finds one that is finished. Under torch.distributed every
-rank calls it; the first one decides and writes.
+Calling `train` again resumes a stopped or killed run and does nothing for a finished one. Under torch.distributed
+every rank calls it; rank 0 makes the decisions and writes the files.
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ from trivium.report.panel import watch
 
 
 def train(resolved: ResolvedRun, allowed: frozenset[str] = frozenset()) -> RunFolder:
-    """Train a run to its end, or resume it, or find it finished; shows progress on stderr and leaves report.html.
+    """Train a run to its end, or resume it; show progress on stderr and write report.html.
 
     Args:
         resolved: the run file's values with their origins.
@@ -48,14 +48,14 @@ def train(resolved: ResolvedRun, allowed: frozenset[str] = frozenset()) -> RunFo
 
     Returns: the run folder; its result is in `model/` or `adapter/`.
 
-    Raises: what `train_quietly` raises, after the report was written.
+    Raises: the errors of `train_quietly`, after writing the report.
     """
     path = Path(resolved.run.runs_dir) / resolved.run.name
     with watch() as observer:
         try:
             folder = train_quietly(resolved, observer, allowed)
         except ConfigError:
-            raise  # nothing was changed, so the report is up to date
+            raise  # the folder did not change, so its report is up to date
         except BaseException:
             with suppress(OSError):  # a full disk must not hide the error
                 if (path / "metrics.jsonl").is_file():
@@ -65,19 +65,15 @@ def train(resolved: ResolvedRun, allowed: frozenset[str] = frozenset()) -> RunFo
     return folder
 
 
-def train_quietly(
-    resolved: ResolvedRun,
-    observer: Observer,
-    allowed: frozenset[str] = frozenset(),
-) -> RunFolder:
+def train_quietly(resolved: ResolvedRun, observer: Observer, allowed: frozenset[str] = frozenset()) -> RunFolder:
     """`train` without its panel and report.
 
     Raises:
-        ConfigError: the run cannot be trained as configured, or its folder belongs to another run; nothing was changed.
-        BadData: the data cannot be used; no folder was changed.
-        Stopped: a signal came and everything was saved.
-        DoesNotFit: memory ran out; what was saved is unchanged.
-        TriviumError: the run could not continue; `failure.json` and the records say why.
+        ConfigError: the configuration is wrong, or the folder belongs to another run; nothing was changed.
+        BadData: the data cannot be used; nothing was changed.
+        Stopped: a signal arrived and everything was saved.
+        DoesNotFit: memory ran out; saved files are unchanged.
+        TriviumError: the run could not continue; `failure.json` says why.
     """
     ranks = Ranks.current()
     observer = observer if ranks.is_first else Silent()
@@ -89,12 +85,12 @@ def train_quietly(
         return folder
     require_trackers(run.log.trackers)
     machine = agree(probe(run.device, run.precision), ranks)
-    with ranks.first_goes_first():  # it builds the data, the others find it built
+    with ranks.first_goes_first():  # rank 0 builds the data, the others read it
         job = prepare(run, observer.note, machine)
     show(require_sound(job, machine, allowed), observer)
 
     with opened(folder):
-        # Another process may have trained the run while this one prepared it.
+        # Another process may have finished the run while this one prepared.
         if not ranks.from_first(is_finished(folder, run, observer)):
             build_and_loop(resolved, job, machine, folder, observer, ranks)
     return folder
@@ -103,16 +99,16 @@ def train_quietly(
 def build_and_loop(
     resolved: ResolvedRun, job: Job, machine: Machine, folder: RunFolder, observer: Observer, ranks: Ranks
 ) -> None:
-    """Record what the run is made of and what the planner predicts, build the engine, and run the loop.
+    """Record the run's provenance and the planner's prediction, build the engine, and run the loop.
 
-    Raises: DoesNotFit with the planner's fixes when memory runs out, and everything that the loop raises.
+    Raises: DoesNotFit with suggested fixes when memory runs out, and the errors of the loop.
     """
     previous = (folder.read("provenance.json") or {}) if folder.has_progress else {}
     if previous:
         machine = begun_machine(previous, job.run)
         if changes := differences(load_run(folder.run_yaml, []).run, job.run):
             changed = "; ".join(changes)
-            observer.note(f"resuming with other batching ({changed}): same samples, same order, different rounding")
+            observer.note(f"resuming with other batching ({changed}): same samples in the same order, other rounding")
     held_bytes = begin_peak(machine.device)
     if not previous:
         folder.write(PLAN_FILE, {"predicted": plan_record.predict(job, machine, versions(), held_bytes)})
@@ -130,7 +126,7 @@ def build_and_loop(
         config = {**job.run.model_dump(mode="json"), "inputs": job.inputs}
         trackers = job.run.log.trackers if ranks.is_first else []
         with closing(open_trackers(trackers, folder.path, job.run.name, config, observer)) as tracked:
-            run_loop(job, engine, machine, folder, tracked, ranks)
+            run_loop(job, engine, machine, folder, tracked)
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise plan_record.ran_out(job, machine, error, held_bytes) from error
@@ -138,43 +134,44 @@ def build_and_loop(
 
 
 def show(findings: list[Finding], observer: Observer) -> None:
-    """Print what the doctor found and did not stop the run for."""
+    """Print the doctor's findings that did not stop the run."""
     for finding in findings:
         observer.note(f"{finding.severity}: {finding.paragraph()}")
 
 
 def agree(machine: Machine, ranks: Ranks) -> Machine:
-    """The machine as all ranks take it: what was measured on the first one, and the least memory of any."""
+    """The machine that all ranks assume: precision and speed of rank 0, and the smallest memory of any rank."""
     precision, peak_flops = ranks.from_first([machine.precision, machine.peak_flops])
     memory_bytes = min(ranks.gather(machine.memory_bytes))
     return replace(machine, peak_flops=peak_flops, memory_bytes=memory_bytes).with_precision(precision)
 
 
 def with_recorded_batching(folder: RunFolder, run: Run) -> Run:
-    """A resumed run with the batching that its folder records, where the run file leaves it open.
+    """The run with batching settings it leaves open taken from its folder if it is resumed.
 
-    So it computes the same on a machine with more or less memory than the one it began on.
+    This keeps results identical when a run is resumed on a machine with more or less memory.
     """
     if not folder.has_progress:
         return run
     begun = load_run(folder.run_yaml, []).run
     batch = run.batch.model_copy(update={"micro_tokens": run.batch.micro_tokens or begun.batch.micro_tokens})
-    given = run.activation_checkpointing
-    checkpointing = begun.activation_checkpointing if given is None else given
+    checkpointing = run.activation_checkpointing
+    if checkpointing is None:
+        checkpointing = begun.activation_checkpointing
     return run.model_copy(update={"batch": batch, "activation_checkpointing": checkpointing})
 
 
 def is_finished(folder: RunFolder, run: Run, observer: Observer) -> bool:
-    """Whether this very run has ended; a folder that holds a part of another run is refused.
+    """Whether the folder holds the finished result of this run.
 
-    Raises: ConfigError naming every field that differs.
+    Raises: ConfigError naming every setting that differs if the folder belongs to another run.
     """
     if not folder.has_progress:
         return False
     changes = differences(load_run(folder.run_yaml, []).run, run)
     if changed := [change for change in changes if not change.startswith(BATCHING_KEYS)]:
         raise ConfigError(
-            f"{folder.path} was begun with other settings: {'; '.join(changed)}. Resuming would mix two runs, so "
+            f"{folder.path} was started with other settings: {'; '.join(changed)}. Resuming would mix two runs, so "
             "nothing was changed. Restore the settings to resume it, or give this run another name."
         )
     if folder.is_finished:
@@ -184,7 +181,7 @@ def is_finished(folder: RunFolder, run: Run, observer: Observer) -> bool:
 
 @contextmanager
 def opened(folder: RunFolder) -> Iterator[None]:
-    """The folder open and locked; an error that ends the run by itself is recorded in failure.json."""
+    """Open and lock the folder; record an error that ends the run in failure.json."""
     folder.open()
     try:
         yield

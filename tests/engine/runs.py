@@ -1,4 +1,4 @@
-"""Small real runs, each in a process of its own, for tests that kill, stop and damage them."""
+"""Small real runs in separate processes, for tests that kill, stop and damage them."""
 
 import hashlib
 import json

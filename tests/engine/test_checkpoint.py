@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, every damage found, the one before used, the last good one never deleted."""
+"""Checkpoints: atomic writes, verification, fallback to the previous one, and pruning."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def write(folder: Path, step: int) -> Path:
     return place
 
 
-def test_what_is_written_is_read_by_safetensors_and_by_us(tmp_path):
+def test_checkpoint_files_are_plain_safetensors(tmp_path):
     place = write(tmp_path, 3)
     stored = load_file(place / "model.safetensors")
     assert torch.equal(stored["w"], torch.full((30, 7), 3.0)) and stored["half"].dtype == torch.bfloat16
@@ -43,7 +43,7 @@ def test_what_is_written_is_read_by_safetensors_and_by_us(tmp_path):
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
-def test_every_flipped_byte_truncation_and_missing_file_is_found(tmp_path_factory, data):
+def test_verify_finds_flipped_bytes_truncation_and_missing_files(tmp_path_factory, data):
     place = write(tmp_path_factory.mktemp("c"), 1)
     file = place / data.draw(st.sampled_from(sorted(p.name for p in place.iterdir())))
     content = bytearray(file.read_bytes())
@@ -76,7 +76,7 @@ def test_every_flipped_byte_truncation_and_missing_file_is_found(tmp_path_factor
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "swap"])
-def test_the_one_before_is_used_and_it_says_so(tmp_path, damage):
+def test_load_newest_falls_back_to_the_previous_checkpoint(tmp_path, damage):
     older, newer = write(tmp_path, 10), write(tmp_path, 20)
     file = newer / "training.safetensors"
     match damage:
@@ -99,13 +99,13 @@ def test_the_one_before_is_used_and_it_says_so(tmp_path, damage):
 
 
 @pytest.mark.parametrize("manifest", ["{}", "[]", '{"format": 1, "sha256": {}}', '{"format": 2, "sha256": {}}'])
-def test_a_manifest_that_vouches_for_nothing_is_damage(tmp_path, manifest):
+def test_verify_rejects_an_incomplete_manifest(tmp_path, manifest):
     (write(tmp_path, 1) / "manifest.json").write_text(manifest)
     with pytest.raises(checkpoint.Damaged, match="manifest"):
         checkpoint.verify(tmp_path / "step-00000001")
 
 
-def test_when_none_verifies_nothing_is_started_anew(tmp_path):
+def test_load_newest_fails_if_no_checkpoint_verifies(tmp_path):
     for step in (1, 2):
         (write(tmp_path, step) / "model.safetensors").unlink()
     with pytest.raises(checkpoint.Damaged, match="No checkpoint"):
@@ -113,11 +113,11 @@ def test_when_none_verifies_nothing_is_started_anew(tmp_path):
     assert checkpoint.steps(tmp_path) == [2, 1]
 
 
-def test_an_empty_folder_is_a_fresh_start(tmp_path):
+def test_load_newest_of_an_empty_folder_is_none(tmp_path):
     assert checkpoint.load_newest(tmp_path / "none", checkpoint.verify) == (None, [])
 
 
-def test_pruning_keeps_the_newest_and_clears_what_crashes_left(tmp_path):
+def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path):
     for step in (5, 100, 20):
         write(tmp_path, step)
     (tmp_path / ".step-00000030.tmp").mkdir()
@@ -128,7 +128,7 @@ def test_pruning_keeps_the_newest_and_clears_what_crashes_left(tmp_path):
     assert checkpoint.steps(tmp_path) == [100]
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+def test_checkpoint_of_another_model_is_refused(tmp_path):
     place = write(tmp_path, 1)
     other = tensors(0.0)
     other["model"]["w"] = torch.zeros(3, 3)
@@ -139,12 +139,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         checkpoint.read_into(place, other)
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path):
+def test_checkpoint_write_checks_free_space_first(tmp_path):
     with pytest.raises(TriviumError, match="Disk full.*needs.*are free"):
         require_free_space(tmp_path, 1 << 60, "a checkpoint")
 
 
-def test_a_write_that_fails_midway_leaves_the_older_checkpoint_and_nothing_else(tmp_path):
+def test_failed_checkpoint_write_leaves_only_the_older_checkpoint(tmp_path):
     """A file size limit makes the kernel refuse the write midway, as a full disk does."""
     write(tmp_path, 1)
     code = f"""

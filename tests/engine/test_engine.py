@@ -1,4 +1,4 @@
-"""The engine's arithmetic: packing, accumulation and ranks change nothing; NaN stops before the update."""
+"""The engine's arithmetic: results do not depend on packing, accumulation or ranks; NaN stops before the update."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", True)])
-def test_four_times_one_equals_one_times_four(family, tied):
+def test_micro_batches_equal_one_large_batch(family, tied):
     engine = small_engine(family, tied)
     whole = engine.forward_backward(rows_of(sequences_per_micro_batch=4).step(0))
     expected = gradients(engine)
@@ -65,7 +65,7 @@ def test_packed_equals_unpacked(family, tied):
     assert_same(expected, gradients(engine))
 
 
-def test_the_loss_is_a_mean_over_tokens_not_over_micro_batches():
+def test_loss_is_a_mean_over_tokens_not_micro_batches():
     engine = small_engine()
     batches = rows_of(sequences_per_micro_batch=1).step(0)
     losses = [engine.evaluate([batch]) for batch in batches]
@@ -74,7 +74,7 @@ def test_the_loss_is_a_mean_over_tokens_not_over_micro_batches():
 
 
 @torch.no_grad()
-def test_the_loss_is_the_plain_one_of_the_logits():
+def test_loss_equals_cross_entropy_of_the_logits():
     engine = small_engine()
     batch = rows_of(sequences_per_micro_batch=4).step(0)[0]
     total = 0.0
@@ -87,7 +87,7 @@ def test_the_loss_is_the_plain_one_of_the_logits():
     assert engine.evaluate([batch])[0] == pytest.approx(total / batch.num_supervised, rel=1e-6)
 
 
-def test_weight_decay_falls_on_matrices_only():
+def test_weight_decay_applies_to_matrices_only():
     engine = small_engine("qwen2")
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
@@ -95,7 +95,7 @@ def test_weight_decay_falls_on_matrices_only():
     assert sum(len(group["params"]) for group in engine.optimizer.param_groups) == len(engine.parameters)
 
 
-def test_a_bad_loss_names_its_micro_batch():
+def test_nonfinite_loss_names_its_micro_batch():
     engine = small_engine(tied=False)
     batches = rows_of(sequences_per_micro_batch=1).step(0)
     others = {token for index in (0, 1, 3) for token in batches[index].tokens.tolist()}
@@ -107,7 +107,7 @@ def test_a_bad_loss_names_its_micro_batch():
     assert caught.value.batches == [batches[2]]
 
 
-def test_a_bad_gradient_is_found_before_the_update():
+def test_nonfinite_gradient_is_found_before_the_update():
     engine = small_engine()
     batches = rows_of(sequences_per_micro_batch=2).step(0)
     engine.forward_backward(batches)
@@ -119,7 +119,7 @@ def test_a_bad_gradient_is_found_before_the_update():
 
 
 @pytest.mark.parametrize("state_dtype", ["fp32", "8bit"])
-def test_save_and_load_go_on_bit_for_bit(tmp_path, state_dtype):
+def test_training_after_save_and_load_is_bit_identical(tmp_path, state_dtype):
     rows = rows_of(sequences_per_micro_batch=2)
     config = CONFIG.model_copy(update={"state_dtype": state_dtype})
     straight, first = (small_engine(tied=False, config=config) for _ in range(2))
@@ -145,7 +145,7 @@ def test_save_and_load_go_on_bit_for_bit(tmp_path, state_dtype):
         assert torch.equal(parameter, second.parameters[name]), name
 
 
-def test_loss_weights_count_like_so_many_tokens():
+def test_loss_weights_act_like_repeated_tokens():
     """A token of weight 0.5 pulls half as hard as one of weight 1; doubling all weights changes nothing."""
     engine = small_engine()
     rng = np.random.default_rng(0)

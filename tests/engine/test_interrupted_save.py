@@ -1,4 +1,4 @@
-"""A save, and a load that sets a damaged checkpoint aside, interrupted at every single file-system call they make."""
+"""Saving and loading checkpoints, interrupted at every file-system call."""
 
 import shutil
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def contents(checkpoints: Path) -> dict[str, bytes]:
 
 
 class Interrupted:
-    """An action on copies of one folder, each in a process of its own."""
+    """An action on copies of one folder, each in a separate process."""
 
     def __init__(self, place: Path, prepare: Callable[[Path], None], action: Callable[[Path], None]) -> None:
         self.place, self.action, self.start = place, action, place / "start"
@@ -119,7 +119,7 @@ def test_checkpoint_write_and_prune_interrupted_at_every_call_leave_the_newest_w
     assert found == sorted(found) and {KEPT, NEW} == set(found)
 
 
-def test_load_newest_killed_at_every_call_loses_nothing(tmp_path):
+def test_load_newest_killed_at_every_call_loses_no_checkpoint(tmp_path):
     loading = Interrupted(tmp_path, before_a_load, load_past_the_damaged)
     _, code, calls = loading.run(None)
     assert code == 0 and {"os.rename", "os.rmdir"} <= set(calls)

@@ -1,4 +1,4 @@
-"""Kill a run anywhere: it goes on, and ends with the very same bits."""
+"""A run that is killed at random instants and resumed ends with identical weights."""
 
 import shutil
 import time
@@ -24,7 +24,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus, tmp_path_factory):
-    """The outcome of the run that nobody disturbs, and how long it takes."""
+    """The outcome and the duration of the run without interruption."""
     runs_dir = tmp_path_factory.mktemp("whole")
     finish(run_values(corpus, runs_dir))
     shutil.rmtree(runs_dir / "small")
@@ -95,7 +95,7 @@ def test_forty_kills_end_with_the_same_bits(corpus, uninterrupted, tmp_path):
     kill_and_finish(corpus, uninterrupted, tmp_path, *counts)
 
 
-def test_one_run_killed_again_and_again(corpus, uninterrupted, tmp_path):
+def test_run_killed_repeatedly_ends_with_the_same_bits(corpus, uninterrupted, tmp_path):
     expected, seconds = uninterrupted
     values = run_values(corpus, tmp_path)
     rng = Random(1)
@@ -123,7 +123,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_75(corpus, long_run, tmp_path
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing"])
-def test_a_damaged_newest_checkpoint_is_found_and_the_one_before_used(corpus, long_run, tmp_path, damage):
+def test_resume_from_the_checkpoint_before_a_damaged_one(corpus, long_run, tmp_path, damage):
     settings, expected = long_run
     values = run_values(corpus, tmp_path, **settings, checkpoint={"every_steps": 20})
     process = spawn(values)
@@ -154,7 +154,7 @@ def test_a_damaged_newest_checkpoint_is_found_and_the_one_before_used(corpus, lo
     assert outcome(tmp_path) == expected
 
 
-def test_two_runs_never_share_a_folder(corpus, tmp_path):
+def test_run_folder_lock_refuses_a_second_run(corpus, tmp_path):
     values = run_values(corpus, tmp_path, budget={"steps": 100_000})
     process = spawn(values)
     wait_until(lambda: list((tmp_path / "small" / "checkpoints").glob("step-*")), process)
@@ -164,7 +164,7 @@ def test_two_runs_never_share_a_folder(corpus, tmp_path):
     process.join()
 
 
-def test_a_finished_run_says_so_and_changes_nothing(corpus, tmp_path):
+def test_finished_run_is_not_trained_again(corpus, tmp_path):
     values = run_values(corpus, tmp_path, budget={"steps": 3})
     train(values)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "small").rglob("*") if path.name != "lock"}
@@ -173,14 +173,14 @@ def test_a_finished_run_says_so_and_changes_nothing(corpus, tmp_path):
     assert {p for p in before if before[p] != after[p]} <= {tmp_path / "small"}
 
 
-def test_a_changed_run_is_refused_with_the_differences(corpus, tmp_path):
+def test_resume_with_changed_settings_is_refused(corpus, tmp_path):
     train(run_values(corpus, tmp_path, budget={"steps": 3}))
     changed = run_values(corpus, tmp_path, budget={"steps": 4}, seed=9)
     with pytest.raises(ConfigError, match=r"(?s)budget\.steps.*3.*4.*seed.*0.*9"):
         train(changed)
 
 
-def test_changed_data_is_refused_on_resume(corpus, tmp_path):
+def test_resume_with_changed_data_is_refused(corpus, tmp_path):
     own = write_corpus(tmp_path / "own.jsonl")
     values = run_values(own, tmp_path, budget={"steps": 100_000})
     process = spawn(values)

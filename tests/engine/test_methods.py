@@ -1,4 +1,4 @@
-"""Adapters, NF4, full and continued training: what learns, what stays as it was, and kills that change nothing."""
+"""Adapters, NF4, full and continued training: what trains, what stays frozen, and kills that change nothing."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def held_out_losses(runs_dir: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_and_leaves_its_base_alone(method, base, conversations, tmp_path):
+def test_every_method_trains_and_keeps_its_base_unchanged(method, base, conversations, tmp_path):
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     train(values_of(method, base, conversations, tmp_path, budget={"steps": 40}))
     losses = held_out_losses(tmp_path)
@@ -74,7 +74,7 @@ def test_every_method_learns_and_leaves_its_base_alone(method, base, conversatio
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
 
 
-def test_an_adapter_learns_documents_too(base, tmp_path):
+def test_adapter_trains_on_documents(base, tmp_path):
     train(adapt_values(base, base.parents[1] / "stories.jsonl", tmp_path, **CONTINUE_WITH_ADAPTER))
     losses = held_out_losses(tmp_path)
     assert losses[-1] < losses[0] - 0.02
@@ -116,7 +116,7 @@ def test_twenty_kills_end_with_the_same_bits(method, base, conversations, tmp_pa
     kill_and_finish(method, base, conversations, tmp_path, KILLS_OF_THE_LONG_TEST)
 
 
-def test_a_base_with_other_weights_is_refused_on_resume(base, conversations, tmp_path):
+def test_resume_with_other_base_weights_is_refused(base, conversations, tmp_path):
     own = shutil.copytree(base, tmp_path / "base")
     values = values_of("lora", own, conversations, tmp_path, budget={"steps": 100_000})
     process = spawn(values)
@@ -130,7 +130,7 @@ def test_a_base_with_other_weights_is_refused_on_resume(base, conversations, tmp
         train(values)
 
 
-def test_an_adapter_checkpoint_holds_the_adapter_alone(base, conversations, tmp_path):
+def test_adapter_checkpoint_holds_only_the_adapter(base, conversations, tmp_path):
     train(values_of("qlora", base, conversations, tmp_path, budget={"steps": 2}))
     last = max((tmp_path / "small" / "checkpoints").glob("step-*"))
     names = set(load_file(last / "model.safetensors"))
@@ -138,7 +138,7 @@ def test_an_adapter_checkpoint_holds_the_adapter_alone(base, conversations, tmp_
 
 
 def zero_rows(base: Path, folder: Path, tokens: list[str]) -> Path:
-    """A copy of the base whose rows of some tokens were never learnt."""
+    """A copy of the base with untrained rows for some tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shutil.copytree(base, folder)
@@ -150,7 +150,7 @@ def zero_rows(base: Path, folder: Path, tokens: list[str]) -> Path:
     return folder
 
 
-def test_rows_that_were_never_learnt_are_trained_and_the_model_then_stops(base, conversations, tmp_path):
+def test_trainable_tokens_make_generation_stop(base, conversations, tmp_path):
     untrained = zero_rows(base, tmp_path / "untrained", ["<|im_start|>", "<|im_end|>"])
     train(values_of("lora", untrained, conversations, tmp_path, adapter={"rank": 8}, budget={"steps": 150}))
     config = json.loads((tmp_path / "small" / "adapter" / "adapter_config.json").read_text())
@@ -165,6 +165,6 @@ def stop_rate(folder: Path, questions: list[EvalPrompt]) -> float:
     return score(questions, answers(load(str(folder)), questions, as_chat=True, max_new_tokens=32)).stop_rate
 
 
-def test_a_token_that_is_none_is_refused(base, conversations, tmp_path):
+def test_unknown_train_tokens_are_refused(base, conversations, tmp_path):
     with pytest.raises(ConfigError, match="names '<|im_and|>'"):
         train(values_of("lora", base, conversations, tmp_path, adapter={"train_tokens": ["<|im_and|>"]}))

@@ -1,4 +1,4 @@
-"""Objectives against autograd through plain logits: the gradients of any function of the log-probabilities."""
+"""Objectives: gradients of functions of the log-probabilities, compared with autograd through plain logits."""
 
 from collections.abc import Mapping
 
@@ -170,7 +170,7 @@ def test_next_token_in_one_pass_equals_next_token_by_logprobs(kind):
         assert (gradient - slow_gradients[name]).norm() <= 1e-6 * gradient.norm(), name
 
 
-def test_an_objectives_figures_are_divided_by_the_weight_of_the_step():
+def test_objective_figures_are_divided_by_the_weight_of_the_step():
     batch = batch_of()
     engine = Engine(model_of("tied"), CONFIG, objective=Preference())
     one = engine.forward_backward([batch])

@@ -1,4 +1,4 @@
-"""The schedules as functions of the step."""
+"""Learning-rate schedules."""
 
 import pytest
 from hypothesis import given
@@ -18,7 +18,7 @@ KINDS = ["cosine", "linear", "wsd", "constant"]
     st.floats(0.0, 0.5),
     st.floats(0.0, 1.0),
 )
-def test_the_rate_is_never_zero_nor_above_the_peak_and_stays_at_the_floor(kind, num_steps, step, warmup, decay, floor):
+def test_learning_rate_stays_between_zero_and_peak_and_ends_at_the_minimum(kind, num_steps, step, warmup, decay, floor):
     schedule = Schedule(kind=kind, warmup_ratio=warmup, decay_ratio=decay, min_lr_ratio=floor)
     rate = learning_rate(step, num_steps, 1.0, schedule)
     assert 0.0 <= rate <= 1.0 + 1e-12
@@ -27,7 +27,7 @@ def test_the_rate_is_never_zero_nor_above_the_peak_and_stays_at_the_floor(kind, 
         assert rate == pytest.approx(floor)
 
 
-def test_the_forms_at_their_corners():
+def test_learning_rate_at_the_ends_of_each_schedule():
     def rates(kind, **values):
         schedule = Schedule(kind=kind, warmup_ratio=0.1, decay_ratio=0.2, min_lr_ratio=0.1, **values)
         return [learning_rate(step, 100, 2.0, schedule) for step in range(130)]

@@ -1,4 +1,4 @@
-"""What the planner promises a run: kept in its folder, measured beside it, and its advice when memory runs out."""
+"""plan.json: the planner's prediction, the measurements, and the advice when memory runs out."""
 
 import json
 import os
@@ -36,7 +36,7 @@ LONG_ROWS = {
     "checkpoint": {"every_steps": 1},
     "eval": {"every_steps": 100, "max_tokens": 256},
 }
-"""A model whose activations are most of its memory: over 400 MB in one portion, 27 MB in portions of 512 tokens."""
+"""Activations are most of this model's memory: over 400 MB in one micro-batch, 27 MB in micro-batches of 512 tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def run_of(values: dict[str, Any]) -> Run:
 
 
 def open_values(corpus: Path, runs_dir: Path, **values: Any) -> dict[str, Any]:
-    """A run whose portions are the planner's to settle."""
+    """A run that leaves its batching to the planner."""
     return run_values(corpus, runs_dir, batch={"tokens": 512}, budget={"steps": 6}, **values)
 
 
@@ -59,7 +59,7 @@ def plan_of(runs_dir: Path) -> dict[str, Any]:
     return plan
 
 
-def test_the_plan_is_kept_and_measured(corpus, tmp_path):
+def test_plan_json_has_prediction_and_measurement(corpus, tmp_path):
     values = open_values(corpus, tmp_path)
     finish(values)
     folder, plan = RunFolder(tmp_path / "small"), plan_of(tmp_path)
@@ -78,8 +78,8 @@ def test_the_plan_is_kept_and_measured(corpus, tmp_path):
     assert found.peak_bytes.error == pytest.approx(plan["measured"]["peak_memory_error"])
 
 
-def test_a_run_that_goes_on_keeps_the_portions_it_began_with(corpus, tmp_path):
-    """On a machine with next to no memory a new run would be portioned otherwise; one that goes on is not."""
+def test_resumed_run_keeps_its_recorded_batching(corpus, tmp_path):
+    """A machine with little memory changes the batching of a new run, but not of a resumed one."""
     run, notes, small = run_of(open_values(corpus, tmp_path)), [], replace(probe("cpu", "fp32"), memory_bytes=1)
     assert (run.batch.micro_tokens, run.activation_checkpointing) == (None, None)
     settled = prepare(run, notes.append, small).run
@@ -96,12 +96,12 @@ def test_a_run_that_goes_on_keeps_the_portions_it_began_with(corpus, tmp_path):
 
 
 def write_begun(folder: RunFolder, run: Run) -> None:
-    """As a run leaves its folder that was killed after its first step."""
+    """Write the folder of a run that was killed after its first step."""
     (folder.checkpoints / "step-00000001").mkdir(parents=True)
     folder.run_yaml.write_text(dump_run(run, {}))
 
 
-def test_portions_may_change_and_nothing_else(corpus, tmp_path):
+def test_resume_may_change_batching_only(corpus, tmp_path):
     values = run_values(corpus, tmp_path, budget={"steps": 2000}, batch={"tokens": 512, "micro_tokens": 512})
     folder = RunFolder(tmp_path / "small")
     begun, other = run_of(values), run_of(values | {"batch": {"tokens": 512, "micro_tokens": 128}})
@@ -114,7 +114,7 @@ def test_portions_may_change_and_nothing_else(corpus, tmp_path):
 
 
 def command(arguments: list[str], headroom_bytes: int | None, errors: Path) -> None:
-    """The command line in this process, which may hold no more than so many bytes beyond what it holds now."""
+    """Run the command line in this process, limited to `headroom_bytes` more memory than it holds now."""
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
     if headroom_bytes is not None:
         held = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -131,7 +131,7 @@ def start_command(arguments: list[str], headroom_bytes: int | None, errors: Path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the data of a process")
-def test_memory_that_runs_out_is_answered_with_what_would_fit(corpus, tmp_path):
+def test_out_of_memory_suggests_fixes_that_fit(corpus, tmp_path):
     run_file, errors, folder = tmp_path / "small.yaml", tmp_path / "errors", RunFolder(tmp_path / "small")
     run_file.write_text(json.dumps(run_values(corpus, tmp_path, **LONG_ROWS)))
     process = start_command(["train", str(run_file)], None, errors)
@@ -163,7 +163,7 @@ def test_memory_that_runs_out_is_answered_with_what_would_fit(corpus, tmp_path):
     assert plan_of(tmp_path)["predicted"] == predicted
 
 
-def test_errors_that_mean_want_of_memory():
+def test_is_out_of_memory_and_asked_bytes():
     with pytest.raises(RuntimeError) as found:
         torch.empty(1 << 45)
     assert is_out_of_memory(found.value) and asked_bytes(found.value) == 1 << 47
@@ -176,7 +176,7 @@ def test_errors_that_mean_want_of_memory():
         assert not is_out_of_memory(other)
 
 
-def test_killed_and_whole_runs_are_the_same_whoever_portions_them(corpus, tmp_path):
+def test_planner_chosen_batching_equals_the_same_batching_configured(corpus, tmp_path):
     train(open_values(corpus, tmp_path / "open"))
     train(run_values(corpus, tmp_path / "set", batch={"tokens": 512, "micro_tokens": 512}, budget={"steps": 6}))
     assert outcome(tmp_path / "open") == outcome(tmp_path / "set")

@@ -1,4 +1,4 @@
-"""What a run is made of before it starts: shares of reasoning, stop tokens, and what its inputs are known by."""
+"""Preparing a run: reasoning shares, stop tokens, selections and the digest of inputs."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def prepared(base: Path, data: Path, folder: Path, **changes) -> Job:
     return prepare(Run.model_validate(with_method_defaults(values)), Silent().note)
 
 
-def test_reasoning_gets_the_share_it_is_given(base, tmp_path):
+def test_reasoning_share_is_met(base, tmp_path):
     data = write_mixed(tmp_path / "mixed.jsonl", num_reasoned=30, num_plain=300)
     job = prepared(base, data, tmp_path, reasoning_share=0.75)
     assert [part.kind for part in job.mixture] == ["reasoning", "plain"]
@@ -66,19 +66,19 @@ def test_reasoning_gets_the_share_it_is_given(base, tmp_path):
     assert tokens[0] / tokens.sum() == pytest.approx(0.75, abs=0.05)
 
 
-def test_a_share_of_reasoning_that_nobody_has_is_refused(base, tmp_path):
+def test_reasoning_share_without_reasoning_samples_is_refused(base, tmp_path):
     data = write_mixed(tmp_path / "plain.jsonl", num_reasoned=0, num_plain=20)
     with pytest.raises(ConfigError, match="holds no reasoning samples"):
         prepared(base, data, tmp_path, reasoning_share=0.75)
 
 
-def test_what_learns_to_answer_stops_at_the_end_of_a_turn_first(base, tmp_path):
+def test_stop_ids_begin_with_the_end_of_turn_for_conversations(base, tmp_path):
     job = prepared(base, write_conversations(tmp_path / "talk.jsonl"), tmp_path)
     assert job.tokenizer.convert_ids_to_tokens(job.stop_ids) == ["<|im_end|>", "<|endoftext|>"]
     assert job.batches.order.whole
 
 
-def test_a_selection_is_the_documents_it_names(base, tmp_path):
+def test_selection_holds_the_documents_it_names(base, tmp_path):
     job = prepared(base, write_conversations(tmp_path / "talk.jsonl"), tmp_path)
     store = job.built[0].open()
     chosen = Selection(store, np.array([7, 2, 5]))
@@ -89,7 +89,7 @@ def test_a_selection_is_the_documents_it_names(base, tmp_path):
     assert isinstance(store, Store)
 
 
-def test_a_changed_template_is_another_input(base, tmp_path):
+def test_inputs_digest_changes_with_the_template(base, tmp_path):
     data = write_conversations(tmp_path / "talk.jsonl")
     before = prepared(base, data, tmp_path).inputs
     template = base / "chat_template.jinja"

@@ -1,4 +1,4 @@
-"""Steps and runs of several gloo processes: the same losses, weights and ledger as one process makes alone."""
+"""Steps and runs on several gloo ranks have the same losses, weights and ledger as on one."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def take_steps(kind: str, objective: Any = None) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "world_size"), [("tied", 2), ("untied", 2), ("adapter, trainable tokens", 2), ("tied", 4)]
 )
-def test_steps_of_several_ranks_equal_those_of_one_process(kind, world_size):
+def test_steps_on_several_ranks_equal_steps_on_one(kind, world_size):
     alone = take_steps(kind)
     for found in run_ranks(take_steps, kind, world_size=world_size):
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-6)
@@ -69,7 +69,7 @@ def test_steps_of_several_ranks_equal_those_of_one_process(kind, world_size):
             assert error <= 1e-6, name
 
 
-def test_any_objective_is_divided_by_the_weight_of_all_ranks():
+def test_objective_is_divided_by_the_weight_of_all_ranks():
     alone = take_steps("tied", Preference())
     for found in run_ranks(take_steps, "tied", Preference()):
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-6)
@@ -91,7 +91,7 @@ def meet_nan() -> list[Any]:
     return []
 
 
-def test_nan_on_one_rank_stops_all_and_names_the_micro_batch():
+def test_nan_on_one_rank_stops_all_ranks():
     assert run_ranks(meet_nan) == [[1, 0], [1, 0]]
 
 
@@ -108,7 +108,7 @@ def talk() -> dict[str, Any]:
     }
 
 
-def test_ranks_sum_gather_and_follow_the_first():
+def test_ranks_sum_gather_and_from_first():
     found = run_ranks(talk, world_size=3)
     assert found[0] == found[1] == found[2]
     assert found[0]["sum"] == [4.5, 3.0] and found[0]["any"] == (True, False)
@@ -116,7 +116,7 @@ def test_ranks_sum_gather_and_follow_the_first():
     assert found[0]["gathered"] == [["x" * 10**rank, None, 0.1] for rank in range(3)]
 
 
-def test_one_process_alone_says_what_it_was_told():
+def test_ranks_of_one_process_return_their_arguments():
     ranks = Ranks()
     assert ranks.sum([1.0, 2.0]) == [1.0, 2.0] and ranks.any(True) and not ranks.any(False)
     assert ranks.gather("x") == ["x"] and ranks.from_first("x") == "x" and ranks.is_first
@@ -148,7 +148,7 @@ def corpus(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "stories.jsonl")
 
 
-def test_a_run_of_two_processes_equals_the_run_of_one(corpus, tmp_path):
+def test_run_on_two_ranks_equals_run_on_one(corpus, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train(run_values(corpus, one, budget={"epochs": 0.4}))
     run_ranks(train, run_values(corpus, two, budget={"epochs": 0.4}))
@@ -156,7 +156,7 @@ def test_a_run_of_two_processes_equals_the_run_of_one(corpus, tmp_path):
     assert verify(two / "small", lambda text: None, lambda step, steps: None).is_finished
 
 
-def test_a_run_goes_on_with_another_number_of_processes(corpus, tmp_path):
+def test_run_resumes_with_another_number_of_ranks(corpus, tmp_path):
     base = tmp_path / "base"
     train(run_values(corpus, base, budget={"steps": 4}))
     conversations = write_conversations(tmp_path / "questions.jsonl")

@@ -1,4 +1,4 @@
-"""Trackers: their own readers find every figure once, under the Trainer's names, also after a kill; no secret leaks."""
+"""Trackers: each tracker's reader finds every metric once, also after a kill; no API key is written."""
 
 import json
 import os
@@ -111,7 +111,7 @@ READERS = {"tensorboard": read_tensorboard, "wandb": read_wandb, "trackio": read
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_every_figure_is_there_once_after_a_kill_and_a_resume(environment, name):
+def test_trackers_hold_every_metric_once_after_kill_and_resume(environment, name):
     pytest.importorskip(name)
     process(name, environment, RECORDS[:3])
     process(name, environment, RECORDS[2:6], killed=True)
@@ -125,7 +125,7 @@ def test_every_figure_is_there_once_after_a_kill_and_a_resume(environment, name)
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_no_key_is_written_and_nothing_listens(environment, name, tmp_path):
+def test_trackers_write_no_keys_and_open_no_ports(environment, name, tmp_path):
     pytest.importorskip(name)
     sockets = Path("/proc/net/tcp"), Path("/proc/net/tcp6")
     before = {line.split()[1] for path in sockets for line in path.read_text().splitlines() if line.split()[3] == "0A"}
@@ -138,28 +138,28 @@ def test_no_key_is_written_and_nothing_listens(environment, name, tmp_path):
     assert written and not [path for path in written if SECRET.encode() in path.read_bytes()]
 
 
-def test_another_config_begins_another_tracker_run(environment):
+def test_trackers_start_a_new_run_for_another_config(environment):
     pytest.importorskip("tensorboard")
     start("tensorboard", environment, RECORDS)
     start("tensorboard", environment, RECORDS[:1], config={"optimizer": {"lr": 1e-4}})
     assert read_tensorboard(environment) == [("eval/loss", 0, 2.5)]
 
 
-def test_what_is_not_installed_is_refused_before_anything_is_written(monkeypatch):
+def test_require_trackers_refuses_missing_packages(monkeypatch):
     trackers.require_trackers([])
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"trackio, which cannot be imported.*trivium\[track\]"):
         trackers.require_trackers(["trackio"])
 
 
-def test_no_tracker_leaves_no_file(environment):
+def test_trackers_without_names_write_no_file(environment):
     opened = trackers.open_trackers([], environment, "story", CONFIG, Silent())
     opened.record(RECORDS[0])
     opened.close()
     assert not list(environment.iterdir())
 
 
-def test_a_run_writes_the_trainers_names_to_its_tracker(tmp_path):
+def test_trackers_use_the_metric_names_of_the_trainer(tmp_path):
     pytest.importorskip("tensorboard")
     values = run_values(write_corpus(tmp_path / "stories.jsonl"), tmp_path / "runs")
     train({**values, "log": {"every_steps": 3, "trackers": ["tensorboard"]}})

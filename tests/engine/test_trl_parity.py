@@ -1,8 +1,7 @@
-"""Fine-tuning learns as TRL and PEFT do: the same loss at every step, all weights trained or an adapter.
+"""Full and adapter fine-tuning have the same loss as TRL and PEFT at every step.
 
-TRL is given the conversations of each of our steps as rows of its own, padded, with the labels that we train on, so
-what is compared is all that follows: network, loss, gradients, clipping, AdamW, adapter. What had to be set equal,
-because the two differ by choice:
+TRL gets the conversations of each of our steps as padded rows with our labels, so the comparison covers the network,
+loss, gradients, clipping, AdamW and the adapter. These intended differences are made equal for the test:
 
 - Masks. TRL's template for Qwen3 trains the empty think block that serving puts into the prompt; we do not. TRL takes
   labels of 0 or 1; ours may have weights.
@@ -53,7 +52,7 @@ PAD_ID = 0
 
 
 def chat(rng: Random) -> dict[str, Any]:
-    """One to three turns cut from a story; some have a system prompt, some an answer that is not to be learnt."""
+    """One to three turns cut from a story; some have a system prompt, some an answer without loss."""
     words = story(rng).text.split()
     messages = [{"role": "system", "content": "Tell a story."}] if rng.random() < 0.3 else []
     for turn in range(rng.randint(1, 3)):
@@ -177,11 +176,11 @@ def train_there(job: Job, folder: Path, output: Path) -> tuple[list[float], list
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_every_step_has_the_loss_of_trl_and_peft(method: str, base: Path, tmp_path: Path) -> None:
+def test_every_step_matches_the_loss_of_trl_and_peft(method: str, base: Path, tmp_path: Path) -> None:
     job = prepare(run_of(method, base, tmp_path), note=lambda _: None)
     ours, our_norms = train_here(job, tmp_path / "first")
     theirs, their_norms = train_there(job, tmp_path / "first", tmp_path / "trl")
     assert len(theirs) == STEPS
-    assert ours[-1] < ours[0] - 1.0, "nothing was learnt, so nothing was compared"
+    assert ours[-1] < ours[0] - 1.0, "the loss did not decrease, so the comparison shows nothing"
     assert max(abs(one - other) for one, other in zip(ours, theirs, strict=True)) < TOLERANCE_NATS
     assert our_norms == pytest.approx(their_norms, rel=1e-3)

@@ -1,4 +1,4 @@
-"""Adapters against stock PEFT, both ways: saved here and loaded there, saved there and loaded here, merged by both."""
+"""Adapters compared with PEFT: saved here and loaded there, saved there and loaded here, merged by both."""
 
 import json
 from pathlib import Path
@@ -98,7 +98,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_here_loads_in_peft_and_merges_to_the_same(base: Path, kind: str, tmp_path: Path) -> None:
+def test_saved_adapter_loads_in_peft_and_merges_to_the_same(base: Path, kind: str, tmp_path: Path) -> None:
     model = load_base(base)
     before = logits(model)
     adapter.inject(model, Adapter(rank=4, **KINDS[kind]), seed=1, token_ids=TOKEN_IDS)
@@ -118,7 +118,7 @@ def test_what_is_saved_here_loads_in_peft_and_merges_to_the_same(base: Path, kin
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "some-targets"])
 @pytest.mark.parametrize("with_rows", [False, True])
-def test_what_peft_saves_loads_here(base: Path, kind: str, with_rows: bool, tmp_path: Path) -> None:
+def test_load_reads_adapters_saved_by_peft(base: Path, kind: str, with_rows: bool, tmp_path: Path) -> None:
     tied = hf.read_shape(base).tie_word_embeddings
     rows: Any = TOKEN_IDS if tied else {"embed_tokens": TOKEN_IDS, "lm_head": TOKEN_IDS}
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def test_what_peft_saves_loads_here(base: Path, kind: str, with_rows: bool, tmp_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_begins_as_the_base_model(base: Path, kind: str) -> None:
+def test_injected_adapter_starts_as_the_base_model(base: Path, kind: str) -> None:
     model = load_base(base)
     before = logits(model)
     adapter.inject(model, Adapter(rank=4, **KINDS[kind]), seed=1)
@@ -155,7 +155,7 @@ def test_it_begins_as_the_base_model(base: Path, kind: str) -> None:
         assert torch.equal(logits(model), before)
 
 
-def test_token_rows_begin_as_they_are(base: Path) -> None:
+def test_trainable_tokens_start_unchanged(base: Path) -> None:
     model = load_base(base)
     before, hidden = logits(model), hidden_states(model)
     adapter.inject(model, Adapter(rank=4), seed=1, token_ids=TOKEN_IDS)
@@ -165,7 +165,7 @@ def test_token_rows_begin_as_they_are(base: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_leaves_the_base_alone(base: Path, kind: str, dtype: torch.dtype) -> None:
+def test_adapter_training_keeps_the_base_unchanged(base: Path, kind: str, dtype: torch.dtype) -> None:
     model, plain = load_base(base, dtype), load_base(base, dtype)
     adapter.inject(model, Adapter(rank=4, **KINDS[kind]), seed=1, token_ids=TOKEN_IDS)
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -181,7 +181,7 @@ def test_training_leaves_the_base_alone(base: Path, kind: str, dtype: torch.dtyp
     assert len(trained) == model.shape.num_hidden_layers * 7 * (3 if kind == "dora" else 2) + num_rows
 
 
-def test_first_values_depend_on_seed_and_place_only(base: Path) -> None:
+def test_adapter_init_depends_only_on_seed_and_name(base: Path) -> None:
     def first(seed: int, **settings: Any) -> dict[str, torch.Tensor]:
         model = load_base(base)
         adapter.inject(model, Adapter(rank=4, **settings), seed)
@@ -203,7 +203,7 @@ def test_first_values_depend_on_seed_and_place_only(base: Path) -> None:
     assert all(torch.equal(value, principal[1][name]) for name, value in principal[0].items())
 
 
-def test_pissa_takes_what_peft_takes(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_pissa_equals_pissa_of_peft(bases: dict[str, Path], tmp_path: Path) -> None:
     model = load_base(bases["qwen3-untied"])
     with torch.no_grad():  # singular values that fall, as those of a trained model do
         for name, parameter in model.named_parameters():
@@ -227,7 +227,7 @@ def test_pissa_on_a_sixteen_bit_base_adds_up_to_it(bases: dict[str, Path]) -> No
         assert (merged - original).norm() <= 2**-8 * original.norm(), name
 
 
-def test_dropout_is_for_training(base: Path) -> None:
+def test_adapter_dropout_applies_only_in_training(base: Path) -> None:
     model = load_base(base)
     adapter.inject(model, Adapter(rank=4, dropout=0.5), seed=1, token_ids=TOKEN_IDS)
     train(model)
@@ -240,7 +240,7 @@ def test_dropout_is_for_training(base: Path) -> None:
     close(logits(model), logits(adapter.merge(model)), atol=1e-4)
 
 
-def test_sixteen_bit_compute_stays_sixteen_bit_and_near(base: Path) -> None:
+def test_adapter_in_bf16_computes_in_bf16_close_to_fp32(base: Path) -> None:
     model, sixteen = load_base(base), load_base(base, torch.bfloat16)
     for one in (model, sixteen):
         adapter.inject(one, Adapter(rank=4), seed=1, token_ids=TOKEN_IDS)
@@ -255,7 +255,7 @@ def test_sixteen_bit_compute_stays_sixteen_bit_and_near(base: Path) -> None:
     assert dtypes == {torch.bfloat16} and difference < 0.03
 
 
-def test_trained_rows_learn_and_all_others_stay(base: Path) -> None:
+def test_only_trainable_tokens_change(base: Path) -> None:
     model = load_base(base)
     adapter.inject(model, Adapter(rank=4), seed=1, token_ids=TOKEN_IDS)
     table = model.model.embed_tokens
@@ -269,7 +269,7 @@ def test_trained_rows_learn_and_all_others_stay(base: Path) -> None:
     close(logits(model), (hidden_states(model) @ head.T).detach())
 
 
-def test_an_nf4_base_takes_an_adapter_from_peft_and_back(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_nf4_base_and_peft_exchange_adapters(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = bases["qwen3-untied"]
     with torch.device("meta"):
         model = Qwen(hf.read_shape(folder))
@@ -286,7 +286,7 @@ def test_an_nf4_base_takes_an_adapter_from_peft_and_back(bases: dict[str, Path],
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_loftq_makes_up_for_quantization_and_saves_what_was_learnt(
+def test_loftq_reduces_quantization_error_and_saves_the_change(
     bases: dict[str, Path], dora: bool, tmp_path: Path
 ) -> None:
     folder = bases["qwen3-untied"]
@@ -302,7 +302,7 @@ def test_loftq_makes_up_for_quantization_and_saves_what_was_learnt(
     lost = (logits(quantized("default")) - logits(original)).norm()
     model = quantized("loftq")
     assert (logits(model) - logits(original)).norm() < 0.8 * lost
-    # Saved before it has learnt anything, it changes nothing in the model that was not quantized.
+    # Saved before training, it does not change the unquantized model.
     adapter.save(model, tmp_path / "nothing", str(folder), None, GENERATION)
     loaded = logits(PeftModel.from_pretrained(stock(folder), tmp_path / "nothing"))
     if dora:  # whose magnitudes are those of the weights with the error mostly made up for
@@ -310,12 +310,12 @@ def test_loftq_makes_up_for_quantization_and_saves_what_was_learnt(
     else:
         close(loaded, logits(original))
     train(model)
-    adapter.save(model, tmp_path / "learnt", str(folder), None, GENERATION)
-    loaded = logits(PeftModel.from_pretrained(stock(folder), tmp_path / "learnt"))
+    adapter.save(model, tmp_path / "trained", str(folder), None, GENERATION)
+    loaded = logits(PeftModel.from_pretrained(stock(folder), tmp_path / "trained"))
     assert (loaded - logits(model)).norm() < 0.8 * lost
 
 
-def test_the_folder_is_a_stock_one(base: Path, tmp_path: Path) -> None:
+def test_adapter_folder_is_a_stock_peft_folder(base: Path, tmp_path: Path) -> None:
     model = load_base(base)
     adapter.inject(model, Adapter(rank=4, init="pissa", rslora=True), seed=1, token_ids=TOKEN_IDS)
     tokenizer = tmp_path / "tokenizer"
@@ -338,7 +338,7 @@ def test_the_folder_is_a_stock_one(base: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_something_else_is_not_overwritten(base: Path, tmp_path: Path) -> None:
+def test_save_adapter_does_not_overwrite_other_files(base: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("three years of work")
     model = load_base(base)
     adapter.inject(model, Adapter(rank=4), seed=1)
@@ -362,9 +362,9 @@ def test_something_else_is_not_overwritten(base: Path, tmp_path: Path) -> None:
         ({"something_new": {"x": 1}}, "something_new"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
         ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}, "trainable_token_indices"),
-        ({"r": None}, "no complete LoRA"),
-        ({"r": 0}, "no complete LoRA"),
-        ({"lora_alpha": "much"}, "no complete LoRA"),
+        ({"r": None}, "not a complete LoRA"),
+        ({"r": 0}, "not a complete LoRA"),
+        ({"lora_alpha": "much"}, "not a complete LoRA"),
         ({"r": 5}, "do not fit its adapter_config.json"),
         ({"target_modules": ["q_proj"]}, "not part of the model"),
         ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, "not part of the model"),
@@ -372,7 +372,7 @@ def test_something_else_is_not_overwritten(base: Path, tmp_path: Path) -> None:
         ({"trainable_token_indices": [1]}, "trainable_token"),
     ],
 )
-def test_what_trivium_does_not_compute_is_refused(
+def test_unsupported_adapters_are_refused(
     bases: dict[str, Path], change: dict[str, object], words: str, tmp_path: Path
 ) -> None:
     model = load_base(bases["qwen2-untied"])
@@ -385,7 +385,7 @@ def test_what_trivium_does_not_compute_is_refused(
     assert "\n" not in str(raised.value)
 
 
-def test_pickles_and_damaged_files_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_pickled_and_damaged_adapters_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     model = load_base(bases["qwen2-tied"])
     adapter.inject(model, Adapter(rank=4), seed=1)
     adapter.save(model, tmp_path, "owner/base", None, GENERATION)
@@ -403,7 +403,7 @@ def test_pickles_and_damaged_files_are_refused(bases: dict[str, Path], tmp_path:
         adapter.load(load_base(bases["qwen2-tied"]), tmp_path)
 
 
-def test_starts_that_cannot_be_are_refused(bases: dict[str, Path]) -> None:
+def test_impossible_adapter_inits_are_refused(bases: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="at most 16"):
         adapter.inject(load_base(bases["qwen3-untied"]), Adapter(rank=17, init="pissa"), seed=0)
     with torch.device("meta"):
@@ -413,7 +413,7 @@ def test_starts_that_cannot_be_are_refused(bases: dict[str, Path]) -> None:
         adapter.inject(model, Adapter(rank=4, init="pissa"), seed=0)
 
 
-def test_untrained_rows_are_zeros_and_twins() -> None:
+def test_untrained_rows_are_zero_or_parallel() -> None:
     torch.manual_seed(0)
     table = torch.randn(12, 8)
     table[9] *= 0.001  # small, and trained
@@ -428,7 +428,7 @@ def test_untrained_rows_are_zeros_and_twins() -> None:
     head = torch.randn(12, 8)
     head[9] = 0.0
     assert adapter.untrained_rows(table, head, [8, 9], reserved) == [9]
-    table[0] = table[10]  # the twin of a reserved row, though it is no reserved one itself
+    table[0] = table[10]  # the twin of a reserved row, though it is not reserved itself
     assert adapter.untrained_rows(table.bfloat16(), head.bfloat16(), [0], reserved) == [0]
 
 

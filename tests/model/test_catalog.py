@@ -1,4 +1,4 @@
-"""Names, the ladder's true counts, and the search for a budget."""
+"""The catalog: names, parameter counts, and the search for a budget."""
 
 import math
 
@@ -24,19 +24,19 @@ def log_uniform(least: int, most: int) -> st.SearchStrategy[int]:
     return st.floats(math.log(least), math.log(most)).map(lambda x: min(most, max(least, round(math.exp(x)))))
 
 
-def test_every_published_model_has_a_name() -> None:
+def test_catalog_has_every_published_model() -> None:
     published = [name for name in catalog.names() if name.startswith("Qwen")]
     assert len(published) == 7 * 2 + 6 * 2 - 1
     assert "Qwen3-32B-Base" not in published
 
 
 @pytest.mark.parametrize(("name", "constants"), PUBLISHED_VARIANTS.items())
-def test_base_and_chat_models_keep_their_own_constants(name: str, constants: dict[str, float]) -> None:
+def test_catalog_base_and_chat_models_differ_in_constants(name: str, constants: dict[str, float]) -> None:
     shape = catalog.get(name)
     assert {field: getattr(shape, field) for field in constants} == constants
 
 
-def test_names_are_found_in_any_case_and_near_ones_are_named() -> None:
+def test_get_ignores_case_and_suggests_near_names() -> None:
     assert catalog.get("qwen3-0.6b-base") is catalog.get("Qwen3-0.6B-Base")
     with pytest.raises(ConfigError, match=r"'Qwen3-0\.6B'"):
         catalog.get("Qwen3-0.6")
@@ -44,7 +44,7 @@ def test_names_are_found_in_any_case_and_near_ones_are_named() -> None:
         catalog.get("")
 
 
-def test_the_ladder_is_named_by_its_true_counts() -> None:
+def test_ladder_names_match_parameter_counts() -> None:
     counts = {name: catalog.get(name).num_params for name in catalog.LADDER}
     assert counts == {
         "ladder-7k": 7_280,
@@ -57,7 +57,7 @@ def test_the_ladder_is_named_by_its_true_counts() -> None:
 
 
 @given(log_uniform(50_000, 10_000_000_000), log_uniform(256, 151_936), st.sampled_from(["qwen2", "qwen3"]))
-def test_a_budget_gives_a_well_shaped_model_or_the_reason_why_not(budget: int, vocab_size: int, family: Family) -> None:
+def test_size_for_budget_gives_a_well_shaped_model_or_a_reason(budget: int, vocab_size: int, family: Family) -> None:
     try:
         shape = catalog.size_for_budget(budget, vocab_size, family)
     except ConfigError as error:
@@ -77,7 +77,7 @@ def test_a_budget_gives_a_well_shaped_model_or_the_reason_why_not(budget: int, v
     assert shape.tie_word_embeddings == (untied > budget / 4)
 
 
-def test_a_vocabulary_that_eats_the_budget_is_refused_with_the_arithmetic() -> None:
+def test_size_for_budget_refuses_a_vocabulary_larger_than_the_budget() -> None:
     with pytest.raises(ConfigError, match="151,936 x 16 = 2,430,976.*budget is 1,000,000"):
         catalog.size_for_budget(1_000_000, 151_936)
     with pytest.raises(ConfigError, match="Expected both above zero"):

@@ -1,4 +1,4 @@
-"""The chunked loss against torch's own, and the rule that a step's loss is a sum over all its tokens."""
+"""The chunked loss compared with torch's cross entropy."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def reference(hidden_MD, weight_VD, labels):
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 70), st.integers(1, 40), st.integers(2, 300), st.integers(1, 80))
-def test_chunked_equals_plain(rows, hidden, vocab, chunk_rows):
+def test_cross_entropy_sum_equals_plain(rows, hidden, vocab, chunk_rows):
     hidden_MD, weight_VD, labels = inputs(rows, hidden, vocab)
     loss = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows=chunk_rows)
     (loss / rows).backward()
@@ -49,7 +49,7 @@ def test_chunked_equals_plain(rows, hidden, vocab, chunk_rows):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 24), st.integers(2, 120), st.integers(1, 50), st.data())
-def test_weighed_rows_and_replaced_head_rows_equal_plain(rows, hidden, vocab, chunk_rows, data):
+def test_cross_entropy_sum_with_weights_and_head_rows_equals_plain(rows, hidden, vocab, chunk_rows, data):
     hidden_MD, weight_VD, labels = inputs(rows, hidden, vocab)
     ids = torch.tensor(data.draw(st.lists(st.integers(0, vocab - 1), max_size=9, unique=True)), dtype=torch.int64)
     rows_KD = torch.randn(len(ids), hidden).requires_grad_()
@@ -70,7 +70,7 @@ def test_weighed_rows_and_replaced_head_rows_equal_plain(rows, hidden, vocab, ch
     assert (weight_VD.grad[ids] == 0).all()
 
 
-def test_replaced_rows_of_a_frozen_head_in_bf16():
+def test_head_rows_of_a_frozen_head_in_bf16():
     hidden_MD, weight_VD, labels = inputs(300, 64, 1000, torch.bfloat16)
     weight_VD = weight_VD.detach().bfloat16()
     ids, rows_KD = torch.tensor([7, 3]), torch.randn(2, 64).requires_grad_()
@@ -85,7 +85,7 @@ def test_replaced_rows_of_a_frozen_head_in_bf16():
     assert relative(rows_KD.grad, grad_weight[ids]) < 1e-2
 
 
-def test_chunked_equals_plain_with_the_real_vocabulary():
+def test_cross_entropy_sum_equals_plain_with_the_real_vocabulary():
     hidden_MD, weight_VD, labels = inputs(40, 32, 151_936)
     assert CPU_SLICE_VALUES // 151_936 < 16 < 40  # several slices in a chunk, several chunks
     loss = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows=16)
@@ -96,7 +96,7 @@ def test_chunked_equals_plain_with_the_real_vocabulary():
     assert relative(weight_VD.grad, grad_weight) < 1e-6
 
 
-def test_huge_logits_do_not_overflow():
+def test_cross_entropy_sum_of_huge_logits_does_not_overflow():
     hidden_MD, weight_VD, labels = inputs(20, 16, 50, scale=100.0)
     loss = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows=7)
     loss.backward()
@@ -104,7 +104,7 @@ def test_huge_logits_do_not_overflow():
     assert torch.isfinite(hidden_MD.grad).all() and torch.isfinite(weight_VD.grad).all()
 
 
-def test_bf16_keeps_the_loss_and_the_heads_gradient_in_fp32():
+def test_cross_entropy_sum_in_bf16_keeps_loss_and_head_gradient_in_fp32():
     hidden_MD, weight_VD, labels = inputs(600, 64, 2000, torch.bfloat16)
     loss = cross_entropy_sum(hidden_MD, weight_VD, labels, chunk_rows=128)
     (loss / 600).backward()
@@ -115,7 +115,7 @@ def test_bf16_keeps_the_loss_and_the_heads_gradient_in_fp32():
     assert relative(weight_VD.grad, grad_weight) < 1e-2
 
 
-def test_padding_adds_nothing():
+def test_cross_entropy_sum_ignores_padding():
     hidden_MD, weight_VD, labels = inputs(40, 8, 30)
     padded = torch.cat([labels, torch.full((9,), -100)])
     more = torch.cat([hidden_MD.detach(), 50 * torch.randn(9, 8)]).requires_grad_()
@@ -130,7 +130,7 @@ def test_padding_adds_nothing():
     assert (more.grad[40:] == 0).all()
 
 
-def test_a_frozen_head_gets_no_gradient():
+def test_frozen_head_gets_no_gradient():
     hidden_MD, weight_VD, labels = inputs(10, 8, 30)
     weight_VD.requires_grad_(False)
     cross_entropy_sum(hidden_MD, weight_VD, labels).backward()
@@ -138,7 +138,7 @@ def test_a_frozen_head_gets_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_default_chunk_fits_its_bytes(dtype):
+def test_loss_chunk_rows_fit_their_bytes(dtype):
     rows = loss_chunk_rows(151_936, dtype.itemsize, is_trained=True)
     assert rows * 151_936 * dtype.itemsize <= LOGITS_CHUNK_BYTES
     assert loss_chunk_rows(10**9, dtype.itemsize, is_trained=True) == 64

@@ -1,4 +1,4 @@
-"""Hugging Face folders, both ways, and the ones that are refused."""
+"""Hugging Face folders: exchange with transformers, and folders that are refused."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def tokenizer_folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [TIED, UNTIED], ids=["tied", "untied"])
 @pytest.mark.parametrize("max_shard_bytes", [hf.MAX_SHARD_BYTES, 20_000])
-def test_transformers_loads_what_we_save(
+def test_save_folder_loads_in_transformers(
     shape: QwenShape, dtype: torch.dtype, max_shard_bytes: int, tmp_path: Path
 ) -> None:
     ours = model_of(shape)
@@ -86,7 +86,7 @@ def test_transformers_loads_what_we_save(
     torch.testing.assert_close(logits(again, tokens), theirs(tokens[None]).logits[0], atol=tolerance, rtol=0)
 
 
-def test_transformers_generates_from_what_we_save(tmp_path: Path) -> None:
+def test_save_folder_generates_in_transformers(tmp_path: Path) -> None:
     model = model_of(TIED)
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))
@@ -99,14 +99,14 @@ def test_transformers_generates_from_what_we_save(tmp_path: Path) -> None:
         assert logits(model, written[:length])[-1].argmax() == written[length]
 
 
-def test_a_tokenizer_goes_along_and_says_where_generation_stops(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_save_folder_copies_tokenizer_and_stop_ids(tokenizer_folder: Path, tmp_path: Path) -> None:
     folder = save(model_of(TIED), tmp_path / "model", tokenizer_folder=tokenizer_folder, generation=None)
     assert AutoTokenizer.from_pretrained(folder)("once upon")["input_ids"] == [2, 3]
     assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": 0, "pad_token_id": 1}
     assert not (folder / "run_me.py").exists()
 
 
-def test_weights_of_another_dtype_are_converted(tmp_path: Path) -> None:
+def test_load_weights_converts_dtypes(tmp_path: Path) -> None:
     ours = model_of(UNTIED)
     folder = save(ours, tmp_path / "model", dtype=torch.bfloat16)
     again = Qwen(UNTIED)
@@ -116,14 +116,14 @@ def test_weights_of_another_dtype_are_converted(tmp_path: Path) -> None:
         assert torch.equal(left.bfloat16().float(), right)
 
 
-def test_tensors_larger_than_a_piece_arrive_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_weights_reads_tensors_larger_than_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf, "PIECE_BYTES", 1000)
     ours, again = model_of(UNTIED), Qwen(UNTIED)
     hf.load_weights(again, save(ours, tmp_path / "model"))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
 
 
-def test_a_second_copy_of_tied_embeddings_is_accepted_when_equal(tmp_path: Path) -> None:
+def test_stored_head_of_a_tied_model_must_equal_its_embeddings(tmp_path: Path) -> None:
     folder = save(model_of(TIED), tmp_path / "model")
     embeddings = load_file(folder / hf.WEIGHTS)[hf.EMBEDDINGS]
     rewrite(folder, {hf.HEAD: embeddings.clone()})
@@ -144,7 +144,7 @@ def test_a_second_copy_of_tied_embeddings_is_accepted_when_equal(tmp_path: Path)
         ({"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "as I8"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named_before_anything_is_loaded(
+def test_load_weights_names_tensors_that_do_not_fit(
     change: dict[str, torch.Tensor | None], words: str, tmp_path: Path
 ) -> None:
     folder = save(model_of(TIED), tmp_path / "model")
@@ -156,7 +156,7 @@ def test_tensors_that_do_not_fit_are_named_before_anything_is_loaded(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_an_untied_model_without_its_head_is_refused(tmp_path: Path) -> None:
+def test_load_weights_refuses_an_untied_model_without_head(tmp_path: Path) -> None:
     folder = save(model_of(UNTIED), tmp_path / "model")
     rewrite(folder, {hf.HEAD: None})
     with pytest.raises(ConfigError, match="lm_head.weight is missing"):
@@ -166,7 +166,7 @@ def test_an_untied_model_without_its_head_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "shard", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "model.bin", 7, ""]
 )
-def test_an_index_may_not_point_outside_of_its_folder(shard: object, tmp_path: Path) -> None:
+def test_index_must_not_point_outside_its_folder(shard: object, tmp_path: Path) -> None:
     folder = save(model_of(TIED), tmp_path / "model")
     (folder / hf.WEIGHTS).rename(tmp_path / "outside.safetensors")
     (folder / hf.INDEX).write_text(json.dumps({"weight_map": {hf.EMBEDDINGS: shard}}))
@@ -177,7 +177,7 @@ def test_an_index_may_not_point_outside_of_its_folder(shard: object, tmp_path: P
 @pytest.mark.parametrize(
     "index", ["{}", "[]", "not json", '{"weight_map": {}}', '{"weight_map": {"a": "b.safetensors"}}']
 )
-def test_a_damaged_index_is_refused(index: str, tmp_path: Path) -> None:
+def test_damaged_index_is_refused(index: str, tmp_path: Path) -> None:
     folder = save(model_of(TIED), tmp_path / "model")
     (folder / hf.WEIGHTS).unlink()
     (folder / hf.INDEX).write_text(index)
@@ -185,7 +185,7 @@ def test_a_damaged_index_is_refused(index: str, tmp_path: Path) -> None:
         hf.load_weights(Qwen(TIED), folder)
 
 
-def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+def test_truncated_safetensors_file_is_refused(tmp_path: Path) -> None:
     folder = save(model_of(TIED), tmp_path / "model")
     os.truncate(folder / hf.WEIGHTS, 5000)
     with pytest.raises(ConfigError, match="not a whole safetensors file"):
@@ -198,7 +198,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         hf.load_weights(Qwen(TIED), tmp_path)
 
 
-def test_a_folder_that_is_no_model_is_neither_read_nor_replaced(tmp_path: Path) -> None:
+def test_folder_without_a_model_is_not_read_or_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         hf.read_shape(tmp_path)
     (tmp_path / "thesis.txt").write_text("years of work")
@@ -207,7 +207,7 @@ def test_a_folder_that_is_no_model_is_neither_read_nor_replaced(tmp_path: Path) 
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_saving_again_replaces_the_older_model(tmp_path: Path) -> None:
+def test_save_folder_replaces_an_older_model(tmp_path: Path) -> None:
     save(model_of(TIED, seed=1), tmp_path / "model", max_shard_bytes=20_000)
     newer = model_of(TIED, seed=2)
     again = Qwen(TIED)
@@ -216,7 +216,7 @@ def test_saving_again_replaces_the_older_model(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_names_that_are_no_folder_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_folder_explains_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hf.find_folder(str(tmp_path)) == tmp_path
     with pytest.raises(ConfigError, match="not a Hub id"):
         hf.find_folder("./no/such/folder")
@@ -243,7 +243,7 @@ for number in itertools.count(1):
 
 
 @pytest.mark.parametrize("seconds", [0.013, 0.051, 0.128])
-def test_a_kill_while_saving_leaves_a_whole_model(seconds: float, tmp_path: Path) -> None:
+def test_save_folder_killed_midway_leaves_a_complete_model(seconds: float, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     command = [sys.executable, "-c", SAVE_FOREVER, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -277,7 +277,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_loading_costs_little_more_than_the_model(tmp_path: Path) -> None:
+def test_load_weights_needs_little_extra_memory(tmp_path: Path) -> None:
     shape = QwenShape("qwen3", 16384, 1024, 3072, 7, 8, 4, 128, True)
     model = Qwen(shape)
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_loading_costs_little_more_than_the_model(tmp_path: Path) -> None:
     assert size < int(done.stdout) < 1.25 * size
 
 
-def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_folder_checks_free_space_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     older = save(model_of(TIED, seed=1), tmp_path / "model")
     content = (older / hf.WEIGHTS).read_bytes()
     free = type("Usage", (), {"free": 1000})

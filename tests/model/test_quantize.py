@@ -1,4 +1,4 @@
-"""NF4 weights: against bitsandbytes' own and transformers', their gradients, and what loading them takes."""
+"""NF4 weights compared with bitsandbytes and transformers: packing, gradients, memory."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from trivium.model.quantize import NF4Linear, load_quantized, quantized_bytes
 from trivium.model.qwen import Documents, Qwen, init_weights
 from trivium.model.shape import QwenShape
 
-# Qwen2.5 has biases to keep; rows of 176 and 48 values are no whole number of blocks of 64.
+# Qwen2.5 has biases; rows of 176 and 48 values are not multiples of the block size 64.
 SHAPES = {
     "qwen2-tied": QwenShape("qwen2", 211, 64, 192, 2, 4, 2, 16, True),
     "qwen3-untied": QwenShape("qwen3", 211, 64, 128, 2, 4, 2, 32, False),
@@ -88,7 +88,7 @@ def unpacked_by_hand(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 48), (64, 176), (3, 22), (16, 16), (3000, 1024)])
-def test_weights_are_packed_as_bitsandbytes_packs_them(size: tuple[int, int]) -> None:
+def test_nf4_packing_equals_bitsandbytes(size: tuple[int, int]) -> None:
     weight = torch.randn(size, generator=torch.Generator().manual_seed(2))
     layer = NF4Linear(weight, None, torch.float32)
     assert torch.equal(layer.weight, unpacked_by_hand(weight))
@@ -97,13 +97,13 @@ def test_weights_are_packed_as_bitsandbytes_packs_them(size: tuple[int, int]) ->
     assert sixteen.dtype == torch.bfloat16 and torch.equal(sixteen, layer.weight.bfloat16())
 
 
-def test_a_large_weight_takes_little_more_than_four_bits() -> None:
+def test_nf4_takes_little_more_than_four_bits_per_weight() -> None:
     layer = NF4Linear(torch.randn(2048, 1024), None, torch.bfloat16)
     assert 4.125 <= layer.num_bytes * 8 / (2048 * 1024) < 4.14
 
 
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-untied"])
-def test_the_quantized_model_is_transformers_own(name: str, tmp_path: Path) -> None:
+def test_load_quantized_equals_transformers(name: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path, SHAPES[name])
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -122,7 +122,7 @@ def test_the_quantized_model_is_transformers_own(name: str, tmp_path: Path) -> N
     assert (ours - logits(plain)).abs().max() > 1e-2
 
 
-def test_the_same_folder_gives_the_same_bits(folder: Path) -> None:
+def test_load_quantized_is_deterministic(folder: Path) -> None:
     first, second = load(folder), load(folder)
     assert torch.equal(logits(first), logits(second)) and torch.equal(logits(first), logits(first))
     packed = {name: buffer for name, buffer in first.named_buffers() if name.endswith("packed")}
@@ -130,7 +130,7 @@ def test_the_same_folder_gives_the_same_bits(folder: Path) -> None:
     assert all(torch.equal(buffer, second.get_buffer(name)) for name, buffer in packed.items())
 
 
-def test_what_is_quantized_and_what_is_not(folder: Path) -> None:
+def test_load_quantized_quantizes_only_projections(folder: Path) -> None:
     model = load(folder, torch.bfloat16)
     quantized = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, NF4Linear)}
     assert quantized == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -144,7 +144,7 @@ def test_what_is_quantized_and_what_is_not(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_gradients_go_through_packed_weights_as_through_plain_ones(folder: Path, dora: bool) -> None:
+def test_gradients_through_nf4_weights_equal_plain_ones(folder: Path, dora: bool) -> None:
     packed = load(folder)
     plain = adapter.merge(packed)
     torch.testing.assert_close(logits(packed), logits(plain), atol=1e-6, rtol=0)
@@ -163,7 +163,7 @@ def test_gradients_go_through_packed_weights_as_through_plain_ones(folder: Path,
         assert (gradient - gradients[1][name]).norm() < 1e-5 * gradient.norm(), name
 
 
-def test_backward_keeps_no_unpacked_weight() -> None:
+def test_nf4_backward_keeps_no_unpacked_weight() -> None:
     layer = NF4Linear(torch.randn(512, 256), None, torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda nothing: nothing):
@@ -171,7 +171,7 @@ def test_backward_keeps_no_unpacked_weight() -> None:
     assert sum(kept) < 512 * 256
 
 
-def test_moving_a_model_moves_its_scales(folder: Path) -> None:
+def test_moving_an_nf4_model_moves_its_scales(folder: Path) -> None:
     model = load(folder).to("meta")
     layer = next(module for module in model.modules() if isinstance(module, NF4Linear))
     state = layer.state
@@ -180,7 +180,7 @@ def test_moving_a_model_moves_its_scales(folder: Path) -> None:
     }
 
 
-def test_a_folder_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_load_quantized_refuses_a_folder_of_another_shape(folder: Path, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = Qwen(QwenShape("qwen3", 211, 32, 64, 1, 2, 1, 16, True))
     with pytest.raises(ConfigError, match="do not fit"):
@@ -189,7 +189,7 @@ def test_a_folder_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
-def test_loading_needs_the_quantized_size_and_one_layer(tmp_path: Path) -> None:
+def test_load_quantized_needs_the_quantized_size_and_one_layer(tmp_path: Path) -> None:
     shape = QwenShape("qwen3", 4096, 1024, 3072, 6, 16, 8, 128, True)
     model = Qwen(shape).bfloat16()
     for parameter in model.parameters():
@@ -206,7 +206,7 @@ def test_loading_needs_the_quantized_size_and_one_layer(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_it_computes_what_it_computes_on_a_cpu(folder: Path) -> None:
+def test_nf4_on_gpu_equals_cpu(folder: Path) -> None:
     with torch.device("meta"):
         model = Qwen(hf.read_shape(folder))
     model = load_quantized(model, folder, torch.float32, "cuda")

@@ -1,4 +1,4 @@
-"""The network against transformers, documents against each other, and the first weights."""
+"""The network compared with transformers, packed documents with single ones, and initialization."""
 
 from dataclasses import replace
 from itertools import accumulate
@@ -115,7 +115,7 @@ def test_logits_loss_and_gradients_equal_transformers(shape: QwenShape, tmp_path
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMS)
-def test_published_sizes_have_exactly_the_published_parameters(name: str) -> None:
+def test_published_shapes_have_the_published_parameters(name: str) -> None:
     shape = catalog.get(name)
     with torch.device("meta"):
         ours = {key: tuple(tensor.shape) for key, tensor in Qwen(shape).named_parameters()}
@@ -125,7 +125,7 @@ def test_published_sizes_have_exactly_the_published_parameters(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name in catalog.names() if name.startswith("ladder")])
-def test_ladder_counts_are_those_of_the_real_tensors(name: str) -> None:
+def test_ladder_counts_equal_those_of_the_tensors(name: str) -> None:
     shape = catalog.get(name)
     with torch.device("meta"):
         model = Qwen(shape)
@@ -134,7 +134,7 @@ def test_ladder_counts_are_those_of_the_real_tensors(name: str) -> None:
     assert shape.num_matmul_params == sum(p.numel() for p in projections) + model.head_weight.numel()
 
 
-def test_packed_documents_give_what_each_gives_alone() -> None:
+def test_packed_documents_equal_single_documents() -> None:
     model = small_model()
     tokens = random_row(model.shape)
     positions, documents = documents_of(LENGTHS)
@@ -145,7 +145,7 @@ def test_packed_documents_give_what_each_gives_alone() -> None:
 
 
 @pytest.mark.parametrize("changed", range(len(LENGTHS)))
-def test_a_document_never_sees_another(changed: int) -> None:
+def test_attention_stays_inside_a_document(changed: int) -> None:
     model = small_model()
     positions, documents = documents_of(LENGTHS)
     tokens = random_row(model.shape)
@@ -157,7 +157,7 @@ def test_a_document_never_sees_another(changed: int) -> None:
         assert torch.equal(before[index], after[index]) == (index != changed)
 
 
-def test_a_token_never_sees_a_later_one() -> None:
+def test_attention_is_causal() -> None:
     model = small_model()
     tokens = random_row(model.shape, lengths=(32,))
     changed = tokens.clone()
@@ -168,7 +168,7 @@ def test_a_token_never_sees_a_later_one() -> None:
     assert not torch.equal(before[20:], after[20:])
 
 
-def test_sixteen_bit_compute_keeps_fp32_weights_and_gradients() -> None:
+def test_bf16_compute_keeps_fp32_weights_and_gradients() -> None:
     shape = CONFIGURATIONS["qwen3-tied-gqa"]
     theirs = random_transformers_model(shape).to(torch.bfloat16)
     ours = Qwen(shape)
@@ -183,7 +183,7 @@ def test_sixteen_bit_compute_keeps_fp32_weights_and_gradients() -> None:
     assert all(parameter.grad.dtype == torch.float32 for parameter in ours.parameters())
 
 
-def test_first_weights_depend_on_seed_and_name_only() -> None:
+def test_init_weights_depend_only_on_seed_and_name() -> None:
     first = dict(small_model(seed=7).named_parameters())
     torch.manual_seed(123)
     again = dict(small_model(seed=7, tie_word_embeddings=False).named_parameters())
@@ -196,7 +196,7 @@ def test_first_weights_depend_on_seed_and_name_only() -> None:
     )
 
 
-def test_first_weights_have_the_deviation_of_the_field() -> None:
+def test_init_weights_have_the_documented_deviation() -> None:
     model = Qwen(QwenShape("qwen2", 512, 128, 352, 8, 4, 2, 32, False))
     init_weights(model, seed=0)
     for name, parameter in model.named_parameters():
@@ -211,7 +211,7 @@ def test_first_weights_have_the_deviation_of_the_field() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["qwen2-tied-gqa", "qwen3-tied-wide-heads", "ladder-1m"])
-def test_the_gpu_kernel_gives_what_the_documents_give_one_by_one(name: str) -> None:
+def test_gpu_attention_equals_single_documents(name: str) -> None:
     model = Qwen(CONFIGURATIONS[name])
     init_weights(model, seed=0)
     tokens = random_row(model.shape)

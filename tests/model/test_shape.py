@@ -1,4 +1,4 @@
-"""Shapes: counts, checks, and the config.json they come from and go to."""
+"""Model shapes: parameter counts, validation, and config.json."""
 
 from dataclasses import replace
 
@@ -42,20 +42,20 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", catalog.names())
-def test_a_config_goes_there_and_back(name: str) -> None:
+def test_hf_config_round_trip(name: str) -> None:
     shape = catalog.get(name)
     assert QwenShape.from_hf_config(shape.to_hf_config()) == shape
 
 
 @pytest.mark.parametrize("name", catalog.names())
-def test_transformers_reads_the_same_numbers(name: str) -> None:
+def test_to_hf_config_is_read_by_transformers(name: str) -> None:
     shape = catalog.get(name)
     config = AutoConfig.for_model(**shape.to_hf_config())
     assert QwenShape.from_hf_config(config.to_dict()) == shape
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": shape.rope_theta}
 
 
-def test_a_published_config_is_read() -> None:
+def test_from_hf_config_reads_a_published_config() -> None:
     assert QwenShape.from_hf_config(PUBLISHED) == catalog.get("Qwen2.5-7B-Instruct")
 
 
@@ -89,13 +89,13 @@ def test_a_published_config_is_read() -> None:
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
     ],
 )
-def test_a_config_that_asks_for_something_else_is_refused(change: dict[str, object], words: str) -> None:
+def test_from_hf_config_refuses_unsupported_settings(change: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as raised:
         QwenShape.from_hf_config(PUBLISHED | change)
     assert "\n" not in str(raised.value)
 
 
-def test_inert_keys_are_no_reason_to_refuse() -> None:
+def test_from_hf_config_accepts_inert_keys() -> None:
     inert = {"quantization_config": None, "auto_map": None, "_attn_implementation": None, "rope_scaling": {}}
     assert QwenShape.from_hf_config(PUBLISHED | inert) == catalog.get("Qwen2.5-7B-Instruct")
 
@@ -113,12 +113,12 @@ def test_inert_keys_are_no_reason_to_refuse() -> None:
         {"intermediate_size": 1.5},
     ],
 )
-def test_impossible_numbers_are_refused(change: dict[str, object]) -> None:
+def test_shape_refuses_impossible_numbers(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         replace(SHAPE, **change)
 
 
-def test_counts_by_hand() -> None:
+def test_shape_counts_computed_by_hand() -> None:
     assert SHAPE.num_embedding_params == 512 * 64
     attention = 64 * 128 * 2 + 64 * 64 * 2
     assert SHAPE.num_layer_matmul_params == attention + 3 * 64 * 160
@@ -128,7 +128,7 @@ def test_counts_by_hand() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_layer_matrices_are_those_of_a_block(family):
+def test_layer_matrices_equal_those_of_a_block(family):
     shape = QwenShape(family, 64, 48, 80, 1, 6, 2, 16, tie_word_embeddings=True)
     with torch.device("meta"):
         block = Qwen(shape).model.layers[0]

@@ -1,4 +1,4 @@
-"""From a prepared run to its engine: weights, adapter, trainable tokens, optimizer."""
+"""Build the engine of a prepared run: weights, adapter, trainable tokens, optimizer."""
 
 from collections.abc import Collection
 
@@ -14,7 +14,7 @@ from trivium.model.qwen import Qwen, init_weights
 
 
 def build_engine(job: Job, machine: Machine, ranks: Ranks = ALONE) -> Engine:
-    """The model with its initial weights on its device, with its adapter if it has one, and its optimizer."""
+    """The engine with the run's initial weights on its device, and with its adapter if it has one."""
     run = job.run
     if run.adapter is None:
         model = Qwen(job.shape)
@@ -32,7 +32,7 @@ def build_engine(job: Job, machine: Machine, ranks: Ranks = ALONE) -> Engine:
 
 
 def load_frozen(job: Job, machine: Machine) -> Qwen:
-    """The base model of an adapter, in the dtype it is computed with; never in memory in full precision as well."""
+    """The base model of an adapter, loaded directly in the compute dtype or NF4, without an fp32 copy."""
     assert job.weights_folder is not None
     with torch.device("meta"):
         model = Qwen(job.shape)
@@ -45,10 +45,9 @@ def load_frozen(job: Job, machine: Machine) -> Qwen:
 
 
 def trained_tokens(job: Job) -> list[int]:
-    """Ids of the tokens whose embedding and head rows are trained next to the adapter: those that the run names, else
-    those that the data uses and the model never trained. The doctor checks whether too few are named.
+    """Ids of the trainable tokens: `adapter.train_tokens`, or by default the untrained control tokens in the data.
 
-    Raises: ConfigError when a named token does not exist.
+    Raises: ConfigError when the tokenizer lacks a token named in `adapter.train_tokens`.
     """
     assert job.run.adapter is not None
     named = job.run.adapter.train_tokens
@@ -58,21 +57,21 @@ def trained_tokens(job: Job) -> list[int]:
     known = job.tokenizer.get_vocab()
     if unknown := [token for token in named if token not in known]:
         raise ConfigError(
-            f"adapter.train_tokens names {unknown[0]!r}, and {job.tokenizer_folder} has no such token. Name tokens as "
-            "the tokenizer writes them, for example <|im_end|>."
+            f"adapter.train_tokens names {unknown[0]!r}, which is not a token of {job.tokenizer_folder}. Write tokens "
+            "as in the tokenizer's vocabulary, for example <|im_end|>."
         )
     return [known[token] for token in named]
 
 
 def control_tokens(job: Job) -> list[int]:
-    """Ids of the control tokens, for example the one that ends a turn."""
+    """Ids of the control tokens, for example the end of a turn."""
     return sorted(job.tokenizer.get_added_vocab().values())
 
 
 def untrained_tokens(job: Job, used: Collection[int]) -> list[int]:
-    """The control tokens among `used` that the pretrained model never trained.
+    """The control tokens among `used` that pretraining never trained.
 
-    Only the rows of reserved tokens are read, from the model's embedding and, if it is a separate tensor, its head.
+    Reads only the rows of reserved tokens, from the embedding and from an untied head.
     """
     assert job.weights_folder is not None
     control = control_tokens(job)

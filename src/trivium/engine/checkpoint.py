@@ -1,9 +1,8 @@
-"""Checkpoints that survive a crash at any instant, and are never trusted unverified.
+"""Crash-safe checkpoints, verified by hash before they are loaded.
 
 A checkpoint is a folder `step-00000100` with `model.safetensors`, `training.safetensors`, `state.json` and, written
-last, `manifest.json`: the SHA-256 of every other file, taken of the bytes on their way to the disk. It is written
-beside its place, fsynced, renamed, and only then counted. No pickle is read or written. Knows tensors and files,
-not models. Used by the engine and `verify`.
+last, `manifest.json`: the SHA-256 of every other file, computed before the bytes reach the disk. It is written to a
+temporary folder, fsynced and renamed. Pickle is never used.
 """
 
 import json
@@ -18,13 +17,7 @@ import torch
 from safetensors import safe_open
 
 from trivium.errors import ConfigError, TriviumError
-from trivium.files import (
-    atomic_write,
-    fsync_directory,
-    require_free_space,
-    sha256_file,
-    write_safetensors,
-)
+from trivium.files import atomic_write, fsync_directory, require_free_space, sha256_file, write_safetensors
 from trivium.model import hf
 
 FORMAT = 1
@@ -33,23 +26,23 @@ CONTENT = {"model.safetensors", "training.safetensors", "state.json"}
 
 
 class Damaged(TriviumError):
-    """A checkpoint does not hold what was written."""
+    """A checkpoint is incomplete or differs from what was written."""
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
+    """The folder of the checkpoint after `step` optimizer steps."""
     return checkpoints / f"step-{step:08d}"
 
 
 def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: Mapping[str, object]) -> None:
-    """Write a checkpoint so that `folder` is there and whole, or not there at all.
+    """Write a checkpoint atomically.
 
     Args:
-        folder: the checkpoint's place; a checkpoint already there is kept, since it was verified when written.
-        tensors: per file name (without suffix), the tensors by name.
-        state: what JSON can hold of the run.
+        folder: the checkpoint's path; an existing checkpoint is kept.
+        tensors: for each file name without suffix, its tensors by name.
+        state: the rest of the training state, as JSON.
 
-    Raises: TriviumError when the disk has no room; nothing that was there before is touched.
+    Raises: TriviumError when the disk is full; existing files are not touched.
     """
     if folder.exists():
         return
@@ -73,13 +66,13 @@ def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: Mapp
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TriviumError(
-            f"Writing {folder.name} failed: {error}. Earlier checkpoints are untouched. Free or repair the disk and "
+            f"Writing {folder.name} failed: {error}. Earlier checkpoints are unchanged. Free or repair the disk and "
             "run the same command again."
         ) from error
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Check every byte against the manifest and return the state.
+    """Check every file against the manifest and return the state.
 
     Raises: Damaged naming the first file that is missing or differs.
     """
@@ -87,9 +80,9 @@ def verify(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         expected = dict(manifest["sha256"])
         if not expected.keys() >= CONTENT:
-            raise Damaged(f"{folder.name}: manifest.json names no {sorted(CONTENT - expected.keys())[0]}")
+            raise Damaged(f"{folder.name}: manifest.json does not list {sorted(CONTENT - expected.keys())[0]}")
         if manifest["format"] != FORMAT:
-            raise Damaged(f"{folder.name}: format {manifest['format']} is not the {FORMAT} this version reads")
+            raise Damaged(f"{folder.name}: its format is {manifest['format']}, and this version reads {FORMAT}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{folder.name}: manifest.json cannot be read ({type(error).__name__})") from None
     for name, digest in sorted(expected.items()):
@@ -103,9 +96,9 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def read_into(folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Fill the given tensors from a verified checkpoint, one at a time.
+    """Copy a verified checkpoint into the given tensors, one at a time.
 
-    Raises: ConfigError when a tensor is missing or has another shape: the checkpoint is whole, and of another model.
+    Raises: ConfigError when a tensor is missing or has another shape, so the checkpoint belongs to another model.
     """
     for file, group in tensors.items():
         with safe_open(folder / f"{file}.safetensors", framework="pt") as reader:
@@ -121,26 +114,25 @@ def read_into(folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None
 
 
 def another_model(folder: Path, found: str) -> ConfigError:
-    """The error for a checkpoint that is whole and does not fit the run's model."""
+    """The error for a valid checkpoint that does not fit the run's model."""
     return ConfigError(
-        f"{folder} {found}. The run's model is not the one it began with: has its data or its tokenizer changed? "
-        "Put them back, or start under another name."
+        f"{folder} {found}. The run's model has changed since it started, perhaps through its data or tokenizer. "
+        "Restore them, or start a run with another name."
     )
 
 
 def steps(checkpoints: Path) -> list[int]:
-    """Steps that have a published checkpoint, newest first; order comes from names, never from clocks."""
+    """Steps with a checkpoint, newest first, by folder name."""
     found = (STEP_FOLDER.fullmatch(entry.name) for entry in checkpoints.iterdir()) if checkpoints.is_dir() else ()
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def load_newest(checkpoints: Path, load: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any] | None, list[str]]:
-    """Load the newest checkpoint that verifies; set aside the newer ones, which did not.
+    """Load the newest checkpoint that verifies, and rename newer, damaged ones to `damaged-...`.
 
-    Returns: the state that was loaded, None where there is no checkpoint; and what was wrong with each one set aside,
-    now named `damaged-...`, so that its step can be saved again.
+    Returns: the loaded state, None if there is no checkpoint; and the problem of each damaged checkpoint.
 
-    Raises: Damaged when there are checkpoints and none verifies: starting anew would lose the run silently.
+    Raises: Damaged when there are checkpoints but none verifies, since starting over would silently lose the run.
     """
     problems: list[str] = []
     damaged: list[Path] = []
@@ -159,15 +151,15 @@ def load_newest(checkpoints: Path, load: Callable[[Path], dict[str, Any]]) -> tu
     if problems:
         raise Damaged(
             f"No checkpoint in {checkpoints} verifies: {'; '.join(problems)}. Nothing was changed. "
-            "Restore the folder from a copy, or start anew under another name."
+            "Restore the folder from a copy, or start a run with another name."
         )
     return None, []
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, and what crashes left. Called only after one was committed.
+    """Delete all but the `keep` newest checkpoints, and leftovers of crashes. Call it after writing a checkpoint.
 
-    A folder is renamed before it is deleted, so that half a checkpoint never carries a checkpoint's name.
+    A folder is renamed before it is deleted, so that a partly deleted checkpoint is never taken for a valid one.
     """
     for step in steps(checkpoints)[max(1, keep) :]:
         os.replace(step_folder(checkpoints, step), checkpoints / f".step-{step:08d}.old")

@@ -1,7 +1,6 @@
-"""What the machine is and what it is fast at: device, compute type, peak speed, memory.
+"""The device of a run: its compute dtype, peak FLOP/s and memory.
 
-Answers are found out by a probe rather than by a list of names, since bf16 on a processor without the
-instructions is tens of times slower than fp32. Used by the engine.
+Speed is measured, not looked up: on a CPU without bf16 instructions bf16 is tens of times slower than fp32.
 """
 
 import ctypes
@@ -24,22 +23,22 @@ PROBE_ROWS, PROBE_WIDTH = 512, 768
 BYTES_OF_UNIT = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 ASKED_MEMORY = re.compile(r"[Tt]ried to allocate ([0-9.]+) (bytes|KiB|MiB|GiB)")
 OUT_OF_MEMORY = ("t allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-"""What a RuntimeError says for want of memory: the CPU's allocator on Linux and elsewhere, a driver, its libraries."""
+"""Parts of RuntimeError messages that mean out of memory: CPU allocators, GPU drivers, CUDA libraries."""
 M_MMAP_THRESHOLD, RETURNED_BLOCK_BYTES = -3, 1 << 20
-LOOSE_FACTOR = 2.5  # resident over allocated, at most, where freed blocks are kept
+LOOSE_FACTOR = 2.5  # upper bound of resident over allocated memory when the C library keeps freed blocks
 RESET_PEAK_RESIDENT = "5"
-"""What makes Linux forget the peak of a process's resident memory. Source: proc_pid_clear_refs(5)."""
+"""Resets the peak resident memory of a process on Linux. Source: proc_pid_clear_refs(5)."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes on.
+    """The device a run computes on.
 
     Attributes:
-        device: where the weights live.
-        compute_dtype: type of the matrix products, fp32 or bf16.
-        peak_flops: FLOP/s of a large matrix product in that type, measured here; the denominator of MFU.
-        memory_bytes: all memory that the device can ever give.
+        device: the torch device.
+        compute_dtype: dtype of matrix products, fp32 or bf16.
+        peak_flops: measured FLOP/s of a large matrix product in that dtype; the denominator of MFU.
+        memory_bytes: total memory of the device.
     """
 
     device: torch.device
@@ -49,21 +48,21 @@ class Machine:
 
     @property
     def precision(self) -> ComputeDtype:
-        """The compute type, as run files name it."""
+        """The compute dtype in the words of run files."""
         return "bf16" if self.compute_dtype == torch.bfloat16 else "fp32"
 
     def with_precision(self, precision: ComputeDtype) -> "Machine":
-        """The machine computing in another type."""
+        """The machine with another compute dtype."""
         return replace(self, compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
 
     @property
     def device_type(self) -> DeviceType:
-        """Which of the two ways attention and softmax run."""
+        """Selects between the CPU and the GPU code paths of attention and softmax."""
         return "cpu" if self.device.type == "cpu" else "gpu"
 
     @property
     def as_planned(self) -> devices.Device:
-        """The planner's figures of this device."""
+        """The planner's specification of this device."""
         if self.device.type == "cpu":
             found = devices.processor()
         elif self.device.type == "cuda":
@@ -74,9 +73,9 @@ class Machine:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a run names; `auto` is the accelerator if there is one.
+    """The torch device of a name; `auto` prefers the accelerator.
 
-    Raises: ConfigError when the device is unknown or not in this machine.
+    Raises: ConfigError when the device is unknown or not available.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
@@ -88,14 +87,14 @@ def choose_device(name: str) -> torch.device:
     if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
         present = accelerator.type if accelerator else "none"
         raise ConfigError(
-            f"device: {name} was asked for and this machine's accelerator is: {present}. "
+            f"device is {name}, and the accelerator of this machine is: {present}. "
             "Set device: auto, or install a build of torch for that device."
         )
     return device
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> float:
-    """FLOP/s of repeated matrix products, the best of several."""
+    """FLOP/s of the fastest of repeated matrix products."""
     left = torch.ones(PROBE_ROWS, PROBE_WIDTH, dtype=dtype, device=device)
     right = torch.ones(PROBE_WIDTH, 4 * PROBE_WIDTH, dtype=dtype, device=device)
     best, deadline = float("inf"), time.perf_counter() + seconds
@@ -109,28 +108,21 @@ def measure_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.1
 
 
 def probe(device_name: str, precision: str) -> Machine:
-    """Find the device, and under `auto` take bf16 where it is measurably faster than fp32."""
+    """Find and measure the device; precision `auto` selects bf16 if it is measurably faster than fp32."""
     device = choose_device(device_name)
-    there = memory_bytes(device)
+    is_cpu = device.type == "cpu"
+    memory_bytes = devices.host_memory_bytes() if is_cpu else torch.accelerator.get_memory_info(device)[1]
     if precision != "auto":
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        return Machine(device, dtype, measure_flops(device, dtype), there)
+        return Machine(device, dtype, measure_flops(device, dtype), memory_bytes)
     fp32, bf16 = measure_flops(device, torch.float32), measure_flops(device, torch.bfloat16)
     if bf16 > 1.2 * fp32:
-        return Machine(device, torch.bfloat16, bf16, there)
-    return Machine(device, torch.float32, fp32, there)
-
-
-def memory_bytes(device: torch.device) -> int:
-    """All memory that a device can ever give; of a CPU the host's."""
-    return devices.host_memory_bytes() if device.type == "cpu" else torch.accelerator.get_memory_info(device)[1]
+        return Machine(device, torch.bfloat16, bf16, memory_bytes)
+    return Machine(device, torch.float32, fp32, memory_bytes)
 
 
 def begin_peak(device: torch.device) -> int:
-    """Measure `peak_memory_bytes` from here on; returns what is held already, in bytes.
-
-    Where a CPU's peak cannot be begun anew (not Linux), it goes on from what the process had before.
-    """
+    """Reset `peak_memory_bytes` (not possible on a CPU outside Linux); returns the bytes in use now."""
     if device.type == "cpu":
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text(RESET_PEAK_RESIDENT)
@@ -140,7 +132,7 @@ def begin_peak(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process has held: the allocator's peak on an accelerator, resident memory on a CPU."""
+    """Peak memory of this process: allocated on an accelerator, resident on a CPU."""
     if device.type == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024)
@@ -148,10 +140,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def return_freed_blocks() -> None:
-    """Make the C library give freed blocks of a MiB and more back to the system, where that is glibc.
+    """Make glibc return freed blocks of 1 MiB and more to the system.
 
-    Left alone it keeps blocks of up to 32 MiB, cannot always use them again, and has held 2.4 times what was allocated.
-    Giving back makes small steps up to half slower, so it is for runs that would not fit otherwise.
+    By default it keeps blocks of up to 32 MiB and was seen to hold 2.4 times the allocated memory. Returning them slows
+    small steps by up to half, so it is done only for runs that would not fit otherwise.
     Source: mallopt(3), M_MMAP_THRESHOLD.
     """
     if sys.platform == "linux":
@@ -160,7 +152,7 @@ def return_freed_blocks() -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out: Python's, the accelerator's, the CPU allocator's, the system's."""
+    """Whether an error of Python, torch or the system means out of memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError):
@@ -169,13 +161,13 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def asked_bytes(error: Exception) -> int:
-    """How much an allocation that failed had asked for; 0 where its error does not say."""
+    """The size of the failed allocation in an out-of-memory error; 0 if the message does not say."""
     found = ASKED_MEMORY.search(str(error))
     return int(float(found[1]) * BYTES_OF_UNIT[found[2]]) if found else 0
 
 
 def describe(device: torch.device) -> str:
-    """A name for the device that a report can print."""
+    """A name of the device for reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

@@ -1,9 +1,8 @@
-"""The training engine: four verbs (forward_backward, optimizer_step, save, load) over one model.
+"""The training engine: forward_backward, optimizer_step, evaluate, save and load for one model.
 
-It knows nothing of data files, budgets, logs or run folders; `loop` does. The loss of a step is the sum of the losses
-of all its micro-batches on all ranks divided by the sum of their weights (for next-token learning: by the sum of the
-loss weights of all supervised tokens), never a mean of means. Frozen weights are neither updated nor saved. Tests and
-benches drive these verbs directly.
+Data files, budgets, logs and run folders are handled in `loop.py`. The loss of a step is the sum of the losses of all
+micro-batches on all ranks divided by the sum of their weights, not a mean of means; for next-token prediction the
+divisor is the sum of the loss weights of all supervised tokens. Frozen weights are not updated or saved.
 """
 
 import math
@@ -24,10 +23,10 @@ from trivium.model.qwen import Documents, Qwen
 
 
 class NonFinite(TriviumError):
-    """A loss or a gradient is NaN or infinite; nothing was updated. Raised on every rank at once.
+    """A loss or a gradient is NaN or infinite; nothing was updated. Raised on all ranks together.
 
     Attributes:
-        batches: this rank's micro-batches to look at: those with the bad loss, or all of the step.
+        batches: this rank's micro-batches with such a loss, or all of the step for a gradient.
     """
 
     def __init__(self, message: str, batches: Sequence[Batch]) -> None:
@@ -36,13 +35,13 @@ class NonFinite(TriviumError):
 
 
 class Engine:
-    """A model with its optimizer on one device, in step with those of the other ranks.
+    """A model and its optimizer on one device; data-parallel over `ranks`.
 
     Args:
         model: already on the device, with its compute dtype set; trained weights in fp32.
         config: the settings of AdamW.
-        loraplus_lr_ratio: LoRA+, see `config.Adapter`.
-        objective: what is learned.
+        loraplus_lr_ratio: learning rate of LoRA's B matrices relative to the others.
+        objective: the loss; None is next-token prediction.
         ranks: the processes that share every step.
     """
 
@@ -63,9 +62,9 @@ class Engine:
         self.device = next(model.parameters()).device
 
     def forward_backward(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Add the gradient of the step's loss; return `loss` (nats per token for `NextToken`) and the other figures.
+        """Accumulate the gradients of a step; return `loss` (nats per token for `NextToken`) and other metrics.
 
-        Every rank gives as many micro-batches as the others, some of them padding; see `StoreBatches.step`.
+        All ranks must pass the same number of micro-batches; see `StoreBatches.step` for padding.
 
         Raises: NonFinite with the micro-batches whose loss is NaN or infinite.
         """
@@ -81,9 +80,9 @@ class Engine:
         return self._figures(losses, batches, total_weight, "the loss")
 
     def optimizer_step(self, lr: float, batches: Sequence[Batch] = ()) -> float:
-        """Clip, update the weights, clear the gradients; return the gradient's norm before clipping.
+        """Clip the gradients, update the weights and clear the gradients; return the norm before clipping.
 
-        Raises: NonFinite, before anything is updated, when the norm is NaN or infinite.
+        Raises: NonFinite when the norm is NaN or infinite; nothing was updated.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         if not math.isfinite(value := float(norm)):
@@ -96,7 +95,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """The loss over all batches of all ranks as if they were one step, and how many supervised tokens they have.
+        """The loss over the batches of all ranks, computed as for one step, and their number of supervised tokens.
 
         Raises: NonFinite with the batches whose loss is NaN or infinite.
         """
@@ -116,7 +115,7 @@ class Engine:
     def _figures(
         self, losses: Sequence[Loss], batches: Sequence[Batch], total_weight: float, what: str
     ) -> dict[str, float]:
-        """Sums over all micro-batches and ranks, divided by the weight of the step; all ranks check the same number."""
+        """Sums over all micro-batches and ranks divided by the step's weight; every rank checks the same number."""
         names = ["loss", *(losses[0].figures if losses else ())]
         values = [float(loss.value) for loss in losses]
         sums = [sum(values), *(sum(float(loss.figures[name]) for loss in losses) for name in names[1:])]
@@ -127,18 +126,18 @@ class Engine:
         return {name: value / (total_weight or 1.0) for name, value in zip(names, sums, strict=True)}
 
     def save(self, folder: Path, state: Mapping[str, object]) -> None:
-        """Write weights, optimizer state, random state and `state` as one checkpoint, crash-safe; see `checkpoint`.
+        """Write weights, optimizer state, RNG state and `state` as a checkpoint; see `checkpoint.py`.
 
-        Every rank holds the same, so the first one writes.
+        All ranks have the same state, so only rank 0 writes.
         """
         if self.ranks.is_first:
             checkpoint.write(folder, self._tensors(), state)
         self.ranks.barrier()
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Load weights, optimizer state and random state from a checkpoint that verifies; return its `state`.
+        """Verify a checkpoint, load weights, optimizer state and RNG state from it, and return its `state`.
 
-        Raises: checkpoint.Damaged when a byte differs from what was written.
+        Raises: checkpoint.Damaged when a file differs from its recorded hash.
         """
         state = checkpoint.verify(folder)
         tensors = self._tensors()
@@ -151,7 +150,7 @@ class Engine:
         return state
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What a checkpoint holds, by file: the trained weights by name; optimizer state and random state."""
+        """The tensors of a checkpoint by file: trained weights; optimizer and RNG state."""
         training = state_tensors(self.optimizer, self.parameters)
         training["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":

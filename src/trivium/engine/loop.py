@@ -1,8 +1,8 @@
-"""The training loop: steps, records, evaluation, samples, checkpoints, until the budget is spent.
+"""The training loop: optimizer steps, metrics, evaluation, samples and checkpoints until the budget is spent.
 
-Reads top to bottom: `run_loop` resumes, steps and finishes; everything periodic is one call below it. The same command
-continues after a kill at any instant and ends with the same weights, bit for bit. Every rank runs the same loop; only
-the folder of the first one writes. The step itself is in `engine.py`.
+`run_loop` resumes, trains and finishes; it calls one function for each periodic task. A run that is killed at any
+instant and resumed ends with the same weights, bit for bit. Every rank runs the same loop; only rank 0 writes files.
+Forward, backward and the optimizer step are in `engine.py`.
 """
 
 import signal
@@ -33,50 +33,39 @@ MAX_DEFAULT_CHECKPOINT_STEPS = 500
 
 
 class Observer(Protocol):
-    """Shows a run: a live panel, plain lines, or `Silent`."""
+    """Receives the events of a run to show them: a live panel, plain lines, or `Silent`."""
 
     def note(self, text: str) -> None:
         """Show one line of text."""
-        ...
 
     def begin(self, step: int, num_steps: int) -> None:
-        """The step after `step` is about to start."""
-        ...
+        """Training is about to continue after `step`."""
 
     def step(self, step: int, loss: float) -> None:
-        """A step was taken."""
-        ...
+        """A step has finished."""
 
     def record(self, record: dict[str, Any]) -> None:
-        """A line of metrics or a sample was written."""
-        ...
+        """A line of metrics or a generated text was written."""
 
 
 class Silent:
-    """An observer that shows nothing: all ranks but the first have it, and tests."""
+    """An observer that shows nothing."""
 
-    def note(self, text: str) -> None:
-        """See `Observer`."""
-
-    def begin(self, step: int, num_steps: int) -> None:
-        """See `Observer`."""
-
-    def step(self, step: int, loss: float) -> None:
-        """See `Observer`."""
-
-    def record(self, record: dict[str, Any]) -> None:
-        """See `Observer`."""
+    def note(self, text: str) -> None: ...
+    def begin(self, step: int, num_steps: int) -> None: ...
+    def step(self, step: int, loss: float) -> None: ...
+    def record(self, record: dict[str, Any]) -> None: ...
 
 
 @dataclass
 class Progress:
-    """What a checkpoint keeps of the loop, in addition to weights and optimizer state.
+    """The loop's part of a checkpoint.
 
     Attributes:
-        inputs: fingerprint of data, tokenizer and order, see `Job.inputs`; a resumed run must find the same.
-        step: optimizer steps taken.
+        inputs: digest of data, tokenizer and order, see `Job.inputs`; a resumed run must have the same.
+        step: optimizer steps done.
         num_tokens: training tokens read.
-        ledger: digest of everything that was read, see `step_digest`.
+        ledger: digest of everything read so far, see `step_digest`.
         train_seconds: time spent in steps.
         interval: sums since the last line of metrics.
     """
@@ -90,7 +79,7 @@ class Progress:
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a request to stop; a second one has its usual effect."""
+    """Makes the first SIGTERM or SIGINT a request to stop after the step; a second one has its default effect."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -113,37 +102,32 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def run_loop(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observer: Observer, ranks: Ranks) -> None:
-    """Train to the end of the budget, from the folder's newest good checkpoint on.
+def run_loop(job: Job, engine: Engine, machine: Machine, folder: RunFolder, observer: Observer) -> None:
+    """Train to the end of the budget, starting from the newest valid checkpoint if there is one.
 
-    Args:
-        job: the run with its data.
-        engine: with its initial weights.
-        machine: what it computes on.
-        folder: open and locked.
-        observer: is shown what happens.
-        ranks: the processes that train together.
+    The engine has its initial weights; the folder is open and locked.
 
     Raises:
-        Stopped: a signal came; the step was finished and everything saved.
-        TriviumError: the loss or a gradient is not finite; nothing was updated.
+        Stopped: a signal arrived; the step was finished and everything saved.
+        TriviumError: the loss or a gradient is not finite; no weight was updated.
     """
-    progress = resume(job, engine, folder, observer, ranks)
-    run, num_steps = job.run, job.num_steps
+    progress = resume(job, engine, folder, observer)
+    run, num_steps, ranks = job.run, job.num_steps, engine.ranks
     eval_steps = run.eval.every_steps or max(1, num_steps // 10)
     sample_steps = run.sample.every_steps or max(1, num_steps // 10)
     save_steps = run.checkpoint.every_steps or min(max(1, num_steps // 10), MAX_DEFAULT_CHECKPOINT_STEPS)
     observer.begin(progress.step, num_steps)
     with StopRequest() as stop, batches_ahead(job, machine, progress.step, ranks) as ahead:
         while progress.step < num_steps:
-            figures = train_step(job, engine, ahead, folder, progress, ranks)
+            figures = train_step(job, engine, ahead, folder, progress)
             observer.step(progress.step, figures["train/loss"])
             is_last = progress.step == num_steps
             is_stopped = ranks.any(stop.signal is not None)
             if is_last or progress.step == 1 or progress.step % run.log.every_steps == 0:
-                log(job, machine, folder, progress, figures, observer, ranks)
+                metrics = {**figures, **progress.interval.figures(machine, ranks.size)}
+                log(job, folder, progress, metrics, observer)
             if is_last or progress.step % eval_steps == 0:
-                evaluate(job, engine, folder, progress, observer, ranks)
+                evaluate(job, engine, folder, progress, observer)
             if is_last or progress.step % sample_steps == 0:
                 sample(job, engine, folder, progress, observer)
             if is_last or is_stopped or progress.step % save_steps == 0:
@@ -160,24 +144,24 @@ def run_loop(job: Job, engine: Engine, machine: Machine, folder: RunFolder, obse
 
 
 def batches_ahead(job: Job, machine: Machine, step: int, ranks: Ranks) -> Prefetch:
-    """The batches of all further steps, packed in the background; in pinned memory where a GPU copies them."""
+    """The batches of the steps after `step`, packed in the background; in pinned memory for a GPU."""
     prepare = Batch.pinned if machine.device.type == "cuda" else None
     return Prefetch(job.batches, step, job.num_steps, ranks.rank, ranks.size, prepare)
 
 
-def resume(job: Job, engine: Engine, folder: RunFolder, observer: Observer, ranks: Ranks) -> Progress:
-    """The progress to continue from: of the newest checkpoint, or of the beginning. Cuts the records back to it.
+def resume(job: Job, engine: Engine, folder: RunFolder, observer: Observer) -> Progress:
+    """Load the newest checkpoint, or start fresh; truncate the run's JSONL files to its step and return its progress.
 
-    Raises: ConfigError when the data is not what the checkpoint was trained on.
+    Raises: ConfigError when the data differs from the data the checkpoint was trained on.
     """
     fresh = Progress(job.inputs)
-    with ranks.first_goes_first():  # it sets damaged checkpoints aside
+    with engine.ranks.first_goes_first():  # rank 0 moves damaged checkpoints aside
         state, problems = checkpoint.load_newest(folder.checkpoints, engine.load)
     for problem in problems:
         observer.note(f"set aside a damaged checkpoint: {problem}")
     if state is None:
         folder.cut_after(-1)
-        evaluate(job, engine, folder, fresh, observer, ranks)
+        evaluate(job, engine, folder, fresh, observer)
         sample(job, engine, folder, fresh, observer)
         return fresh
     fields: dict[str, Any] = {key: state[key] for key in asdict(fresh)}
@@ -186,7 +170,7 @@ def resume(job: Job, engine: Engine, folder: RunFolder, observer: Observer, rank
     if progress.inputs != fresh.inputs:
         raise ConfigError(
             f"The data or the tokenizer of {folder.path} has changed since step {progress.step:,}: the run would "
-            "continue on other samples than it began with. Restore them, or start under another name."
+            "continue on different samples. Restore them, or start a run with another name."
         )
     folder.cut_after(progress.step)
     observer.note(
@@ -195,12 +179,10 @@ def resume(job: Job, engine: Engine, folder: RunFolder, observer: Observer, rank
     return progress
 
 
-def train_step(
-    job: Job, engine: Engine, ahead: Prefetch, folder: RunFolder, progress: Progress, ranks: Ranks
-) -> dict[str, float]:
-    """One optimizer step and its line in the ledger; returns the figures of the step.
+def train_step(job: Job, engine: Engine, ahead: Prefetch, folder: RunFolder, progress: Progress) -> dict[str, float]:
+    """Run one optimizer step, append it to the ledger, and return its metrics.
 
-    Raises: TriviumError naming the documents at fault when something is not finite; nothing is updated then.
+    Raises: TriviumError naming the documents involved when a loss or gradient is not finite; nothing was updated.
     """
     start = time.perf_counter()
     lr = learning_rate(progress.step, job.num_steps, job.run.optimizer.lr, job.run.schedule)
@@ -209,14 +191,14 @@ def train_step(
         figures = engine.forward_backward(batches)
         norm = engine.optimizer_step(lr, batches)
     except NonFinite as error:
-        raise TriviumError(record_failure(job, folder, progress.step, error, ranks)) from error
+        raise TriviumError(record_failure(job, folder, progress.step, error, engine.ranks)) from error
     seconds = time.perf_counter() - start
-    read = what_was_read(job, batches, ranks)
+    num_tokens, flops, digests = zip(*micro_batches_read(job, batches, engine.ranks), strict=True)
     progress.step += 1
-    progress.num_tokens += sum(one.num_tokens for one in read)
-    progress.ledger = step_digest(progress.ledger, [one.digests for one in read])
+    progress.num_tokens += sum(num_tokens)
+    progress.ledger = step_digest(progress.ledger, digests)
     progress.train_seconds += seconds
-    progress.interval.add(figures["loss"], sum(one.flops for one in read), sum(one.num_tokens for one in read), seconds)
+    progress.interval.add(figures["loss"], sum(flops), sum(num_tokens), seconds)
     folder.ledger.append({"step": progress.step, "num_tokens": progress.num_tokens, "digest": progress.ledger})
     return {
         **{f"train/{name}": value for name, value in figures.items()},
@@ -225,26 +207,17 @@ def train_step(
     }
 
 
-@dataclass(frozen=True)
-class Read:
-    """What was read in one micro-batch: tokens, FLOPs they cost, the digests of its sequences."""
-
-    num_tokens: int
-    flops: float
-    digests: list[str]
-
-
-def what_was_read(job: Job, batches: Sequence[Batch], ranks: Ranks) -> list[Read]:
-    """All micro-batches of a step, of all ranks, in the order of the data."""
+def micro_batches_read(job: Job, batches: Sequence[Batch], ranks: Ranks) -> list[tuple[int, float, list[str]]]:
+    """Tokens, training FLOPs and digests of each micro-batch of a step, on all ranks, in data order."""
     frozen = job.run.adapter is not None
-    mine = [[batch.num_tokens, training_flops(job.shape, batch, frozen), list(batch.digests)] for batch in batches]
-    return [Read(*one) for micro_batches in zip(*ranks.gather(mine), strict=True) for one in micro_batches]
+    mine = [(batch.num_tokens, training_flops(job.shape, batch, frozen), list(batch.digests)) for batch in batches]
+    return [one for micro_batches in zip(*ranks.gather(mine), strict=True) for one in micro_batches]
 
 
 def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite, ranks: Ranks) -> str:
-    """Write failure.json and return the paragraph that names the documents the bad numbers came from.
+    """Write failure.json and return a message naming the documents in the affected micro-batches.
 
-    `step` is the last one whose update was made.
+    `step` is the last completed step.
     """
     documents = []
     for batch in error.batches:
@@ -256,30 +229,21 @@ def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite, ran
         f"document {d['document']} of source {d['source']}: {d['text']!r}" for d in documents[:SHOWN_DOCUMENTS]
     )
     message = (
-        f"Stopped before another update, step {step:,} being the last: {error}. It came from "
-        f"{len(documents)} pieces of documents, all listed in {folder.path / 'failure.json'}, the first being {shown}. "
-        "Look at those documents; if they are fine, start again under another name with a lower "
-        "optimizer.lr, or with precision: fp32."
+        f"Training stopped after step {step:,}, before the next update: {error}. The affected micro-batches hold "
+        f"{len(documents)} pieces of documents, all listed in {folder.path / 'failure.json'}; the first are {shown}. "
+        "Check those documents; if they are fine, start a run with another name and a lower optimizer.lr, or with "
+        "precision: fp32."
     )
     folder.write("failure.json", {"kind": "not finite", "step": step, "message": message, "documents": documents})
     return message
 
 
-def log(
-    job: Job,
-    machine: Machine,
-    folder: RunFolder,
-    progress: Progress,
-    figures: dict[str, float],
-    observer: Observer,
-    ranks: Ranks,
-) -> None:
-    """Write a line of metrics over the steps since the last one."""
+def log(job: Job, folder: RunFolder, progress: Progress, metrics: dict[str, float], observer: Observer) -> None:
+    """Write a line of metrics over the steps since the previous line."""
     record = {
         "step": progress.step,
         "time": now(),
-        **figures,
-        **progress.interval.figures(machine, ranks.size),
+        **metrics,
         "train/num_tokens": progress.num_tokens,
         "train/epoch": job.batches.epoch(progress.step),
         "train/seconds": progress.train_seconds,
@@ -289,21 +253,21 @@ def log(
     observer.record(record)
 
 
-def evaluate(job: Job, engine: Engine, folder: RunFolder, progress: Progress, observer: Observer, ranks: Ranks) -> None:
-    """Write a line of metrics with the loss on the held-out documents, if there are any."""
+def evaluate(job: Job, engine: Engine, folder: RunFolder, progress: Progress, observer: Observer) -> None:
+    """Write a line of metrics with the held-out loss, if documents are held out."""
     if not job.held_out:
         return
     try:
-        loss, num_tokens = engine.evaluate(share(job.held_out, ranks.rank, ranks.size))
+        loss, num_tokens = engine.evaluate(share(job.held_out, engine.ranks.rank, engine.ranks.size))
     except NonFinite as error:
-        raise TriviumError(record_failure(job, folder, progress.step, error, ranks)) from error
+        raise TriviumError(record_failure(job, folder, progress.step, error, engine.ranks)) from error
     record = {"step": progress.step, "time": now(), "eval/loss": loss, "eval/num_tokens": num_tokens}
     folder.metrics.append(record)
     observer.record(record)
 
 
 def sample(job: Job, engine: Engine, folder: RunFolder, progress: Progress, observer: Observer) -> None:
-    """Complete the run's prompts, or answer them if the run trains on conversations, with the current weights."""
+    """Generate text for the run's prompts; a run on conversations sees them as user messages."""
     settings = job.run.sample
     for prompt in settings.prompts:
         text = complete(
@@ -321,7 +285,7 @@ def sample(job: Job, engine: Engine, folder: RunFolder, progress: Progress, obse
 
 
 def save(engine: Engine, folder: RunFolder, progress: Progress, keep: int) -> None:
-    """Commit a checkpoint, remove those that are no longer kept, and record what was measured of the plan."""
+    """Write a checkpoint, delete those older than the `keep` newest, and record measurements in plan.json."""
     plan_record.record_measured(folder)
     for records in (folder.metrics, folder.ledger, folder.samples):
         records.sync()
@@ -331,13 +295,16 @@ def save(engine: Engine, folder: RunFolder, progress: Progress, keep: int) -> No
 
 
 def finish(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -> None:
-    """Write the result as a Hugging Face or PEFT folder, and last that the run is finished."""
+    """Write the result as a Hugging Face or PEFT folder, then finished.json."""
     generation = {"eos_token_id": job.stop_ids, "pad_token_id": job.tokenizer.pad_token_id}
     if job.run.adapter is None:
         dtype = engine.model.compute_dtype
         hf.save_folder(engine.model, folder.model, job.tokenizer_folder, dtype, generation)
     else:
-        adapter.save(engine.model, folder.adapter, base_name(job), job.tokenizer_folder, generation)
+        name = job.run.model.name
+        assert name is not None
+        base_name = str(Path(name).resolve()) if Path(name).is_dir() else name
+        adapter.save(engine.model, folder.adapter, base_name, job.tokenizer_folder, generation)
     folder.write(
         "finished.json",
         {
@@ -349,10 +316,3 @@ def finish(job: Job, engine: Engine, folder: RunFolder, progress: Progress) -> N
             "model_sha256": {path.name: sha256_file(path) for path in folder.result.glob("*.safetensors")},
         },
     )
-
-
-def base_name(job: Job) -> str:
-    """What an adapter calls its base model: the Hub id, or the absolute path of the folder."""
-    name = job.run.model.name
-    assert name is not None
-    return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -1,4 +1,4 @@
-"""What a line of metrics says, and the formula behind its MFU. Names follow the Hugging Face Trainer."""
+"""Throughput metrics and the formula of MFU. Metric names follow the Hugging Face Trainer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +10,17 @@ from trivium.plan.devices import GIB
 
 MFU_FORMULA = (
     "(k * block parameters * tokens + k * head parameters * supervised tokens + 6 * layers * heads * head_dim * sum of "
-    "squared document lengths) / seconds / measured peak FLOP/s, with k = 6, or 4 where those weights are frozen"
+    "squared document lengths) / seconds / measured peak FLOP/s, with k = 6, or 4 for frozen weights"
 )
 
 
 def training_flops(shape: QwenShape, batch: Batch, frozen: bool = False) -> float:
-    """FLOPs of a forward and backward over the documents of a batch, without recomputation.
+    """FLOPs of a forward and backward pass over a batch, without recomputation.
 
-    Matrix products cost 6 per parameter and token, 4 where the weights are `frozen` and get no gradient. The output
-    head counts supervised tokens only; embedding look-ups and the products of an adapter are not counted. Causal
-    attention costs 6 * heads * head_dim * length^2 per layer and document. Source: Chowdhery et al. 2022,
-    arXiv:2204.02311, appendix B, with the causal half of the attention matrix counted once.
+    Matrix products cost 6 FLOPs per parameter and token, or 4 if the weights are `frozen`. The output head counts
+    supervised tokens only. Embedding lookups and adapter products are not counted. Causal attention costs
+    6 * heads * head_dim * length^2 per layer and document: only the causal half of the attention matrix counts.
+    Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     pieces = batch.spans[:, 3] - batch.spans[:, 2]
     squares = float((pieces.astype(float) ** 2).sum())
@@ -32,7 +32,7 @@ def training_flops(shape: QwenShape, batch: Batch, frozen: bool = False) -> floa
 
 @dataclass
 class Interval:
-    """Sums over the steps since the last line of metrics; part of checkpoints, so that a kill changes no figure."""
+    """Sums over the steps since the last line of metrics; saved in checkpoints, so a resume does not change metrics."""
 
     loss: float = 0.0
     flops: float = 0.0
@@ -49,7 +49,7 @@ class Interval:
         self.seconds += seconds
 
     def figures(self, machine: Machine, num_devices: int) -> dict[str, Any]:
-        """Mean loss in nats per token, real tokens per second (padding not counted), MFU, peak memory in GiB."""
+        """Mean loss in nats per token, tokens per second without padding, MFU, peak memory in GiB."""
         return {
             "train/loss": self.loss / self.steps,
             "train/tokens_per_second": self.tokens / self.seconds,

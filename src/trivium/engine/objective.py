@@ -1,12 +1,11 @@
-"""Objectives: what a run learns from the log-probabilities that the model gives to a step's supervised tokens.
+"""Objectives: losses computed from the log-probabilities of a step's supervised tokens.
 
 Let l_t be the log-probability of the label of supervised token t, and L = f(l_1 ... l_n) an objective with slopes
-s_t = dL/dl_t. Since dL/dtheta = sum over t of s_t * dl_t/dtheta, its gradient is that of the chunked cross entropy with
-the weights -s_t. So every objective that depends on the weights through these log-probabilities alone needs one more
-pass through the head and nothing else of the engine: DPO, ORPO, SimPO, KTO, REINFORCE, GRPO, PPO's policy term.
+s_t = dL/dl_t. Since dL/dtheta = sum over t of s_t * dl_t/dtheta, its gradient equals that of the chunked cross entropy
+with the weights -s_t. An objective that is a function of these log-probabilities therefore costs one extra pass through
+the head and needs no other change to the engine: DPO, ORPO, SimPO, KTO, REINFORCE, GRPO, PPO's policy term.
 
-`NextToken` knows its slopes beforehand and takes a single pass. Any other objective subclasses `OfLogprobs` and writes
-its loss as a function of the log-probabilities.
+`NextToken` has constant slopes and needs a single pass. Other objectives subclass `OfLogprobs`.
 """
 
 from abc import ABC, abstractmethod
@@ -23,12 +22,12 @@ from trivium.model.qwen import Qwen
 
 @dataclass(frozen=True)
 class Loss:
-    """What an objective makes of one micro-batch.
+    """The loss of one micro-batch, before division by the step's weight.
 
     Attributes:
-        value: fp32 scalar, the micro-batch's part of the step's loss before it is divided by the step's weight.
-        surrogate: scalar whose gradient is that of the loss; its value may differ.
-        figures: more sums to report, fp32 scalars; like the loss they are divided by the weight of the step.
+        value: fp32 scalar.
+        surrogate: scalar with the gradient of the loss; its value may differ.
+        figures: more fp32 scalars to report, divided by the step's weight like the loss.
     """
 
     value: Tensor
@@ -37,38 +36,30 @@ class Loss:
 
 
 class Objective(Protocol):
-    """Turns the supervised tokens of a micro-batch into a loss; 0, of weight 0, for a micro-batch of padding."""
+    """Computes the loss of a micro-batch. For a micro-batch of padding, loss and weight are 0."""
 
     def weight(self, batch: Batch) -> float:
-        """What the micro-batch adds to the weight of its step: the number that the sum of all losses is divided by."""
+        """The micro-batch's part of the step's weight, by which the sum of all losses is divided."""
         ...
 
     def loss(self, model: Qwen, hidden_MD: Tensor, batch: Batch) -> Loss:
-        """The loss of one micro-batch.
-
-        Args:
-            model: gives token losses and log-probabilities.
-            hidden_MD: hidden states of the supervised tokens, [tokens, hidden].
-            batch: on the device of the model.
-        """
+        """The loss from the hidden states of the supervised tokens, [tokens, hidden]; `batch` is on their device."""
         ...
 
 
 class NextToken:
-    """Cross entropy of the next token times its loss weight, summed; the weight is the sum of the loss weights."""
+    """Sum of next-token cross entropies times their loss weights; its weight is the sum of the loss weights."""
 
     def weight(self, batch: Batch) -> float:
-        """See `Objective`."""
         return batch.total_weight
 
     def loss(self, model: Qwen, hidden_MD: Tensor, batch: Batch) -> Loss:
-        """See `Objective`."""
         loss = model.token_loss_sum(hidden_MD, batch.supervised_labels, batch.supervised_weights)
         return Loss(loss.detach(), loss)
 
 
 class OfLogprobs(ABC):
-    """An objective that is any differentiable function of the log-probabilities of a micro-batch's labels."""
+    """An objective that is a differentiable function of the log-probabilities of a micro-batch's labels."""
 
     @abstractmethod
     def weight(self, batch: Batch) -> float:
@@ -76,10 +67,10 @@ class OfLogprobs(ABC):
 
     @abstractmethod
     def of_logprobs(self, logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss, and more figures, from the log-probabilities of `batch.supervised_labels`; 0 where padding."""
+        """The loss and other figures from the log-probabilities of `batch.supervised_labels`, 0 for padding."""
 
     def loss(self, model: Qwen, hidden_MD: Tensor, batch: Batch) -> Loss:
-        """Log-probabilities first, then the cross entropy weighted by minus the slopes; see `Objective`."""
+        """Compute log-probabilities, then the cross entropy weighted by the negative slopes."""
         logprobs_M = model.token_logprobs(hidden_MD, batch.supervised_labels)
         if not torch.is_grad_enabled():
             value, figures = self.of_logprobs(logprobs_M, batch)

@@ -1,7 +1,4 @@
-"""AdamW's parameter groups, and the learning rate as a pure function of the step.
-
-Holds no state of its own: the moments belong to torch's optimizer, the step to the loop. Used by the engine.
-"""
+"""AdamW with its parameter groups and checkpoint tensors, and the learning-rate schedule as a function of the step."""
 
 import math
 from collections.abc import Mapping
@@ -15,12 +12,12 @@ from trivium.errors import ConfigError
 
 
 def build_adamw(model: nn.Module, config: Optimizer, loraplus_lr_ratio: float = 1.0) -> torch.optim.Optimizer:
-    """AdamW over everything trainable; weight decay on matrices (two dimensions and more) only.
+    """AdamW over the trainable parameters, with weight decay on those of two or more dimensions.
 
-    Each group has an `lr_ratio` that multiplies the learning rate: `loraplus_lr_ratio` for the B matrices of a low-rank
-    adapter, 1 for all else.
+    The `lr_ratio` of a group multiplies its learning rate: `loraplus_lr_ratio` for LoRA's B matrices, 1 for the others.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; LoRA+, Hayou et al. 2024, arXiv:2402.12354.
+    Raises: ConfigError when 8-bit state is configured without bitsandbytes.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = [(name, parameter) for name, parameter in trainable if parameter.dim() >= 2]
@@ -34,11 +31,7 @@ def build_adamw(model: nn.Module, config: Optimizer, loraplus_lr_ratio: float = 
         },
     ]
     groups = [{"lr_ratio": 1.0, **group} for group in groups if group["params"]]
-    numbers: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-    }
+    numbers: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.state_dtype == "fp32":
         return torch.optim.AdamW(groups, **numbers, fused=True)
     return eight_bit_adamw(model, groups, numbers, is_paged=config.state_dtype == "paged-8bit")
@@ -47,17 +40,15 @@ def build_adamw(model: nn.Module, config: Optimizer, loraplus_lr_ratio: float = 
 def eight_bit_adamw(
     model: nn.Module, groups: list[dict[str, Any]], numbers: dict[str, Any], is_paged: bool
 ) -> torch.optim.Optimizer:
-    """AdamW with moments of a byte each, in blocks with a scale of their own; those of embeddings stay fp32.
+    """AdamW with blockwise 8-bit moments; those of embeddings stay fp32, since they are unstable in 8 bits.
 
-    Source: Dettmers et al. 2021, arXiv:2110.02861, which found embeddings unstable in 8 bits.
-
-    Raises: ConfigError when bitsandbytes is not there.
+    Source: Dettmers et al. 2021, arXiv:2110.02861.
     """
     try:
         from bitsandbytes.optim import AdamW8bit, GlobalOptimManager, PagedAdamW8bit
     except ImportError as error:
         raise ConfigError(
-            "optimizer.state_dtype asks for 8-bit moments, which need bitsandbytes. Install it with `pip install "
+            "8-bit optimizer.state_dtype needs bitsandbytes, which is not installed. Install it with `pip install "
             "'trivium[gpu]'`, or set optimizer.state_dtype: fp32."
         ) from error
     for module in model.modules():
@@ -69,10 +60,10 @@ def eight_bit_adamw(
 
 
 def state_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """All that AdamW remembers of each parameter, as `exp_avg.NAME`; a state that is not there yet is begun.
+    """AdamW's state of each parameter as `exp_avg.NAME`, initialized if needed.
 
-    The tensors are the optimizer's own, to be read or written, but for the count of steps where it is a plain number
-    (bitsandbytes): see `take_steps`.
+    The tensors share memory with the optimizer, except the step count of bitsandbytes, which is an int: see
+    `take_steps`.
     """
     places = {
         id(parameter): (group, group_index, index)
@@ -83,7 +74,7 @@ def state_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dic
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         if not state and isinstance(optimizer, torch.optim.AdamW):
-            # As torch's own first step would begin it.
+            # As in torch's first step.
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         elif not state:
@@ -98,18 +89,18 @@ def state_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dic
 def take_steps(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Give back the counts of steps that `state_tensors` had to copy."""
+    """Restore the step counts that are ints in the optimizer's state."""
     for name, parameter in parameters.items():
         if not torch.is_tensor(optimizer.state[parameter]["step"]):
             optimizer.state[parameter]["step"] = int(tensors[f"step.{name}"])
 
 
 def learning_rate(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:
-    """The rate of optimizer step `step` (counted from 0) of a run of `num_steps`.
+    """The learning rate of optimizer step `step`, counted from 0, of a run of `num_steps`.
 
-    The warm-up never has a rate of 0, and past the end the rate stays at the floor, whatever the form.
+    The first warmup step has a rate above 0. After the last step, decaying schedules stay at their minimum.
 
-    Source: WSD (warm-up, stable, decay) from Hu et al. 2024, arXiv:2404.06395.
+    Source: WSD (warmup, stable, decay) from Hu et al. 2024, arXiv:2404.06395.
     """
     warmup_steps = round(schedule.warmup_ratio * num_steps)
     if step < warmup_steps:

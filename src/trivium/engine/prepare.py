@@ -1,6 +1,6 @@
-"""From a `Run` to what its loop reads: tokenizer, token stores, order of the data, shape of the network, batching.
+"""Prepare a run: find or build its tokenizer, token stores, data order and model shape, and choose its batching.
 
-Chooses only what a run file could set; what was chosen is recorded in the run folder. `build.py` makes the engine.
+Everything chosen here could also be set in the run file and is recorded in the run folder.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ from trivium.plan.workload import DataFacts
 
 @dataclass(frozen=True)
 class MixtureComponent:
-    """A store, or some of its samples, with a share of the training tokens.
+    """A token store, or a selection of its samples, in the training mixture.
 
     Attributes:
-        source: the source as the run file names it.
-        built: the store built from it.
-        kind: `all`, or `reasoning` and `plain` where each has a share.
-        store: its samples.
-        weight: its share, relative to the other components; None reads every sample once an epoch.
+        source: the source in the run file.
+        built: its token store.
+        kind: `all`, or `reasoning` or `plain` if `data.reasoning_share` is set.
+        store: the samples.
+        weight: share of training tokens relative to other components; None reads every sample once per epoch.
     """
 
     source: Source
@@ -57,21 +57,19 @@ class MixtureComponent:
 
 @dataclass(frozen=True)
 class Job:
-    """A run with its data built and its sizes settled.
+    """A prepared run.
 
     Attributes:
-        shape: the network.
-        weights_folder: where pretrained weights are; None when they start at random.
+        weights_folder: folder of the pretrained weights; None for random initialization.
         tokenizer: the transformers tokenizer.
-        tokenizer_folder: where it is.
         built: the token store of each source.
-        mixture: what the order mixes: the sources, or their reasoning and plain samples.
+        mixture: the parts of the training mixture.
         batches: the micro-batches of every step.
-        held_out: the batches of the evaluation, always the same; empty when nothing is held out.
+        held_out: the evaluation batches; empty when nothing is held out.
         num_steps: optimizer steps of the whole run.
-        stop_ids: the tokens at which the result stops generating; the first is its end token.
-        inputs: hex digest of everything that is read: tokenizer, data, order, frozen weights.
-        facts: the data in numbers, for the planner.
+        stop_ids: tokens that end generation; the first is the model's EOS token.
+        inputs: hex digest of tokenizer, data, order and frozen weights.
+        facts: statistics of the data for the planner.
     """
 
     run: Run
@@ -90,12 +88,12 @@ class Job:
 
     @property
     def has_conversations(self) -> bool:
-        """Whether it learns to answer, not only to continue text."""
+        """Whether any source holds conversations."""
         return any(store.has_conversations for store in self.built)
 
 
 def cache_folder(run: Run) -> Path:
-    """Where token stores and trained tokenizers are cached."""
+    """The cache of token stores and trained tokenizers."""
     return Path(run.data.cache_dir) if run.data.cache_dir else Path(run.runs_dir) / "cache"
 
 
@@ -103,10 +101,8 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
     """Find the model, tokenizer and data of a run, and build what does not exist yet.
 
     Args:
-        run: the run.
-        note: receives one line about each long task, and what the planner chose.
-        machine: its memory decides the batching that the run file leaves open; None (nothing will be trained) takes
-            the default.
+        note: receives a line about each long task and about the planner's choices.
+        machine: its memory decides the batching that the run file leaves open; None uses the defaults.
 
     Raises: ConfigError, BadData.
     """
@@ -118,6 +114,7 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
     built = build_data(run, tokenizer, note)
     mixture = find_mixture(run, built)
     has_conversations = any(store.has_conversations for store in built)
+    turn_end = [describe_template(tokenizer).end_of_turn_id] if has_conversations else []
     facts = count_facts(mixture)
     if machine is not None:
         run = settle_batching(run, shape, facts, machine, note)
@@ -138,29 +135,26 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
         batches=StoreBatches(stores, order, run.sequences_per_step, run.sequences_per_micro_batch, num_sequences),
         held_out=held_out_batches(run, built),
         num_steps=count_steps(run, num_sequences),
-        stop_ids=stop_ids(tokenizer, has_conversations),
+        stop_ids=list(dict.fromkeys([*turn_end, *end_ids(tokenizer)])),
         inputs=digest_inputs(run, tokenizer_folder, built, order, frozen_folder),
         facts=facts,
     )
 
 
 def require_one_device(run: Run) -> None:
-    """Refuse what the planner knows and training does not support yet.
-
-    Raises: ConfigError.
-    """
+    """Raise ConfigError for settings that the planner supports and training does not."""
     asked = {"parallel.devices": run.parallel.devices, "parallel.offload": run.parallel.offload}
     known = {"parallel.devices": 1, "parallel.offload": "none"}
     if asked != known:
         found = " and ".join(f"{key} is {asked[key]}" for key in known if asked[key] != known[key])
         raise ConfigError(
-            f"{found}, and this version trains on one device that holds everything; `trivium plan` shows what others "
-            f"would need. Set {' and '.join(f'{key}: {value}' for key, value in known.items())}."
+            f"{found}, and this version trains on one device without offloading; only `trivium plan` supports these "
+            f"settings. Set {' and '.join(f'{key}: {value}' for key, value in known.items())}."
         )
 
 
 def settle_batching(run: Run, shape: QwenShape, facts: DataFacts, machine: Machine, note: Callable[[str], None]) -> Run:
-    """The run with its micro-batch and activation checkpointing settled: as set, else the default, else what fits."""
+    """The run with its micro-batch size and activation checkpointing: as configured, the default, or what fits."""
     settled = settle_batch(run, shape, machine.precision, machine.device_type, machine.memory_bytes, facts)
     chosen = []
     if settled.sequences_per_micro_batch != run.sequences_per_micro_batch:
@@ -168,13 +162,13 @@ def settle_batching(run: Run, shape: QwenShape, facts: DataFacts, machine: Machi
     if settled.activation_checkpointing and run.activation_checkpointing is None:
         chosen.append("activation_checkpointing: true")
     if chosen:
-        there = f"{machine.memory_bytes / GIB:,.1f} GiB"
-        note(f"the planner chose {' and '.join(chosen)}, since the default does not fit the {there} of memory")
+        memory_gib = machine.memory_bytes / GIB
+        note(f"the planner chose {' and '.join(chosen)}: the default does not fit {memory_gib:,.1f} GiB of memory")
     return settled
 
 
 def count_facts(mixture: Sequence[MixtureComponent]) -> DataFacts:
-    """The data in numbers, from the stores and their reports; every token of a ready store counts as supervised."""
+    """Statistics of the data from stores and build reports; all tokens of a prebuilt store count as supervised."""
     num_rows = sum(len(part.store.lengths) for part in mixture)
     tokens = [int(part.store.lengths.sum(dtype=np.int64)) for part in mixture]
     supervised = sum(supervised_share(part.built) * count for part, count in zip(mixture, tokens, strict=True))
@@ -200,9 +194,9 @@ def supervised_share(built: BuiltStore) -> float:
 
 
 def find_mixture(run: Run, built: Sequence[BuiltStore]) -> list[MixtureComponent]:
-    """What the order mixes: one component per source, or two where samples with reasoning have a share.
+    """The training mixture: one component per source, or two if `data.reasoning_share` is set.
 
-    Raises: ConfigError when there are no samples for that share.
+    Raises: ConfigError when a component has a share but no samples.
     """
     share = run.data.reasoning_share
     sources = zip(run.data.sources, built, strict=True)
@@ -226,17 +220,11 @@ def find_mixture(run: Run, built: Sequence[BuiltStore]) -> list[MixtureComponent
     return mixture
 
 
-def stop_ids(tokenizer: Any, has_conversations: bool) -> list[int]:
-    """Where the result stops generating: at the end of a document, and of a turn if it learns to answer."""
-    turn_end = [describe_template(tokenizer).end_of_turn_id] if has_conversations else []
-    return list(dict.fromkeys([*turn_end, *end_ids(tokenizer)]))
-
-
 def digest_inputs(
     run: Run, tokenizer_folder: Path, built: Sequence[BuiltStore], order: Order, frozen_folder: Path | None
 ) -> str:
-    """Hex digest of the tokenizer, every store's bytes (of a ready store, its fingerprint), the order of the data, and
-    the frozen base weights of an adapter, which no checkpoint holds."""
+    """Hex digest of the tokenizer, the stores (for prebuilt stores their fingerprints), the order of the data, and an
+    adapter's frozen base weights, which checkpoints do not contain."""
     stores = [store.manifest.get("sha256") or store.open().fingerprint for store in built]
     parts: list[Any] = [sha256_file(tokenizer_folder / "tokenizer.json"), stores, order.fingerprint()]
     if frozen_folder is not None:
@@ -247,21 +235,21 @@ def digest_inputs(
 
 
 def find_shape(run: Run) -> tuple[QwenShape | None, Path | None]:
-    """The network that a run names, and its Hugging Face folder if it has one; without weights if they start at random.
+    """The model shape of a run and its Hugging Face folder, downloaded without weights for random initialization.
 
-    Returns: (None, None) for a parameter budget, whose shape depends on the vocabulary.
+    Returns: (None, None) for a parameter budget: that shape depends on the vocabulary.
     """
     model = run.model
     if model.name is None:
         return shape_of_sizes(run), None
-    if run.weights == "random" and model.name.lower() in {name.lower() for name in catalog.names()}:
+    if run.weights == "random" and catalog.is_listed(model.name):
         return catalog.get(model.name), None
     folder = hf.find_folder(model.name, with_weights=run.weights != "random")
     return hf.read_shape(folder), folder
 
 
 def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], None]) -> Path:
-    """The tokenizer's folder: the one named, the model's own, or one trained on the data."""
+    """The folder of the configured tokenizer, of the model's tokenizer, or of one trained on the data."""
     if run.tokenizer is not None and run.tokenizer.path is not None:
         return hf.find_folder(run.tokenizer.path, with_weights=False)
     if run.tokenizer is None and model_folder is not None and (model_folder / "tokenizer.json").is_file():
@@ -279,7 +267,7 @@ def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], No
 
 
 def build_data(run: Run, tokenizer: Any, note: Callable[[str], None]) -> list[BuiltStore]:
-    """A token store for every source, built now or found in the cache."""
+    """The token store of every source, built or cached."""
     data = run.data
     settings = BuildSettings(
         cache_dir=cache_folder(run),
@@ -293,7 +281,7 @@ def build_data(run: Run, tokenizer: Any, note: Callable[[str], None]) -> list[Bu
 
 
 def held_out_batches(run: Run, built: Sequence[BuiltStore]) -> list[Batch]:
-    """The evaluation's batches: held-out documents of every source, up to an equal part of eval.max_tokens each."""
+    """Batches of held-out documents; eval.max_tokens is divided equally between the sources."""
     stores = [store for store in (one.open_held_out() for one in built) if store is not None]
     batch_tokens = run.sequences_per_micro_batch * run.data.seq_len
     batches = []

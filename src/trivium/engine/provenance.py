@@ -1,4 +1,4 @@
-"""What a run is made of: the record `provenance.json`, and the lines that say it when a run starts."""
+"""Provenance of a run: `provenance.json`, and the summary that is printed when a run starts."""
 
 import platform
 import subprocess
@@ -24,18 +24,18 @@ from trivium.engine.runfolder import RunFolder, now
 from trivium.files import sha256_file
 
 BATCHING_KEYS = ("batch.micro_tokens", "activation_checkpointing")
-"""How a step is divided: all that a resumed run may change, since it reads the same samples in the same order."""
+"""The settings that a resumed run may change, since they do not change the samples of a step or their order."""
 DTYPE_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 RECORDED_PACKAGES = ("trivium", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Versions of Python and of the packages that affect results."""
     return {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
 
 
-def provenance(job: Job, engine: Engine, machine: Machine) -> dict[str, Any]:
-    """What a run was made of: versions, hashes of data and tokenizer, hardware, the commit of the working folder."""
+def describe_run(job: Job, engine: Engine, machine: Machine) -> dict[str, Any]:
+    """Versions, hardware, model, hashes of tokenizer and data, and the commit of the working directory."""
     return {
         "versions": versions(),
         "hardware": {
@@ -48,7 +48,7 @@ def provenance(job: Job, engine: Engine, machine: Machine) -> dict[str, Any]:
         "model": {
             **asdict(job.shape),
             "num_params": job.shape.num_params,
-            "num_trained_params": sum(parameter.numel() for parameter in engine.parameters.values()),
+            "num_trained_params": num_trained_params(engine),
         },
         "tokenizer_sha256": sha256_file(job.tokenizer_folder / "tokenizer.json"),
         "data": [
@@ -68,13 +68,18 @@ def provenance(job: Job, engine: Engine, machine: Machine) -> dict[str, Any]:
     }
 
 
+def num_trained_params(engine: Engine) -> int:
+    """Number of trained parameters."""
+    return sum(parameter.numel() for parameter in engine.parameters.values())
+
+
 def source_name(source: Source) -> dict[str, Any]:
-    """How a source is named in records."""
+    """The path, Hub id or store of a source."""
     return {key: value for key, value in source.model_dump().items() if key in ("path", "hub", "store") and value}
 
 
 def git_commit() -> str | None:
-    """The commit of the folder the command runs in; None outside a repository."""
+    """The git commit of the working directory; None outside a repository."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -83,13 +88,13 @@ def git_commit() -> str | None:
 
 
 def begun_machine(provenance: dict[str, Any], run: Run) -> Machine:
-    """The machine with the compute dtype that the run began with, whatever a probe says in a busier moment."""
+    """The machine with the compute dtype of the run's first start, which a new measurement could choose differently."""
     return probe(run.device, DTYPE_PRECISIONS[provenance["hardware"]["compute_dtype"]])
 
 
 def record_start(job: Job, engine: Engine, machine: Machine, folder: RunFolder, previous: dict[str, Any]) -> None:
-    """Write provenance.json: what the run is made of, as at its first start, and one more entry in its starts."""
-    record = provenance(job, engine, machine)
+    """Write provenance.json at the first start and add an entry to its `starts`; delete failure.json."""
+    record = describe_run(job, engine, machine)
     settled = flatten(job.run)
     this_start = {
         "time": now(),
@@ -103,43 +108,36 @@ def record_start(job: Job, engine: Engine, machine: Machine, folder: RunFolder, 
 
 
 def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
-    """What is about to happen, and what the user may have overlooked, line by line."""
-    run = job.run
-    num_trained = sum(parameter.numel() for parameter in engine.parameters.values())
-    shares = [
-        f"{part.built.name if part.kind == 'all' else part.kind} {share:.1%}"
-        for part, share in zip(job.mixture, job.batches.order.token_shares(epoch=0), strict=True)
-    ]
-    yield (
-        f"{job.shape.num_params:,} parameters"
-        + (
-            f", {num_trained:,} of them trained in an adapter with scaling {run.adapter.scaling:g}"
-            if run.adapter
-            else ""
-        )
-        + f", {job.facts.num_tokens:,} training tokens"
-        + (f" ({', '.join(shares)})" if len(job.mixture) > 1 else "")
-        + f", {job.num_steps:,} steps of {run.batch.tokens:,} tokens, {describe(machine.device)}, "
-        + str(machine.compute_dtype).removeprefix("torch.")
-    )
+    """The lines printed at the start of a run: model, data, device, and what the user may have overlooked."""
+    summary = f"{job.shape.num_params:,} parameters"
+    if job.run.adapter:
+        scaling = job.run.adapter.scaling
+        summary += f", {num_trained_params(engine):,} of them trained in an adapter with scaling {scaling:g}"
+    summary += f", {job.facts.num_tokens:,} training tokens"
+    if len(job.mixture) > 1:
+        shares = zip(job.mixture, job.batches.order.token_shares(epoch=0), strict=True)
+        names = [f"{part.built.name if part.kind == 'all' else part.kind} {share:.1%}" for part, share in shares]
+        summary += f" ({', '.join(names)})"
+    summary += f", {job.num_steps:,} steps of {job.run.batch.tokens:,} tokens"
+    yield f"{summary}, {describe(machine.device)}, {str(machine.compute_dtype).removeprefix('torch.')}"
     for built in job.built:
         if built.report.get("conversations"):
             yield describe_conversations(built)
     if engine.model.head_rows is not None:
         tokens = ", ".join(job.tokenizer.convert_ids_to_tokens(engine.model.head_rows[0].tolist()))
         yield (
-            f"the embedding rows of {tokens} are trained together with the adapter; transformers and PEFT load them, "
-            "servers that accept only low-rank matrices (vLLM) need the merged model: trivium export --merge"
+            f"the embeddings of {tokens} are trained with the adapter; transformers and PEFT load them, but servers "
+            "that accept only low-rank matrices (vLLM) need the merged model: trivium export --merge"
         )
     if not job.held_out:
         yield (
-            "nothing is held out, so there is no evaluation: data.held_out is 0, every source is a ready store, or "
-            "there is only one document (a text file is one; data.sources.0.documents: paragraph makes it many)"
+            "nothing is held out, so there is no evaluation: data.held_out is 0, every source is a prebuilt store, or "
+            "there is only one document (a text file is one document unless data.sources.0.documents is paragraph)"
         )
 
 
 def describe_conversations(built: BuiltStore) -> str:
-    """What happened to a source's conversations, in one line."""
+    """The counts of a source's conversations in one line."""
     report = built.report
     share = report["reasoning_documents"] / max(1, report["kept"] + report["split"])
     notes = [*describe_counts(report), f"{supervised_share(built):.1%} of the tokens are supervised"]

@@ -1,7 +1,7 @@
-"""The processes that train together, and all that they say to each other.
+"""Communication between the processes that train together.
 
-Alone, every method returns what it was given. With torch.distributed, values travel as tensors and JSON, never as
-pickles. Every rank calls the same methods in the same order: a rank that skips one leaves the others waiting.
+In a single process every method returns its argument. With torch.distributed, values are sent as tensors and JSON, not
+as pickles. All ranks must call the same methods in the same order: a rank that skips one blocks the others.
 """
 
 import json
@@ -17,12 +17,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together.
+    """This process in its group.
 
     Attributes:
-        rank: number of this process, from 0.
+        rank: index of this process.
         size: number of processes.
-        device: where the tensors of collectives are: `cpu` for gloo, this rank's GPU for NCCL.
+        device: device of the tensors in collectives: `cpu` for gloo, this rank's GPU for NCCL.
     """
 
     rank: int = 0
@@ -31,7 +31,7 @@ class Ranks:
 
     @classmethod
     def current(cls) -> "Ranks":
-        """The ranks of the process group that was initialized; this process alone where there is none."""
+        """The initialized process group, or a group of one."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
@@ -39,7 +39,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank decides, and writes records, checkpoints and reports."""
+        """Whether this is rank 0, which makes decisions and writes files."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -55,17 +55,17 @@ class Ranks:
         return self.sum([float(flag)])[0] > 0
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the gradients of all ranks, in place."""
+        """Sum the gradients over all ranks, in place."""
         if self.size > 1:
             for parameter in parameters:
                 dist.all_reduce(parameter.grad)
 
     def from_first(self, value: Any) -> Any:
-        """The first rank's value on every rank; must survive JSON."""
+        """Rank 0's value on every rank; must be JSON."""
         return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in order of ranks; must survive JSON."""
+        """The values of all ranks, in rank order; must be JSON."""
         if self.size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
@@ -86,7 +86,7 @@ class Ranks:
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
-        """The first rank does what stands inside alone, for example builds the data; the others then find it done."""
+        """Run the block on rank 0 first, then on the others, for example to build a cache once."""
         if not self.is_first:
             self.barrier()
         yield

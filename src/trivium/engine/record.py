@@ -1,6 +1,6 @@
-"""What a run folder says about its run, read with patience: a run may be running, stopped, or dead half-way.
+"""Read the files of a run folder for reports and comparisons.
 
-Reads only, never raises on a missing or torn record, and knows nothing of HTML. Used by the report.
+The run may still be running or may have been killed, so missing and truncated files are not errors.
 """
 
 import fcntl
@@ -20,19 +20,19 @@ RECORDS = ("run.yaml", "provenance.json", "metrics.jsonl", "samples.jsonl", "che
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over the run: optimizer steps and finite values, in the order they were written."""
+    """The finite values of one metric and their optimizer steps, in the order they were written."""
 
     steps: list[int]
     values: list[float]
 
     @property
     def last(self) -> float | None:
-        """The newest value."""
+        """The latest value."""
         return self.values[-1] if self.values else None
 
     @property
     def typical(self) -> float | None:
-        """The median: neither the slow first step nor one hiccup moves it."""
+        """The median, which ignores a slow first step."""
         return median(self.values) if self.values else None
 
     @property
@@ -43,18 +43,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its folder tells it.
+    """The contents of a run folder.
 
     Attributes:
         status: `finished`, `failed`, `running` or `stopped`.
-        config, provenance: what run.yaml and provenance.json hold; empty where they are missing or torn.
-        run_yaml, provenance_json: the same as text, to show.
-        metrics, samples: the lines of the JSONL files up to a torn one.
-        plan: what was predicted and what became of it.
-        floor: the least loss possible, in nats a token, and what it is; None where nobody computed one.
-        failure: why the run stopped by itself; None where it did not.
-        checkpoints: names of the folders, oldest first.
-        missing: names of the records that the folder lacks.
+        config, provenance: run.yaml and provenance.json; empty if missing or damaged.
+        run_yaml, provenance_json: their text.
+        metrics, samples: the lines of the JSONL files before the first truncated one.
+        plan: prediction and measurement.
+        floor: floor.json: the lowest possible loss in nats per token and its meaning; None if not computed.
+        failure: failure.json; None if the run did not fail.
+        checkpoints: folder names, oldest first.
+        missing: names of missing files.
     """
 
     name: str
@@ -72,42 +72,45 @@ class Record:
     missing: list[str]
 
     def curve(self, name: str) -> Curve:
-        """A metric's finite values; what is not a finite number cannot be drawn and is left out."""
+        """A metric without values that are missing or not finite."""
         points = [(line["step"], line[name]) for line in self.metrics if _is_finite(line.get(name))]
         return Curve([step for step, _ in points], [float(value) for _, value in points])
 
     @property
     def step(self) -> int:
-        """The last step that left a line of metrics."""
+        """The last step with metrics."""
         return max((line["step"] for line in self.metrics), default=0)
 
     @property
     def above_floor(self) -> float | None:
-        """How far the last held-out loss is above the floor, as a share of the floor; None where either is missing."""
+        """Relative distance of the last held-out loss to the floor; None if either is missing."""
         loss = self.curve("eval/loss").last
         return None if loss is None or self.floor is None else loss / self.floor["nats_per_token"] - 1
 
 
 def read_record(path: Path) -> Record:
-    """Read all that a run folder holds.
+    """Read a run folder.
 
-    Raises: TriviumError when `path` is no run folder.
+    Raises: TriviumError when `path` is not a run folder.
     """
     folder = RunFolder.existing(path)
-    run_yaml, provenance_json = _text(path / "run.yaml"), _text(path / "provenance.json")
-    floor = _mapping(folder.read("floor.json"))
+    run_yaml, provenance_json = (
+        file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        for file in (folder.run_yaml, path / "provenance.json")
+    )
+    floor = folder.read("floor.json")
     return Record(
         name=path.resolve().name,
         status=_status(folder),
         config=_yaml(run_yaml),
-        provenance=_mapping(folder.read("provenance.json")) or {},
+        provenance=folder.read("provenance.json") or {},
         run_yaml=run_yaml,
         provenance_json=provenance_json,
         metrics=_lines(folder.metrics),
         samples=_lines(folder.samples),
         plan=read_outcome(path),
         floor=floor if floor and _is_finite(floor.get("nats_per_token")) and floor["nats_per_token"] > 0 else None,
-        failure=_mapping(folder.read("failure.json")),
+        failure=folder.read("failure.json"),
         checkpoints=sorted(entry.name for entry in folder.checkpoints.glob("step-*")),
         missing=[
             *(name for name in RECORDS if not (path / name).exists()),
@@ -117,7 +120,7 @@ def read_record(path: Path) -> Record:
 
 
 def _status(folder: RunFolder) -> str:
-    """A failure is cleared by a resume, so it outranks everything; a dead process holds no lock."""
+    """A resume deletes failure.json, so it is checked first; a dead process holds no lock."""
     if folder.read("failure.json") is not None:
         return "failed"
     if folder.is_finished:
@@ -126,7 +129,7 @@ def _status(folder: RunFolder) -> str:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a live process holds the run's lock; a shared lock for an instant changes nothing in the file."""
+    """Whether a live process holds the run's lock, tested by taking a shared lock for an instant."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -141,19 +144,12 @@ def _lines(records: JsonLines) -> list[dict[str, Any]]:
     return [line for line in records if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
-def _mapping(value: object) -> dict[str, Any] | None:
-    return value if isinstance(value, dict) else None
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
 def _yaml(text: str) -> dict[str, Any]:
     try:
-        return _mapping(yaml.safe_load(text)) or {}
+        content = yaml.safe_load(text)
     except yaml.YAMLError:
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _is_finite(value: object) -> bool:

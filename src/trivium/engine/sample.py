@@ -1,7 +1,6 @@
-"""Text from the weights in training, through transformers' own generation on the very same layers.
+"""Generate text during training with transformers' `generate`, on the training model's own layers.
 
-Consumes no random numbers of the run: samples have a generator of their own. Used by the loop and by
-`use.chat`.
+Sampling does not advance the run's random state.
 """
 
 from typing import Any
@@ -13,8 +12,8 @@ from trivium.data.tokenizer import END_OF_TEXT
 from trivium.model.qwen import Qwen
 
 
-class Embedding(nn.Module):
-    """The model's token table, in the dtype that its head computes in."""
+class TwinEmbedding(nn.Module):
+    """The embedding table, cast to the dtype of the head."""
 
     def __init__(self, model: Qwen) -> None:
         super().__init__()
@@ -25,8 +24,8 @@ class Embedding(nn.Module):
         return self.table(tokens).to(self.dtype)
 
 
-class Head(nn.Module):
-    """The model's output head; keeps the model out of its own submodules."""
+class TwinHead(nn.Module):
+    """The output head. Holds a bound method, since the model itself must not become a submodule."""
 
     def __init__(self, model: Qwen) -> None:
         super().__init__()
@@ -37,7 +36,7 @@ class Head(nn.Module):
 
 
 def as_transformers(model: Qwen) -> Any:
-    """A transformers model made of the given model's own layers, adapted or quantised as they are, without a copy."""
+    """A transformers model that shares the layers of `model`, including adapters and quantization, without a copy."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values: dict[str, Any] = model.shape.to_hf_config()
@@ -47,28 +46,25 @@ def as_transformers(model: Qwen) -> Any:
     for path, module in list(twin.named_modules()):
         if any(True for _ in module.parameters(recurse=False)) and path not in ("model.embed_tokens", "lm_head"):
             twin.set_submodule(path, model.get_submodule(path))
-    twin.model.embed_tokens, twin.lm_head = Embedding(model), Head(model)
-    # The rotary frequencies are no parameters: on the meta device they were never computed.
+    twin.model.embed_tokens, twin.lm_head = TwinEmbedding(model), TwinHead(model)
+    # The rotary frequencies are a buffer, which the meta device did not compute.
     twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(model.head_weight.device)
     return twin.eval()
 
 
 def end_ids(tokenizer: Any) -> list[int]:
-    """The tokens at which a text is over: the one that ends a document, then the tokenizer's own end, if it is another.
-
-    A chat tokenizer's end is the end of a turn, which documents never show.
-    """
+    """Ids that end a text: end of document, then the tokenizer's EOS if it differs (in chat models, end of turn)."""
     end_of_document = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
     return list(dict.fromkeys([end_of_document, tokenizer.eos_token_id]))
 
 
 def choice_of_tokens(temperature: float) -> dict[str, Any]:
-    """How transformers' generation chooses: from the whole distribution, or at temperature 0 the likeliest."""
+    """Arguments of `generate`: sample from the full distribution, or decode greedily at temperature 0."""
     return {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
 
 
 def as_question(prompt: str, tokenizer: Any) -> str:
-    """A prompt as the tokenizer's template puts it to a model that answers."""
+    """The prompt as a user message in the tokenizer's chat template."""
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
@@ -83,16 +79,9 @@ def complete(
     temperature: float,
     seed: int,
 ) -> str:
-    """What the model writes after a prompt, without the prompt.
+    """Generate a continuation of `prompt` (at least one token) up to a token of `stop_ids`; the prompt is not returned.
 
-    Args:
-        model: the weights.
-        tokenizer: a transformers tokenizer.
-        prompt: the beginning; must hold at least one token.
-        stop_ids: the tokens at which it stops.
-        max_new_tokens: where to stop at the latest.
-        temperature: 0 takes the likeliest token each time.
-        seed: of the choice of tokens.
+    Temperature 0 decodes greedily. `seed` is the seed of the sampling.
     """
     twin = as_transformers(model)
     model.eval()

@@ -1,12 +1,10 @@
-"""Trackers: the figures of metrics.jsonl, sent to trackio, wandb or tensorboard as well.
+"""Trackers: send the metrics of a run to trackio, wandb or tensorboard, in addition to metrics.jsonl.
 
-A tracker is imported only when the run file names it. Each figure of each step is sent once: `trackers.json` in the run
-folder holds the name of the tracker's run and the last step sent of every figure, so that a resumed run goes on in the
-same tracker run, and steps that it repeats (with the same figures) are not sent again. It is written before a figure is
-sent, and trackers write about once a second: what a SIGKILL catches on the way is only in metrics.jsonl.
+A tracker is imported only if `log.trackers` names it. `trackers.json` in the run folder holds the id of the tracker run
+and the last step sent of every metric, so a resumed run continues the same tracker run without sending a step twice. It
+is written before a metric is sent: after a SIGKILL a metric may be missing in a tracker, but not in metrics.jsonl.
 
-Keys and addresses are the trackers' own business, from the environment or their log-in, and are never read here.
-Nothing listens: figures go to a folder, or out. Used by `start`.
+API keys and server addresses come from the environment or the tracker's own login; this file never reads them.
 """
 
 import hashlib
@@ -34,43 +32,36 @@ WANDB_FLUSH_SECONDS = 1.0
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Refuse a run whose trackers are not installed, before it writes anything.
-
-    Raises: ConfigError.
-    """
+    """Raise ConfigError if a tracker of the run is not installed."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"log.trackers names {', '.join(missing)}, which cannot be imported. Expected it to be installed. Run: "
-            f"pip install {' '.join(missing)} (or all three: pip install 'trivium[track]'), or take it out of "
-            "log.trackers: metrics.jsonl and report.html hold every figure without it."
+            f"log.trackers names {', '.join(missing)}, which cannot be imported. Run pip install {' '.join(missing)} "
+            "(or all three: pip install 'trivium[track]'), or remove it from log.trackers: metrics.jsonl and "
+            "report.html hold every metric without it."
         )
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of the run."""
+    """The run as trackers see it; `id` is unique and stays the same after a resume."""
 
     folder: Path
-    """The run folder."""
     name: str
     id: str
-    """The tracker's run, unlike any other; the same after a resume."""
     is_resumed: bool
     config: dict[str, Any]
     note: Callable[[str], None]
 
 
 class Tracker(Protocol):
-    """One tracker's run."""
+    """A run in one tracker."""
 
-    def send(self, figures: dict[str, Any], step: int) -> None:
-        """Add figures of a step."""
-        ...
+    def send(self, metrics: dict[str, Any], step: int) -> None:
+        """Log metrics of a step."""
 
     def close(self) -> None:
-        """Send all that waits, and end."""
-        ...
+        """Send pending metrics and end."""
 
 
 class TensorBoard:
@@ -86,8 +77,8 @@ class TensorBoard:
         if not run.is_resumed:
             self._writer.add_text("config", f"```json\n{json.dumps(run.config, indent=1)}\n```")
 
-    def send(self, figures: dict[str, Any], step: int) -> None:
-        for name, value in figures.items():
+    def send(self, metrics: dict[str, Any], step: int) -> None:
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
@@ -96,7 +87,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases; its files lie in RUN/wandb. Without a log-in it is kept offline."""
+    """A Weights & Biases run with its files in RUN/wandb; offline if the user is not logged in."""
 
     def __init__(self, run: TrackedRun) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -105,7 +96,7 @@ class Wandb:
         if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
             mode = "offline"
             run.note(
-                f"wandb is not logged in, so its run is kept in {run.folder / 'wandb'}; `wandb sync` sends it later"
+                f"wandb is not logged in, so it logs offline to {run.folder / 'wandb'}; upload it with `wandb sync`"
             )
         try:
             self._run = wandb.init(
@@ -127,29 +118,29 @@ class Wandb:
             )
         except wandb.Error as error:
             raise TriviumError(
-                f"wandb refuses the run: {error}. Expected a log-in and a network. Nothing was trained; set "
-                "WANDB_MODE=offline to keep its run on disk, or take wandb out of log.trackers."
+                f"wandb could not start: {error}. It needs a login and a network. Nothing was trained. Set "
+                "WANDB_MODE=offline to log to disk, or remove wandb from log.trackers."
             ) from error
-        # Steps of wandb's own only grow, and a line of metrics and an evaluation may have the same one.
+        # wandb's own step must increase with every call, but training metrics and an evaluation can share a step.
         self._run.define_metric(GLOBAL_STEP)
         self._run.define_metric("*", step_metric=GLOBAL_STEP)
 
-    def send(self, figures: dict[str, Any], step: int) -> None:
-        self._run.log({**figures, GLOBAL_STEP: step})
+    def send(self, metrics: dict[str, Any], step: int) -> None:
+        self._run.log({**metrics, GLOBAL_STEP: step})
 
     def close(self) -> None:
         self._run.finish()
 
 
 class Trackio:
-    """A run of trackio, in its own folder or in the Space that TRACKIO_SPACE_ID names; see it with `trackio show`."""
+    """A trackio run, stored locally or in the Space in TRACKIO_SPACE_ID; see it with `trackio show`."""
 
     def __init__(self, run: TrackedRun) -> None:
         self._trackio = import_module("trackio")
-        with redirect_stdout(sys.stderr):  # stdout is for results
+        with redirect_stdout(sys.stderr):  # stdout is reserved for results
             self._trackio.init(
                 project=os.environ.get("TRACKIO_PROJECT", DEFAULT_PROJECT),
-                name=run.id,  # it finds a run again by its name
+                name=run.id,  # trackio identifies a run by its name
                 config=run.config,
                 resume="allow",
                 embed=False,
@@ -157,8 +148,8 @@ class Trackio:
                 auto_log_gpu=False,
             )
 
-    def send(self, figures: dict[str, Any], step: int) -> None:
-        self._trackio.log({**figures, GLOBAL_STEP: step}, step=step)
+    def send(self, metrics: dict[str, Any], step: int) -> None:
+        self._trackio.log({**metrics, GLOBAL_STEP: step}, step=step)
 
     def close(self) -> None:
         with redirect_stdout(sys.stderr):
@@ -168,8 +159,8 @@ class Trackio:
 TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
 
 
-class Trackers:
-    """An observer that passes everything on, and sends the figures of each line of metrics to the run's trackers."""
+class Trackers(Observer):
+    """An observer that sends the metrics of each record to the run's trackers and forwards every event to another."""
 
     def __init__(self, observer: Observer, trackers: list[Tracker], path: Path, state: dict[str, Any]) -> None:
         self._observer = observer
@@ -178,31 +169,28 @@ class Trackers:
         self._state = state
 
     def note(self, text: str) -> None:
-        """See `Observer`."""
         self._observer.note(text)
 
     def begin(self, step: int, num_steps: int) -> None:
-        """See `Observer`."""
         self._observer.begin(step, num_steps)
 
     def step(self, step: int, loss: float) -> None:
-        """See `Observer`."""
         self._observer.step(step, loss)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Send the figures, which are all that has a `/` in its name, unless they were sent before."""
+        """Send the record's metrics (names with a `/`) unless they were sent before."""
         self._observer.record(record)
         step, sent = record["step"], self._state["sent"]
-        figures = {name: value for name, value in record.items() if "/" in name and step > sent.get(name, -1)}
-        if not figures or not self._trackers:
+        metrics = {name: value for name, value in record.items() if "/" in name and step > sent.get(name, -1)}
+        if not metrics or not self._trackers:
             return
-        sent.update(dict.fromkeys(figures, step))
+        sent.update(dict.fromkeys(metrics, step))
         atomic_write(self._path, json.dumps(self._state, indent=1) + "\n")
         for tracker in self._trackers:
-            tracker.send(figures, step)
+            tracker.send(metrics, step)
 
     def close(self) -> None:
-        """Send what still waits, and end the trackers' runs; a resumed one opens them again."""
+        """End the tracker runs; a resumed run reopens them."""
         for tracker in self._trackers:
             tracker.close()
 
@@ -210,16 +198,16 @@ class Trackers:
 def open_trackers(
     names: Sequence[str], folder: Path, run_name: str, config: dict[str, Any], observer: Observer
 ) -> Trackers:
-    """Begin a run in each tracker named, or go on with the one that the run folder knows of.
+    """Start a run in each tracker, or continue the one recorded in the run folder.
 
     Args:
-        names: of `TRACKERS`.
+        names: keys of `TRACKERS`.
         folder: the run folder, which exists.
-        run_name: what the trackers call the run.
-        config: all that decides the run's figures, as JSON values; with another one, a new tracker run begins.
-        observer: who else watches the run.
+        run_name: the name shown in the trackers.
+        config: everything that affects the metrics, as JSON values; a change starts a new tracker run.
+        observer: receives every event too.
 
-    Raises: TriviumError when a tracker refuses.
+    Raises: TriviumError when a tracker refuses to start.
     """
     path = folder / STATE
     config_sha256 = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,8 @@
-"""Low-rank adapters in a Qwen, through PEFT: put in, saved, loaded, folded into the weights.
+"""LoRA adapters for Qwen models, through PEFT: inject, save, load and merge.
 
-The layers, their arithmetic and their file format are PEFT's, so what is saved here loads wherever PEFT adapters do.
-Two things are Trivium's: the first values, which depend on the seed and the tensor's name alone, and the products,
-which run in the dtype of what comes in while the trained values stay fp32. Does not choose tokens, ranks or rates.
-`engine` and `use` import this file; it imports torch, and PEFT where it is needed.
+Layers and file format are PEFT's, so saved adapters load wherever PEFT adapters do. Two things differ: initial values
+depend only on the seed and the tensor's name, and products run in the dtype of the input while trained values stay
+fp32.
 """
 
 import math
@@ -26,30 +25,30 @@ from trivium.model.tokens import TrainableTokens
 
 CONFIG, WEIGHTS = hf.ADAPTER_FILES
 PROJECTIONS = get_args(Projection)
-NAME = "default"  # PEFT's name for an adapter that is alone
-# Of adapter_config.json: what `load` reads, and what changes nothing that is computed. Anything else must be unset.
+NAME = "default"  # PEFT's name of a single adapter
+# Keys of adapter_config.json that `load` reads, and keys that do not affect results. All others must be unset.
 READ_KEYS = {"peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora"}
 READ_KEYS |= {"init_lora_weights", "trainable_token_indices"}
 INERT_KEYS = {"base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "auto_mapping"}
 INERT_KEYS |= {"loftq_config", "eva_config", "qalora_group_size", "megatron_core", "ensure_weight_tying"}
 UNSET = (None, False, "none", {}, [])
 TWIN_COSINE = 0.99
-# First values that leave the base weights alone; the other kinds need a base of their own.
+# Initializations that do not modify the base weights.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def inject(
     model: Qwen, config: Adapter, seed: int, token_ids: Sequence[int] = (), weights_folder: Path | None = None
 ) -> Any:
-    """Put an adapter into a plain or NF4 model, and freeze all but it. What is trained is fp32, whatever the base is.
+    """Add an adapter to a plain or NF4 model and freeze everything else. Trained values are fp32.
 
     Args:
-        token_ids: tokens whose rows in the embedding, and in the head where that is another tensor, are trained too.
-        weights_folder: the unquantized model, which `init: loftq` compares with.
+        token_ids: trainable tokens, in the embedding and in an untied head.
+        weights_folder: the unquantized model, needed by `init: loftq`.
 
-    Returns: PEFT's LoraConfig. With `pissa` the base weights become what the adapter leaves of them.
+    Returns: PEFT's LoraConfig. `init: pissa` subtracts the initial adapter from the base weights.
 
-    Raises: ConfigError when `pissa` or `loftq` cannot begin: a rank above the matrices' own, or the other kind of base.
+    Raises: ConfigError when the rank is too large for `pissa` or `loftq`, or for `pissa` on an NF4 model.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -63,7 +62,7 @@ def inject(
         use_rslora=config.rslora,
         use_dora=config.dora,
     )
-    with torch.random.fork_rng():  # what PEFT draws is replaced
+    with torch.random.fork_rng():  # PEFT's initial values are replaced below
         inject_adapter_in_model(peft_config, model, NAME)
     files = {}
     if config.init == "loftq":
@@ -87,24 +86,24 @@ def inject(
 
 
 def _check_start(model: Qwen, config: Adapter) -> None:
-    """Refuse a start from singular vectors that are not there."""
+    """Raise ConfigError for an initialization that the rank or the NF4 weights rule out."""
     block: Any = model.model.layers[0]
     layers = [module for path, module in block.named_modules() if path.endswith(tuple(config.targets))]
     least = min(min(layer.in_features, layer.out_features) for layer in layers)
     if config.init != "default" and config.rank > least:
         raise ConfigError(
-            f"adapter.rank is {config.rank}, and adapter.init {config.init} takes that many singular vectors of "
-            f"matrices that have {least}. Set a rank of at most {least}, or init: default."
+            f"adapter.rank is {config.rank}, and adapter.init {config.init} needs as many singular vectors, while the "
+            f"matrices have only {least}. Set a rank of at most {least}, or init: default."
         )
     if config.init == "pissa" and any(isinstance(layer, NF4Linear) for layer in layers):
         raise ConfigError(
-            "adapter.init pissa takes its part out of the base weights, and weights in nf4 stay as they are packed. "
-            "Set adapter.init to loftq or zero, or use method lora."
+            "adapter.init pissa changes the base weights, and nf4 weights cannot be changed. "
+            "Set adapter.init to loftq or default, or use method lora."
         )
 
 
 def _whole(number: float) -> Any:
-    """32 rather than 32.0: what reads adapter_config.json elsewhere may insist on a whole number."""
+    """32 rather than 32.0, since other readers of adapter_config.json may require an integer."""
     return int(number) if number.is_integer() else number
 
 
@@ -116,7 +115,7 @@ def _adapted(model: Qwen) -> Iterator[tuple[str, Any]]:
 
 
 def _compute_in_the_dtype_of_the_input(layer: Any) -> None:
-    """Make A and B cast their fp32 values to the input's dtype, where PEFT would cast the input to fp32."""
+    """Make A and B cast their fp32 values to the input's dtype; PEFT would cast the input to fp32."""
     layer.cast_input_dtype_enabled = False
     for projections in (layer.lora_A, layer.lora_B):
         weight = projections[NAME].weight
@@ -127,7 +126,7 @@ def _compute_in_the_dtype_of_the_input(layer: Any) -> None:
 
 @torch.no_grad()
 def _start_uniform(layer: Any, key: int) -> None:
-    """A as PEFT draws it, from a CPU generator; B zero: the adapter begins as the base model."""
+    """PEFT's default, from a CPU generator: A is Kaiming-uniform and B is zero."""
     weight = layer.lora_A[NAME].weight
     generator = torch.Generator().manual_seed(key)
     weight.copy_(nn.init.kaiming_uniform_(torch.empty(weight.shape), a=math.sqrt(5), generator=generator))
@@ -135,9 +134,9 @@ def _start_uniform(layer: Any, key: int) -> None:
 
 @torch.no_grad()
 def _start_principal(layer: Any, key: int) -> None:
-    """The largest singular values move from the base into the adapter. Source: PiSSA, arXiv:2404.02948.
+    """Move the largest singular values from the base into the adapter. Source: PiSSA, arXiv:2404.02948.
 
-    PEFT's own would round both to a 16-bit base's dtype, and their sum would no longer be the base.
+    PEFT's version rounds the adapter to the dtype of a 16-bit base, so that their sum differs from the original weight.
     """
     weight = layer.base_layer.weight
     taken = _start_low_rank(layer, weight.float(), key)
@@ -146,9 +145,9 @@ def _start_principal(layer: Any, key: int) -> None:
 
 @torch.no_grad()
 def _start_quantization_error(layer: Any, key: int, file: Path, name: str) -> None:
-    """The adapter begins as most of what NF4 has lost. Source: LoftQ, arXiv:2310.08659, with one step.
+    """Approximate the quantization error of NF4. Source: LoftQ, arXiv:2310.08659, with one step.
 
-    PEFT's own needs a GPU, and leaves out that the adapter's product is scaled.
+    PEFT's version needs a GPU and ignores the adapter's scaling.
     """
     weight = layer.base_layer.weight
     lost = torch.empty(weight.shape, device=weight.device)
@@ -157,9 +156,9 @@ def _start_quantization_error(layer: Any, key: int, file: Path, name: str) -> No
 
 
 def _start_low_rank(layer: Any, matrix: Tensor, key: int) -> Tensor:
-    """Begin with the best low-rank part of an fp32 matrix, remembered for `save`; returns that part.
+    """Initialize with the best low-rank approximation of an fp32 matrix, keep a copy for `save`, and return it.
 
-    Sixteen power iterations find it nearly as well as a full decomposition, in seconds instead of hours.
+    Sixteen power iterations are nearly as exact as a full SVD and take seconds instead of hours.
     """
     with torch.random.fork_rng():
         torch.manual_seed(key)
@@ -173,9 +172,9 @@ def _start_low_rank(layer: Any, matrix: Tensor, key: int) -> Tensor:
 
 @torch.no_grad()
 def _start_magnitude(layer: Any) -> None:
-    """DoRA begins with the magnitudes that the weight has; all of them are computed in fp32.
+    """Initialize DoRA's magnitudes with the norms of the weight, and compute all magnitudes in fp32.
 
-    PEFT multiplies A and B with a unit matrix, which for a wide projection takes a gigabyte, and rounds the magnitudes
+    PEFT multiplies A and B with an identity matrix, which takes a gigabyte for a wide projection, and rounds magnitudes
     to the input's dtype.
     """
     magnitude = layer.lora_magnitude_vector[NAME]
@@ -191,18 +190,18 @@ def _product(lora_A: Linear, lora_B: Linear, adapter_name: str = NAME) -> Tensor
 
 @torch.no_grad()
 def _magnitude(weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str = NAME) -> Tensor:
-    """Length of each row of the adapted weight, fp32 (out,)."""
+    """Norm of each row of the adapted weight, fp32 (out,)."""
     return (weight.float() + scaling * lora_weight.float()).norm(dim=1)
 
 
 def _empty_like(model: Qwen) -> Qwen:
-    """A plain model of the same shape, without values."""
+    """A plain model of the same shape on the meta device."""
     with torch.device("meta"):
         return Qwen(model.shape)
 
 
 def _train_rows(model: Qwen, token_ids: Sequence[int]) -> Any:
-    """Train these tokens' rows; returns what adapter_config.json says of it, by PEFT's rules for tied and untied."""
+    """Make tokens trainable; returns PEFT's `trainable_token_indices`: a list if embeddings are tied, else a dict."""
     ids = list(dict.fromkeys(token_ids))
     tables = ["model.embed_tokens"] if model.shape.tie_word_embeddings else ["model.embed_tokens", "lm_head"]
     for path in tables:
@@ -213,7 +212,7 @@ def _train_rows(model: Qwen, token_ids: Sequence[int]) -> Any:
 
 
 def _stored_name(name: str) -> str | None:
-    """The name in an adapter's file of one of the model's parameters; None for those that are not trained."""
+    """The name of a parameter in PEFT's adapter file; None if it is not trained."""
     if name.endswith(".rows"):
         name = f"{name.removesuffix('rows')}token_adapter.trainable_tokens_delta"
     elif ".lora_" not in name:
@@ -223,7 +222,7 @@ def _stored_name(name: str) -> str | None:
 
 
 def _trained(model: Qwen) -> dict[str, Tensor]:
-    """The adapter's tensors by the names they have in its file."""
+    """The adapter's tensors by their names in PEFT's adapter file."""
     named = ((_stored_name(name), parameter) for name, parameter in model.named_parameters())
     return {name: parameter for name, parameter in named if name is not None}
 
@@ -231,16 +230,16 @@ def _trained(model: Qwen) -> dict[str, Tensor]:
 def save(
     model: Qwen, folder: Path, base_name: str, tokenizer_folder: Path | None, generation: Mapping[str, object]
 ) -> None:
-    """Write the adapter as PEFT reads it, for the base model as it was published, with tokenizer and generation.
+    """Write a PEFT adapter for the published base model, with tokenizer files and generation_config.json, atomically.
 
-    An adapter that began as `pissa` or `loftq` becomes one of twice the rank, which adds what training has added:
-    s (B A - B0 A0) = s [B, -B0] [A; A0]. Written beside `folder` and renamed, so what stands there is always whole.
+    A `pissa` or `loftq` adapter is converted to one of twice the rank that holds only the change made by training:
+    s (B A - B0 A0) = s [B, -B0] [A; A0]. Source: arXiv:2404.02948, appendix C.
 
-    base_name: the base model's folder or Hub id. generation: the content of generation_config.json.
+    Args:
+        base_name: folder or Hub id of the base model.
+        generation: content of generation_config.json.
 
-    Raises: ConfigError when something that is no adapter stands at `folder`; TriviumError when the disk is too full.
-
-    Source: PEFT's conversion of PiSSA to LoRA, arXiv:2404.02948, appendix C.
+    Raises: ConfigError when `folder` holds something other than an adapter; TriviumError when the disk is full.
     """
     tensors = {name: tensor.detach() for name, tensor in _trained(model).items()}
     content = _config_content(model) | {"base_model_name_or_path": base_name}
@@ -252,14 +251,14 @@ def save(
             rank = 2 * layer.r[NAME]
             content |= {"r": rank, "lora_alpha": _whole(layer.scaling[NAME] * rank), "use_rslora": False}
     sources = [hf.tensor_source(name, tensor, torch.float32) for name, tensor in tensors.items()]
-    with hf.replacing(folder, CONFIG, sum(source.num_bytes for source in sources)) as beside:
-        atomic_write(beside / CONFIG, hf.as_json(content))
-        hf.write_companions(beside, tokenizer_folder, generation)
-        write_safetensors(beside / WEIGHTS, sources, {"format": "pt"})
+    with hf.replacing(folder, CONFIG, sum(source.num_bytes for source in sources)) as temporary:
+        atomic_write(temporary / CONFIG, hf.as_json(content))
+        hf.write_companions(temporary, tokenizer_folder, generation)
+        write_safetensors(temporary / WEIGHTS, sources, {"format": "pt"})
 
 
 def _config_content(model: Any) -> dict[str, Any]:
-    """adapter_config.json, but for the base's name: PEFT's own fields, ready to be used and in a fixed order."""
+    """PEFT's adapter_config.json for inference, in a fixed order."""
     import peft
 
     content = model.peft_config[NAME].to_dict()
@@ -268,16 +267,16 @@ def _config_content(model: Any) -> dict[str, Any]:
 
 
 def load(model: Qwen, folder: Path) -> None:
-    """Put an adapter that PEFT or `save` has written into a plain or NF4 model, ready to be used or trained on.
+    """Load an adapter written by PEFT or `save` into a plain or NF4 model.
 
-    Raises: ConfigError when the folder asks for what Trivium does not compute, is damaged, or is of another model.
+    Raises: ConfigError when the adapter is of an unsupported kind, damaged, or for another model.
     """
     config, token_ids = _read_config(folder, model.shape.tie_word_embeddings)
     path = folder / WEIGHTS
     if not path.exists():
         raise ConfigError(
-            f"{folder} has no {WEIGHTS}. Trivium reads safetensors only: a pickled adapter_model.bin can run code when "
-            "it is opened. Save the adapter again with PEFT's save_pretrained, which writes safetensors."
+            f"{folder} has no {WEIGHTS}. Trivium reads safetensors only: loading a pickled adapter_model.bin can run "
+            "code. Save the adapter again with PEFT's save_pretrained, which writes safetensors."
         )
     inject(model, config, seed=0, token_ids=token_ids)
     tensors = _trained(model)
@@ -285,22 +284,22 @@ def load(model: Qwen, folder: Path) -> None:
         with safe_open(path, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is not a whole safetensors file ({error}). Fetch it again.") from None
+        raise hf.damaged(path, error) from None
     hf.compare(folder, CONFIG, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, stored)
     for name, tensor in tensors.items():
         hf.read_tensor(path, name, tensor)
 
 
 def _read_config(folder: Path, tied: bool) -> tuple[Adapter, list[int]]:
-    """Trivium's own settings of an adapter_config.json, and the tokens whose rows it trains."""
+    """The adapter settings and trainable tokens of an adapter_config.json."""
     content: dict[str, Any] = hf.read_json(folder / CONFIG)
     ids, tables = _token_ids(content, tied)
     problems = _not_computed(content) + ([] if ids is not None else [f"trainable_token_indices {tables!r}"])
     if problems or ids is None:
         raise ConfigError(
-            f"{folder / CONFIG} asks for {'; '.join(problems)}. Trivium reads LoRA, rsLoRA and DoRA adapters of the "
-            f"projections {', '.join(PROJECTIONS)}, with token rows trained in the embedding and the head or without; "
-            "merge this one with PEFT and use the result."
+            f"{folder / CONFIG} asks for {'; '.join(problems)}. Trivium supports LoRA, rsLoRA and DoRA adapters of the "
+            f"projections {', '.join(PROJECTIONS)}, with or without trainable tokens in both embedding and head. "
+            "Merge this adapter with PEFT and use the merged model."
         )
     try:
         config = Adapter(
@@ -313,12 +312,14 @@ def _read_config(folder: Path, tied: bool) -> tuple[Adapter, list[int]]:
         )
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error).replace("\n", " ")
-        raise ConfigError(f"{folder / CONFIG} is no complete LoRA configuration: {reason}. Fetch it again.") from None
+        raise ConfigError(
+            f"{folder / CONFIG} is not a complete LoRA configuration: {reason}. Download it again."
+        ) from None
     return config, ids
 
 
 def _not_computed(content: Mapping[str, Any]) -> list[str]:
-    """What an adapter_config.json asks for and Trivium does not compute, as `key value`."""
+    """The unsupported settings of an adapter_config.json, as `key value`."""
     wanted = {
         "peft_type": content.get("peft_type") == "LORA",
         "init_lora_weights": content.get("init_lora_weights", True) in PLAIN_INITS,
@@ -330,13 +331,13 @@ def _not_computed(content: Mapping[str, Any]) -> list[str]:
 
 
 def _targets(content: Mapping[str, Any]) -> list[Any]:
-    """Names of the adapted projections; PEFT writes whole paths for small models, and all of them must have tensors."""
+    """Names of the adapted projections, without the full paths that PEFT writes for small models."""
     targets = content.get("target_modules")
     return sorted({str(path).rpartition(".")[2] for path in targets}) if isinstance(targets, list) else []
 
 
 def _token_ids(content: Mapping[str, Any], tied: bool) -> tuple[list[int] | None, object]:
-    """The tokens whose rows an adapter trains, the same wherever the model has them, else None; and what it says."""
+    """The trainable tokens, or None if embedding and head have different ones; and the setting as stored."""
     said = content.get("trainable_token_indices") or []
     tables = {"embed_tokens": said} if isinstance(said, list) and (tied or not said) else said
     names = {"embed_tokens"} if tied or not said else {"embed_tokens", "lm_head"}
@@ -348,9 +349,9 @@ def _token_ids(content: Mapping[str, Any], tied: bool) -> tuple[list[int] | None
 
 @torch.no_grad()
 def merge(model: Qwen) -> Qwen:
-    """A plain fp32 model with the adapter and the trained rows folded in; what they do not touch may be shared.
+    """A plain fp32 model with adapter and trainable tokens merged; unchanged weights may share memory with `model`.
 
-    From an NF4 model it has the unpacked weights, which are what the adapter was trained on.
+    NF4 weights are dequantized, since the adapter was trained on those.
     """
     plain = _empty_like(model)
     for path, module in plain.named_modules():
@@ -362,7 +363,7 @@ def merge(model: Qwen) -> Qwen:
 
 
 def _folded(module: Any) -> Tensor:
-    """A module's weight with what was trained on it, fp32. Source for the magnitude: DoRA, arXiv:2402.09353, eq. 5."""
+    """A module's merged weight, fp32. Source for the magnitude: DoRA, arXiv:2402.09353, eq. 5."""
     if isinstance(module, TrainableTokens):
         return module.folded()
     if not hasattr(module, "lora_A"):
@@ -377,11 +378,11 @@ def _folded(module: Any) -> Tensor:
 def untrained_rows(
     embedding: Tensor, head: Tensor | None, ids: Collection[int], reserved_ids: Collection[int]
 ) -> list[int]:
-    """Which of `ids` were never trained: a row of zeros, or one in the same direction as another reserved token's.
+    """The `ids` that were never trained: their row is zero or parallel to the row of another reserved token.
 
-    What training never shows is only ever pushed away, all such rows alike: in a model that began at random their
-    cosines are above 0.999. embedding, head: (V, D); `head` is None where it is the embedding. The size of a row says
-    nothing: chat models have trained ones a hundred times smaller than the others.
+    Tokens that never occur in training all receive the same gradients, so their rows converge to one direction, with
+    cosines above 0.999. Norms do not tell: chat models have trained rows a hundred times smaller than the others.
+    embedding, head: (V, D); `head` is None if tied.
     """
     untrained = set()
     for table in (embedding, head):

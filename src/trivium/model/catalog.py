@@ -1,6 +1,6 @@
-"""Shapes by name: the published dense Qwen sizes, a ladder of small ones, and a search for any budget between them.
+"""Model shapes: the published dense Qwen sizes, a ladder of small ones, and a search for any parameter budget.
 
-The ladder is named by its true parameter counts. Never imports torch.
+Never imports torch.
 """
 
 import difflib
@@ -12,9 +12,9 @@ from trivium.errors import ConfigError
 from trivium.model.shape import Family, QwenShape
 
 BUDGET_TOLERANCE = 0.05
-LEAST_ASPECT = 3  # channels of width for each layer of depth; thinner and deeper than this hardly learns
-# Widths that are tried: from, up to, in steps of, with a head size of, and a feed-forward size in steps of. From 2048
-# on the number of heads is a multiple of four, so that grouped-query attention divides.
+LEAST_ASPECT = 3  # hidden size per layer; narrower and deeper models hardly train
+# Widths of the search: from, up to, step, head size, step of the feed-forward size. From 2048 on the number of heads is
+# a multiple of four for grouped-query attention.
 WIDTHS = ((16, 256, 16, 32, 32), (256, 1024, 64, 64, 64), (1024, 2048, 256, 128, 128), (2048, 16385, 512, 128, 128))
 
 # Published sizes. Columns after the name: layers, hidden, attention heads, key-value heads, head size, intermediate,
@@ -36,8 +36,7 @@ QWEN3 = {
     "Qwen3-14B": (40, 5120, 40, 8, 128, 17408, 151936, False),
     "Qwen3-32B": (64, 5120, 64, 8, 128, 25600, 151936, False),
 }
-# The small ones, each for one purpose: a test that ends in a second, a first model on a laptop, and what Qwen's own
-# vocabulary costs on the way up (19 of the 21 million parameters are embeddings).
+# Small shapes, named by parameter count, for tests and laptops. 19 of the 21 million parameters are Qwen's embeddings.
 LADDER: dict[str, tuple[Family, tuple[int, int, int, int, int, int, int, bool]]] = {
     "ladder-7k": ("qwen2", (2, 16, 2, 2, 8, 42, 64, True)),
     "ladder-0.5m": ("qwen2", (4, 64, 2, 2, 32, 170, 4096, True)),
@@ -46,7 +45,7 @@ LADDER: dict[str, tuple[Family, tuple[int, int, int, int, int, int, int, bool]]]
     "ladder-116m": ("qwen2", (12, 512, 8, 8, 64, 1365, 151936, True)),
     "ladder-582m": ("qwen2", (24, 1024, 16, 4, 64, 2816, 151936, False)),
 }
-# The long base models of Qwen2.5; the larger three also have a coarser norm epsilon than their chat models.
+# Qwen2.5 base models with a longer context; the larger three also have a larger norm epsilon than their chat models.
 LONG_BASE = ("Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B", "Qwen2.5-72B")
 COARSE_BASE = ("Qwen2.5-14B", "Qwen2.5-32B", "Qwen2.5-72B")
 
@@ -71,7 +70,7 @@ def _shape(
 
 
 def _all_shapes() -> Iterator[tuple[str, QwenShape]]:
-    """Each name with its shape, smallest of each family first; a base and its chat model differ in the last two."""
+    """Names and shapes, smallest of each family first. Base and chat models differ in positions and epsilon only."""
     for name, (family, row) in LADDER.items():
         yield name, _shape(family, row, positions=4096, eps=1e-6)
     for name, row in QWEN25.items():
@@ -88,12 +87,17 @@ CATALOG = dict(_all_shapes())
 
 
 def names() -> list[str]:
-    """Every name `get` knows, smallest first within the ladder, Qwen2.5 and Qwen3."""
+    """All names, smallest first within the ladder, Qwen2.5 and Qwen3."""
     return list(CATALOG)
 
 
+def is_listed(name: str) -> bool:
+    """Whether `get` finds `name`."""
+    return name.lower() in {known.lower() for known in CATALOG}
+
+
 def get(name: str) -> QwenShape:
-    """The shape published or listed under `name`, in upper or lower case.
+    """The shape named `name`; case does not matter.
 
     Raises: ConfigError with the nearest known name.
     """
@@ -109,9 +113,9 @@ def get(name: str) -> QwenShape:
 
 
 def size_for_budget(num_params: int, vocab_size: int, family: Family = "qwen3") -> QwenShape:
-    """The best-shaped model within 5 % of `num_params`, its embeddings included.
+    """The best-shaped model within 5 % of `num_params`, including embeddings.
 
-    Raises: ConfigError with the arithmetic when the vocabulary leaves nothing for the layers.
+    Raises: ConfigError with the numbers when the vocabulary leaves too little for the layers.
     """
     if num_params <= 0 or vocab_size <= 0:
         raise ConfigError(
@@ -125,8 +129,9 @@ def size_for_budget(num_params: int, vocab_size: int, family: Family = "qwen3") 
 
 
 def _candidates(num_params: int, vocab_size: int, family: Family) -> Iterator[QwenShape]:
-    """Shapes around the budget: every width the vocabulary allows, each as deep as the rest of the budget pays for."""
-    for hidden, head_dim, step in _widths():
+    """Shapes near the budget: all widths that the vocabulary allows, with the depth that the budget allows."""
+    widths = ((hidden, *steps) for start, stop, by, *steps in WIDTHS for hidden in range(start, stop, by))
+    for hidden, head_dim, step in widths:
         if vocab_size * hidden > num_params * (1 + BUDGET_TOLERANCE):
             return
         heads = math.ceil(hidden / head_dim)
@@ -141,25 +146,18 @@ def _candidates(num_params: int, vocab_size: int, family: Family) -> Iterator[Qw
                 yield replace(one_layer, num_hidden_layers=min(max(1, depth), hidden // LEAST_ASPECT))
 
 
-def _widths() -> Iterator[tuple[int, int, int]]:
-    """Hidden size, head size and feed-forward step of each width; steps grow with it, so matrices stay whole tiles."""
-    for start, stop, hidden_step, head_dim, step in WIDTHS:
-        for hidden in range(start, stop, hidden_step):
-            yield hidden, head_dim, step
-
-
 def _key_value_heads(heads: int) -> int:
-    """Grouped-query attention where it divides: four query heads share a pair from 16 heads on, two from 8."""
+    """Grouped-query attention: groups of four heads from 16 heads on, of two from 8, if they divide evenly."""
     if heads >= 16 and heads % 4 == 0:
         return heads // 4
     return heads // 2 if heads >= 8 and heads % 2 == 0 else heads
 
 
 def _distance_from_usual(shape: QwenShape, num_params: int) -> float:
-    """How far a shape is from what the field builds: 0 is ideal, 1 is a factor of two in width over depth.
+    """Distance from common proportions: 0 is ideal, 1 is a factor of two in width over depth or the budget tolerance.
 
-    The ideal ratio of width to depth is 24 in small models and hidden / 32 from 768 channels on, up to 128, which
-    the published Qwen sizes scatter around. Missing the budget by the whole tolerance weighs as much as that 1.
+    The ideal ratio of width to depth is 24 in small models and hidden / 32 from 768 channels on, up to 128, like the
+    published Qwen sizes.
     """
     ideal_aspect = min(max(24, shape.hidden_size / 32), 128)
     aspect = abs(math.log2(shape.hidden_size / shape.num_hidden_layers / ideal_aspect))
@@ -168,7 +166,7 @@ def _distance_from_usual(shape: QwenShape, num_params: int) -> float:
 
 
 def _why_nothing_fits(num_params: int, vocab_size: int, candidates: list[QwenShape]) -> str:
-    """One paragraph: what the vocabulary costs, and the nearest budget or vocabulary that works."""
+    """The message with the cost of the vocabulary and the nearest budget or vocabulary that works."""
     if not candidates:
         affordable = max(1, num_params // (2 * 16))
         return (

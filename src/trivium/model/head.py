@@ -1,10 +1,9 @@
-"""The output head: losses and log-probabilities of supervised tokens, in chunks: all logits never exist at once.
+"""The output head: losses and log-probabilities of supervised tokens, computed in chunks of logits.
 
-Softmax and its gradient are never normalized in the big buffer: with e = exp(logits - max) and s = sum(e), both
-gradients need only e / s, and 1 / s is applied to the small side of the products. A chunk is processed in slices that
-fit the cache. `Qwen` calls these functions with its own head.
+The softmax is never normalized in the buffer of logits: with e = exp(logits - max) and s = sum(e), both gradients need
+e / s, and 1 / s is applied to the smaller factor of the products. A CPU processes a chunk in slices that fit the cache.
 
-Shapes: M supervised tokens, C tokens of a chunk, D hidden, V vocabulary, K head rows that are trained by themselves.
+Shapes: M supervised tokens, C tokens of a chunk, D hidden, V vocabulary, K trainable tokens.
 """
 
 from collections.abc import Iterator
@@ -28,15 +27,15 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Sum over tokens of -weight * ln softmax(hidden @ head.T)[label].
 
-    Weights may have any sign: with minus the slopes of an objective as weights, the gradient is the objective's.
+    Weights may have any sign, see `engine/objective.py`.
 
     Args:
         hidden_MD: [tokens, hidden], fp32 or bf16; the products are computed in its dtype.
         weight_VD: [vocabulary, hidden], the output head; cast to the dtype of `hidden_MD` once.
-        labels_M: int64 [tokens]; a negative one marks padding, which adds nothing to the loss or to any gradient.
-        weights_M: fp32 [tokens], the weight of each token; None weighs every token 1.
+        labels_M: int64 [tokens]; negative labels mark padding, which does not affect loss or gradients.
+        weights_M: fp32 [tokens], loss weights; None is a weight of 1 for every token.
         head_rows: token ids, int64 [k], and rows, fp32 [k, hidden], that replace those of `weight_VD`.
-        chunk_rows: tokens whose logits exist at a time; None takes `loss_chunk_rows`.
+        chunk_rows: tokens per chunk; None is `loss_chunk_rows`.
 
     Returns: fp32 scalar in nats. Softmax and sums are fp32; the gradient of the head is accumulated in fp32.
     """
@@ -53,7 +52,7 @@ def token_logprobs(
     head_rows: tuple[Tensor, Tensor] | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """ln softmax(hidden @ head.T)[label] of every token, fp32 [tokens], without a gradient; 0 where padding.
+    """ln softmax(hidden @ head.T)[label] of every token, fp32 [tokens], without gradients; 0 for padding.
 
     For arguments see `cross_entropy_sum`.
     """
@@ -85,7 +84,7 @@ class _CastHead:
     ids: Tensor
 
     def chunks(self, hidden_MD: Tensor, labels_M: Tensor, chunk_rows: int) -> Iterator[tuple[slice, _Softmax]]:
-        """Each chunk with its softmax; all chunks share one buffer, so a softmax is valid until the next one."""
+        """Each chunk with its softmax, which is valid until the next chunk, since all chunks share one buffer."""
         buffer_CV = hidden_MD.new_empty(min(chunk_rows, len(labels_M)), len(self.weight))
         for start in range(0, len(labels_M), chunk_rows):
             chunk = slice(start, start + chunk_rows)
@@ -97,7 +96,7 @@ class _CastHead:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """All gradients are computed while the logits of a chunk exist; backward only scales them."""
+    """Forward computes all gradients while the logits of a chunk exist; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -124,7 +123,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss += ((softmax.sums.log() + softmax.maxima - softmax.label_logits) * counts).sum()
             scales, exponentials = counts / softmax.sums, softmax.exponentials
             slopes_CK = exponentials[:, ids_K].float() * scales - (labels == ids_K) * counts
-            # The replaced rows are finished; what remains in the buffer belongs to the head's own rows.
+            # The gradients of replaced rows are done; the rest of the buffer belongs to the head's own rows.
             exponentials.index_fill_(1, ids_K, 0.0)
             counts = counts * (labels != ids_K).all(1, keepdim=True)
             if grad_hidden is not None:

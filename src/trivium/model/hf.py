@@ -1,8 +1,7 @@
-"""Hugging Face folders: read a model's shape and weights, write a model that stock transformers loads.
+"""Hugging Face folders: read a model's shape and weights, and write a model that transformers loads.
 
-A folder is data from a stranger: its config.json is read, never run, its weights are safetensors or refused, and no
-name in it may point outside of it. Weights move one piece at a time, so a model is never in memory twice. Does not
-know tokenizers, beyond copying their files by name. `engine` and `use` import this file; it imports torch.
+Folders are untrusted: config.json is only parsed, weights must be safetensors, and file names in an index must not
+leave the folder. Weights are copied in pieces, so a model is never in memory twice.
 """
 
 import json
@@ -45,18 +44,16 @@ MAX_SHARD_BYTES = 5 * 2**30
 
 
 def find_folder(name: str, with_weights: bool = True) -> Path:
-    """The local folder of a model: `name` itself when it is one, else the Hub repository `owner/name`, downloaded once.
+    """The local folder of a model: `name` if it is a folder, else the downloaded Hub repository `owner/name`.
 
-    Without `with_weights` they stay on the Hub.
-
-    Raises: ConfigError when it is neither, or the Hub cannot be reached or refuses.
+    Raises: ConfigError when `name` is neither, or the download fails.
     """
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ConfigError(
             f"There is no folder {name!r}, and it is not a Hub id of the form owner/name. Give the path of a model "
-            "folder, or an id such as Qwen/Qwen3-0.6B-Base."
+            "folder, or an id like Qwen/Qwen3-0.6B-Base."
         )
     from huggingface_hub import snapshot_download
 
@@ -64,19 +61,16 @@ def find_folder(name: str, with_weights: bool = True) -> Path:
     wanted = [*MODEL_FILES, *TOKENIZER_FILES, *weights]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # the client lets errors of its HTTP library through, and which library that is varies
+    except Exception as error:  # includes errors of the HTTP library, which varies
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
-            f"{name!r} is no folder here and could not be fetched from the Hub: {reason} Check the name and the "
-            "connection, sign in if the model is gated, or give the path of a folder that you have."
+            f"{name!r} is not a local folder and could not be fetched from the Hub: {reason} Check the name and the "
+            "connection, log in if the model is gated, or give the path of a local folder."
         ) from error
 
 
 def read_stop_ids(*folders: Path) -> list[int]:
-    """The ids at which generation stops, from the first of generation_config.json and config.json that names any.
-
-    Searches the folders in order, an adapter's before its base's. Empty where no file names any.
-    """
+    """EOS ids from the first generation_config.json or config.json in `folders` that has any; empty if none has."""
     for folder in folders:
         for name in ("generation_config.json", "config.json"):
             eos = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
@@ -88,17 +82,15 @@ def read_stop_ids(*folders: Path) -> list[int]:
 def read_shape(folder: Path) -> QwenShape:
     """The shape of the model in `folder`, from its config.json.
 
-    Raises: ConfigError when the file is missing or asks for what Trivium does not compute.
+    Raises: ConfigError when the file is missing or the model is not supported.
     """
     return QwenShape.from_hf_config(read_json(folder / "config.json"))
 
 
 def load_weights(model: Qwen, folder: Path) -> None:
-    """Fill the model's parameters, wherever they are and in the dtype they have, from the folder's safetensors.
+    """Load the folder's safetensors into the model's parameters, keeping their device and dtype.
 
-    Every name and shape is compared before the first value is written. Extra memory: at most one tensor.
-
-    Raises: ConfigError as `find_tensors`.
+    Raises: ConfigError as `find_tensors`, before any value is written.
     """
     files = find_tensors(model, folder)
     for name, parameter in model.named_parameters():
@@ -106,7 +98,7 @@ def load_weights(model: Qwen, folder: Path) -> None:
 
 
 def read_rows(path: Path, name: str, ids: list[int]) -> Tensor:
-    """Some rows of a stored table, [ids, hidden]."""
+    """Rows of a stored tensor, [ids, hidden]."""
     with safe_open(path, framework="pt") as file:
         table = file.get_slice(name)
         first = min(ids)
@@ -116,11 +108,11 @@ def read_rows(path: Path, name: str, ids: list[int]) -> Tensor:
 
 
 def find_tensors(model: Qwen, folder: Path) -> dict[str, Path]:
-    """The file that holds each of a plain model's parameters, which may still be on the meta device.
+    """The file of each parameter of a plain model, which may be on the meta device.
 
-    A second copy of tied embeddings is accepted when it is the same.
+    A stored head next to tied embeddings is accepted if it is identical.
 
-    Raises: ConfigError naming missing, unexpected or differently shaped tensors, or a file that is damaged.
+    Raises: ConfigError naming missing, unexpected or differently shaped tensors, or a damaged file.
     """
     files = _tensor_files(folder)
     stored = {name: _header(path, name) for name, path in files.items()}
@@ -136,7 +128,7 @@ def find_tensors(model: Qwen, folder: Path) -> dict[str, Path]:
 
 @torch.no_grad()
 def read_tensor(path: Path, name: str, into: Tensor) -> None:
-    """Copy a stored tensor, a run of rows at a time, to where `into` is and in its dtype."""
+    """Copy a stored tensor in pieces into a tensor of any device and dtype."""
     start = 0
     for piece in _pieces(path, name):
         into[start : start + len(piece)].copy_(piece)
@@ -144,18 +136,18 @@ def read_tensor(path: Path, name: str, into: Tensor) -> None:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor, from one safetensors file or from the index of several."""
+    """The file of each tensor, from a single safetensors file or an index."""
     single = folder / WEIGHTS
     if single.exists():
         try:
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), single)
         except (SafetensorError, OSError) as error:
-            raise _damaged(single, error) from None
+            raise damaged(single, error) from None
     if not (folder / INDEX).exists():
         raise ConfigError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}. Trivium reads safetensors only: pickled weights (.bin, .pt) "
-            "can run code when they are opened. Fetch the safetensors version of the model, or check the path."
+            f"{folder} has neither {WEIGHTS} nor {INDEX}. Trivium reads safetensors only: loading pickled weights "
+            "(.bin, .pt) can run code. Download the safetensors version of the model, or check the path."
         )
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -164,7 +156,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise ConfigError(
                 f"{folder / INDEX} names the weight file {shard!r}; expected the plain name of a .safetensors file in "
-                "the same folder. The index is damaged or hostile: fetch the model again from a source you trust."
+                "the same folder. The index is damaged or malicious: download the model from a trusted source."
             )
         if not (folder / shard).is_file():
             raise ConfigError(f"{folder / INDEX} names {shard}, which is not there. Fetch the missing file.")
@@ -172,32 +164,29 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _header(path: Path, name: str) -> tuple[int, ...]:
-    """A stored tensor's shape, once its dtype is known to be a plain float."""
+    """The shape of a stored tensor, which must be F32, BF16 or F16."""
     try:
         with safe_open(path, framework="pt") as file:
             tensor = file.get_slice(name)
             shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
     if dtype not in ("F32", "BF16", "F16"):
         raise ConfigError(
-            f"{path} stores {name} as {dtype}; Trivium starts from F32, BF16 or F16 weights. "
-            "Use the unquantized model of the same name."
+            f"{path} stores {name} as {dtype}; expected F32, BF16 or F16. Use the unquantized model of the same name."
         )
     return shape
 
 
-def _damaged(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path} is not a whole safetensors file ({error}). Fetch it again.")
+def damaged(path: Path, error: Exception) -> ConfigError:
+    """The error for a safetensors file that cannot be read."""
+    return ConfigError(f"{path} is not a whole safetensors file ({error}). Download it again.")
 
 
 def compare(
     folder: Path, config: str, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse a folder whose tensors, names and shapes, are not exactly those its configuration makes.
-
-    Raises: ConfigError naming the first five that differ.
-    """
+    """Raise ConfigError if stored names or shapes differ from those of the configured model, naming the first five."""
     problems = [f"{name} is missing" for name in expected if name not in stored]
     problems += [f"{name} is not part of the model" for name in stored if name not in expected]
     problems += [
@@ -214,17 +203,17 @@ def compare(
 
 
 def _require_equal(embeddings: Path, head: Path) -> None:
-    """Refuse a tied model whose stored head differs from its embeddings: one of the two would be lost."""
+    """Raise ConfigError if the stored head of a tied model differs from its embeddings."""
     pairs = zip(_pieces(embeddings, EMBEDDINGS), _pieces(head, HEAD), strict=True)
     if not all(torch.equal(left, right) for left, right in pairs):
         raise ConfigError(
-            f"{head.parent} says tie_word_embeddings is true, yet its {HEAD} differs from {EMBEDDINGS}. "
+            f"{head.parent} has tie_word_embeddings true, but its {HEAD} differs from {EMBEDDINGS}. "
             "Set tie_word_embeddings to false in config.json if both were trained, or remove the stale head."
         )
 
 
 def _pieces(path: Path, name: str) -> Iterator[Tensor]:
-    """A stored tensor in runs of rows. The file is opened for each tensor, since an open map keeps what it has read."""
+    """A stored tensor in pieces of whole rows. The file is opened per call: an open memory map keeps pages in RAM."""
     with safe_open(path, framework="pt") as file:
         stored = file.get_slice(name)
         shape = stored.get_shape()
@@ -241,51 +230,52 @@ def save_folder(
     generation: Mapping[str, object] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the model as transformers expects it: config, generation defaults, weights in `dtype`, tokenizer files.
+    """Write the model for transformers: config, generation defaults, weights and tokenizer files, atomically.
 
-    `dtype`: float32 or bfloat16. `generation`: the content of generation_config.json, whose token ids go to
-    config.json too; None takes the tokenizer's own eos, pad and bos. Everything is written and fsynced beside
-    `folder`, then renamed into its place, so what stands there is always whole; an older model there makes way first.
+    Args:
+        dtype: of the stored weights, float32 or bfloat16.
+        generation: content of generation_config.json, whose token ids also go to config.json; None takes the EOS, pad
+            and BOS of the tokenizer.
 
-    Raises: ConfigError when something that is no model stands at `folder`; TriviumError when the disk is too full.
+    Raises: ConfigError when `folder` holds something other than a model; TriviumError when the disk is full.
     """
     size_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if generation is None:
         generation = {} if tokenizer_folder is None else _tokenizer_ids(tokenizer_folder)
     config = model.shape.to_hf_config() | {"dtype": str(dtype).removeprefix("torch.")} | _token_ids(generation)
-    with replacing(folder, "config.json", size_bytes) as beside:
-        atomic_write(beside / "config.json", as_json(config))
-        write_companions(beside, tokenizer_folder, generation)
-        _write_weights(model, beside, dtype, max_shard_bytes)
+    with replacing(folder, "config.json", size_bytes) as temporary:
+        atomic_write(temporary / "config.json", as_json(config))
+        write_companions(temporary, tokenizer_folder, generation)
+        _write_weights(model, temporary, dtype, max_shard_bytes)
 
 
 @contextmanager
 def replacing(folder: Path, mark: str, size_bytes: int) -> Iterator[Path]:
-    """A place to write a folder of `size_bytes` in; once all is there, it is fsynced and takes the place of `folder`.
+    """A temporary folder for `size_bytes` that is fsynced and replaces `folder` at the end of the block.
 
-    Raises: ConfigError when what stands at `folder` has no file `mark`; TriviumError when the disk is too full.
+    Raises: ConfigError when `folder` has files but no file `mark`; TriviumError when the disk is full.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
         raise ConfigError(
-            f"{folder} holds files and no {mark}, so it is something else; it is left alone. Choose another place."
+            f"{folder} is not empty and has no {mark}, so it is left alone. Choose another output folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     require_free_space(folder.parent, size_bytes + (64 << 20), "the model's weights")
-    beside, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "replaced"))
-    for leftover in (beside, replaced):
+    temporary, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "replaced"))
+    for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir()
-    yield beside
-    fsync_directory(beside)
+    temporary.mkdir()
+    yield temporary
+    fsync_directory(temporary)
     if folder.exists():
         os.rename(folder, replaced)
-    os.rename(beside, folder)
+    os.rename(temporary, folder)
     fsync_directory(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_companions(folder: Path, tokenizer_folder: Path | None, generation: Mapping[str, object]) -> None:
-    """Write what lies beside weights: generation_config.json, and the tokenizer's files copied."""
+    """Write generation_config.json and copy the tokenizer's files."""
     atomic_write(folder / "generation_config.json", as_json(generation))
     for name in TOKENIZER_FILES:
         if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
@@ -293,12 +283,12 @@ def write_companions(folder: Path, tokenizer_folder: Path | None, generation: Ma
 
 
 def as_json(content: Mapping[str, object]) -> str:
-    """How all JSON files of a model folder are written."""
+    """JSON text as in all files of a model folder."""
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def _token_ids(generation: Mapping[str, object]) -> dict[str, object]:
-    """The special token ids of config.json; where generation stops at several, the first is the model's own."""
+    """The special token ids of config.json, which has a single EOS id: the first."""
     ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
     if isinstance(ids.get("eos_token_id"), list):
         ids["eos_token_id"] = ids["eos_token_id"][0]
@@ -306,7 +296,7 @@ def _token_ids(generation: Mapping[str, object]) -> dict[str, object]:
 
 
 def _tokenizer_ids(tokenizer_folder: Path) -> dict[str, object]:
-    """The ids of a tokenizer's own eos, pad and bos tokens, as generation_config.json names them."""
+    """The ids of a tokenizer's EOS, pad and BOS tokens, with the keys of generation_config.json."""
     config = read_json(tokenizer_folder / "tokenizer_config.json")
     added = cast("list[dict[str, object]]", read_json(tokenizer_folder / "tokenizer.json").get("added_tokens") or [])
     id_of = {token["content"]: token["id"] for token in added}
@@ -320,7 +310,7 @@ def _tokenizer_ids(tokenizer_folder: Path) -> dict[str, object]:
 
 
 def _write_weights(model: Qwen, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    """One safetensors file, or several with their index when they would be larger than `max_shard_bytes`."""
+    """Write one safetensors file, or several of at most `max_shard_bytes` and an index."""
     shards: list[list[TensorSource]] = [[]]
     for name, parameter in model.named_parameters():
         source = tensor_source(name, parameter, dtype)
@@ -338,7 +328,7 @@ def _write_weights(model: Qwen, folder: Path, dtype: torch.dtype, max_shard_byte
 
 
 def tensor_source(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorSource:
-    """A tensor as bytes on demand, converted to `dtype` and copied to the host a few megabytes at a time."""
+    """A tensor to write, converted to `dtype` and copied to the host a few megabytes at a time."""
     dtype = dtype or tensor.dtype
 
     def read() -> Iterator[memoryview]:

@@ -1,9 +1,7 @@
-"""NF4: the seven projections of every layer in 4 bits, everything else in the compute dtype (QLoRA's base).
+"""NF4 base models for QLoRA: projections in 4 bits, everything else in the compute dtype.
 
-The packing is bitsandbytes'; the products are plain ones with the weight unpacked for as long as they take, so what
-comes out does not depend on which fused kernels a machine has. The packed weights are a pure function of the model
-folder: no checkpoint needs them. They are never trained, and never written. `engine` and `use` import this file;
-it imports torch, and bitsandbytes where it quantizes.
+bitsandbytes packs the weights. Each product unpacks its weight and is a plain matrix product, so results do not depend
+on the fused kernels of a machine. Packed weights are frozen and derived from the model folder, so they are never saved.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314.
 """
@@ -23,19 +21,19 @@ from trivium.model import hf
 from trivium.model.qwen import Linear, Qwen
 
 BLOCK_SIZE = 64
-PIECE_VALUES = 1 << 17  # packed at a time; bitsandbytes' CPU path needs some twenty bytes for each
-# On some CPUs it warns, when it is imported, of a missing kernel that is not used here.
+PIECE_VALUES = 1 << 17  # values packed at a time; bitsandbytes' CPU code needs about twenty bytes for each
+# On some CPUs bitsandbytes warns about a missing kernel that is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class NF4Linear(nn.Linear):
-    """A frozen projection in NF4 with double quantization: 4.127 bits a weight. PEFT adapts it as any linear layer.
+    """A frozen projection in NF4 with double quantization, 4.127 bits per weight; PEFT adapts it like nn.Linear.
 
-    weight: (out, in), quantized from fp32. bias: kept as it is. compute_dtype: what `weight` unpacks to.
+    weight: fp32 (out, in), to be quantized. bias: not quantized. compute_dtype: dtype of the unpacked weight.
     """
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, compute_dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)  # a linear layer without the weight that its own constructor makes
+        nn.Module.__init__(self)  # nn.Linear's constructor would allocate a full weight
         self.out_features, self.in_features = weight.shape
         self.register_parameter("bias", bias)
         packed, self.state = _quantize(weight, compute_dtype)
@@ -44,14 +42,14 @@ class NF4Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # pyrefly: ignore[bad-override]
-        """The unpacked weight in the compute dtype, (out, in), made anew each time."""
+        """The weight in the compute dtype, (out, in), unpacked on each access."""
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.packed, self.state).view(self.out_features, self.in_features)
 
     @property
     def num_bytes(self) -> int:
-        """What the packed weight and its two levels of scales take."""
+        """Bytes of the packed weight and its two levels of scales."""
         state = self.state
         parts = (self.packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
         return sum(part.numel() * part.element_size() for part in parts)
@@ -60,7 +58,7 @@ class NF4Linear(nn.Linear):
         return _FrozenProduct.apply(input, self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NF4Linear":
-        """Move the scales along with what they belong to."""
+        """Move the scales with the packed weight."""
         super()._apply(fn, recurse)
         self.state.to(self.packed.device)
         return self
@@ -81,10 +79,10 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _quantize(weight: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """Packed values and their bitsandbytes QuantState: what `quantize_4bit` gives, a piece at a time to save memory.
+    """Packed values and QuantState as from bitsandbytes' `quantize_4bit`, computed in pieces to save memory.
 
-    The state says that the weight is one long row: bitsandbytes' CPU path unpacks rows that are no whole number of
-    blocks with each other's scales.
+    The state describes the weight as a single row: bitsandbytes' CPU code applies wrong scales to rows that are not a
+    multiple of the block size.
     """
     from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
 
@@ -111,13 +109,13 @@ def require_bitsandbytes() -> None:
     """Raises: ConfigError when it is not installed."""
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "NF4 needs bitsandbytes, which is not installed. Install it with `pip install 'trivium[gpu]'`, or use the "
-            "unquantized weights (weights: pretrained), which take four times the memory."
+            "NF4 needs bitsandbytes, which is not installed. Install it with `pip install 'trivium[gpu]'`, or use "
+            "unquantized weights (weights: pretrained), which need four times the memory."
         )
 
 
 def quantize_projections(network: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Put every linear layer of a loaded transformers model but its head in NF4, as `load_quantized` would have.
+    """Quantize the linear layers of a transformers model, except its head, like `load_quantized`.
 
     Raises: ConfigError without bitsandbytes.
     """
@@ -128,11 +126,11 @@ def quantize_projections(network: nn.Module, compute_dtype: torch.dtype) -> None
 
 
 def load_quantized(model: Qwen, folder: Path, compute_dtype: torch.dtype, device: torch.device | str) -> Qwen:
-    """Fill a model that is on the meta device from a folder: projections in NF4, the rest in the compute dtype.
+    """Load a model on the meta device, frozen, with projections in NF4 and the rest in the compute dtype; return it.
 
-    One matrix at a time is in memory in full. All of it is frozen; returns the model given.
+    Only one matrix at a time is in memory unquantized.
 
-    Raises: ConfigError as `hf.find_tensors`, and without bitsandbytes, before anything is read.
+    Raises: ConfigError as `hf.find_tensors`, and without bitsandbytes.
     """
     require_bitsandbytes()
     files = hf.find_tensors(model, folder)
@@ -155,6 +153,6 @@ def load_quantized(model: Qwen, folder: Path, compute_dtype: torch.dtype, device
 
 
 def quantized_bytes(model: Qwen) -> int:
-    """What the model's weights take in memory, packed or not."""
+    """Bytes of the model's weights, packed and unpacked."""
     packed = sum(module.num_bytes for module in model.modules() if isinstance(module, NF4Linear))
     return packed + sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

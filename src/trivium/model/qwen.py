@@ -1,9 +1,9 @@
 """The network: dense Qwen2.5 and Qwen3 models in one file, from tokens to hidden states and token losses.
 
-Two switches separate the families: Qwen2.5 adds a bias to queries, keys and values; Qwen3 normalizes queries and keys.
-Parameter names and arithmetic are those of transformers, so weights load both ways and gradients agree. There is no
-batch axis: a batch is one flat axis of tokens holding documents that cannot attend to each other. There is no
-key-value cache and nothing distributed here; `engine/sample.py` generates through transformers on the same layers.
+Qwen2.5 adds a bias to queries, keys and values; Qwen3 normalizes queries and keys. Parameter names and arithmetic are
+those of transformers, so weights load both ways and gradients agree. There is no batch axis: a batch is one flat axis
+of tokens with documents that cannot attend to each other. There is no key-value cache: `engine/sample.py` generates
+through transformers on the same layers.
 
 Shapes: T tokens, D hidden, N heads, K key-value heads, H head size, F feed-forward, V vocabulary.
 """
@@ -27,10 +27,10 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents on the token axis begin and end, on the device and, readable without a sync, on the host.
+    """The boundaries of the documents on the token axis, on the device and on the host (to avoid a sync).
 
-    `cu_seqlens`: int32, the borders from 0 to T, padded by repeating T so that few different lengths occur.
-    `bounds`: the same borders without the padding. `max_len`: tokens of the longest document, or an upper bound.
+    `cu_seqlens`: int32, boundaries from 0 to T, padded by repeating T so that few different lengths occur.
+    `bounds`: the same without padding. `max_len`: tokens of the longest document, or an upper bound.
     """
 
     cu_seqlens: Tensor
@@ -90,13 +90,13 @@ class Rope:
 def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -> Tensor:
     """Causal attention inside each document, (T, N, H); the cost grows with the documents, not with the batch.
 
-    On a GPU in 16 bits one varlen kernel takes the whole token axis with its borders. Elsewhere each document goes to
-    the fused kernel separately, as views: no mask is ever built. On a CPU that kernel runs in fp32: in bf16 it compiles
-    and caches code for every document length, which costs more time than it saves and an unbounded amount of memory.
+    On a GPU in 16 bits one varlen kernel processes the whole token axis. Elsewhere the fused kernel runs on views of
+    each document, so no mask is built. On a CPU it runs in fp32: in bf16 it compiles and caches code for every document
+    length, which costs more time than it saves and unbounded memory.
     """
     on_gpu = q_TNH.is_cuda and q_TNH.dtype != torch.float32
     if on_gpu and torch.cuda.get_device_capability(q_TNH.device) >= (8, 0):
-        from torch.nn.attention.varlen import varlen_attn  # takes a second to import; a CPU does not need it
+        from torch.nn.attention.varlen import varlen_attn  # takes a second to import
 
         cu, longest = documents.cu_seqlens, documents.max_len
         out = varlen_attn(q_TNH, k_TKH, v_TKH, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
@@ -175,10 +175,10 @@ class Decoder(nn.Module):
 
 
 class Qwen(nn.Module):
-    """A dense Qwen model. Weights are uninitialized until `init_weights` or `hf.load_weights` fills them.
+    """A dense Qwen model. Weights are uninitialized until `init_weights` or `hf.load_weights`.
 
-    Weights are fp32 masters by default; `compute_dtype` is the dtype of the arithmetic. With `activation_checkpointing`
-    each layer keeps only its input and recomputes the rest in backward. Source: Chen et al. 2016, arXiv:1604.06174.
+    Weights are fp32 by default; activations have `compute_dtype`. With `activation_checkpointing` each layer stores
+    only its input and recomputes the rest in backward. Source: Chen et al. 2016, arXiv:1604.06174.
     """
 
     def __init__(self, shape: QwenShape) -> None:
@@ -197,12 +197,12 @@ class Qwen(nn.Module):
 
     @property
     def head_rows(self) -> tuple[Tensor, Tensor] | None:
-        """Rows that replace some of the head's: ids, int64 (k,), and values, fp32 (k, D); None if there are none."""
+        """Trainable tokens of the head: ids, int64 (k,), and rows, fp32 (k, D); None without trainable tokens."""
         head = self.model.embed_tokens if self.shape.tie_word_embeddings else self.lm_head
         return (head.ids, head.rows) if isinstance(head, TrainableTokens) else None
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """All logits of a few tokens, (T, V), in the dtype of `hidden_TD`; for generation, not for training."""
+        """Logits, (T, V), in the dtype of `hidden_TD`; for generation, since training never holds all logits."""
         logits_TV = F.linear(hidden_TD, self.head_weight.to(hidden_TD.dtype))
         if self.head_rows is None:
             return logits_TV
@@ -233,7 +233,7 @@ class Qwen(nn.Module):
 
 
 def own_seed(seed: int, name: str) -> int:
-    """The seed of one tensor: initial values depend on neither device nor order of construction."""
+    """The seed of one tensor, which makes initial values independent of device and construction order."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
 
 
@@ -241,8 +241,8 @@ def own_seed(seed: int, name: str) -> int:
 def init_weights(model: Qwen, seed: int) -> None:
     """Initialize from scratch: normal weights with standard deviation 0.02, norms 1, biases 0.
 
-    Projections that write to the residual stream start smaller by sqrt(2 * layers), so that its variance does not grow
-    with depth. Each tensor has its own CPU generator, so neither device nor order of construction changes its values.
+    Projections that write to the residual stream are smaller by sqrt(2 * layers), so that its variance does not grow
+    with depth. Each tensor has its own CPU generator, see `own_seed`.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3.
     """

@@ -1,8 +1,7 @@
-"""The shape of the network that a run file describes: by name, in a folder, by its sizes, or by a parameter budget.
+"""The model shape of a run file, given by a name, a folder, sizes, or a parameter budget. Never imports torch.
 
-The planner and the engine share these rules. The engine knows the real tokenizer and reads a Hub model's config.json;
-the planner reads local files only (`planned_shape`) and takes the size that an untrained tokenizer will have. Never
-imports torch.
+The engine uses the real tokenizer and the config.json of a Hub model; the planner reads local files only
+(`planned_shape`) and assumes the configured size for a tokenizer that is not trained yet.
 """
 
 import json
@@ -21,7 +20,7 @@ VOCAB_MULTIPLE = 64
 
 
 def shape_of_sizes(run: Run) -> QwenShape | None:
-    """The network of `model.shape`; None for a parameter budget, whose shape depends on the vocabulary."""
+    """The shape given by `model.shape`; None if it is not set."""
     given = run.model.shape
     if given is None:
         return None
@@ -39,10 +38,9 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer: 
     """The shape with its final vocabulary size: as pretrained, as set, or as the tokenizer needs.
 
     Args:
-        run: the run.
-        shape: the network it names; None for a parameter budget.
+        shape: the shape so far; None for a parameter budget.
         num_tokens: tokens of the tokenizer.
-        tokenizer: what messages call the tokenizer.
+        tokenizer: its name in messages.
 
     Raises: ConfigError when the embedding table would be smaller than the tokenizer.
     """
@@ -69,9 +67,9 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer: 
 
 
 def planned_shape(run: Run) -> QwenShape | None:
-    """The network as far as local files tell; None for a model on the Hub that is not in the catalog.
+    """The shape from local files; None for a Hub model that is not in the catalog.
 
-    Raises: ConfigError when the name is unknown, its folder has no config.json, or the sizes are not possible.
+    Raises: ConfigError when the name is unknown, its folder has no config.json, or the sizes are invalid.
     """
     shape = shape_of_sizes(run)
     if run.model.name is not None:
@@ -83,7 +81,7 @@ def planned_shape(run: Run) -> QwenShape | None:
 
 
 def shape_of_name(name: str) -> QwenShape | None:
-    """The shape of a published model, or of the model in a folder; None for any other id of the Hub.
+    """The shape of a published model or of a model folder; None for other Hub ids.
 
     Raises: ConfigError when there is no such folder or size, or the folder has no readable config.json.
     """
@@ -91,8 +89,8 @@ def shape_of_name(name: str) -> QwenShape | None:
         file = Path(name) / "config.json"
         if not file.is_file():
             raise ConfigError(
-                f"{name} has no config.json, so it is not the folder of a Hugging Face model. Download the whole "
-                "model, or give its name, such as Qwen/Qwen3-0.6B."
+                f"{name} has no config.json, so it is not a Hugging Face model folder. Download the whole model, or "
+                "give its name, for example Qwen/Qwen3-0.6B."
             )
         return QwenShape.from_hf_config(read_json(file))
     published = published_shape(name)
@@ -106,15 +104,13 @@ def shape_of_name(name: str) -> QwenShape | None:
 
 
 def published_shape(name: str) -> QwenShape | None:
-    """The shape of a model in the catalog, with or without `Qwen/` before its name; None for any other name."""
+    """The shape of a model in the catalog, with or without `Qwen/` before its name; None for other names."""
     owner, _, last = name.rpartition("/")
-    if owner.lower() not in ("", "qwen") or last.lower() not in {known.lower() for known in catalog.names()}:
-        return None
-    return catalog.get(last)
+    return catalog.get(last) if owner.lower() in ("", "qwen") and catalog.is_listed(last) else None
 
 
 def hub_id(name: str) -> str:
-    """The Hub id of a published model; any other name is returned as it is."""
+    """The Hub id of a published model; other names are returned unchanged."""
     if Path(name).is_dir() or published_shape(name) is None:
         return name
     published = {known.lower(): known for known in catalog.names() if known.startswith("Qwen")}
@@ -123,7 +119,7 @@ def hub_id(name: str) -> str:
 
 
 def _num_tokens(run: Run, shape: QwenShape | None) -> int:
-    """Tokens of the run's tokenizer: of the one named, of the model's own, or of the one that will be trained."""
+    """Tokens of the configured tokenizer, of the model's tokenizer, or of the one that will be trained."""
     if run.tokenizer is not None and run.tokenizer.path is not None:
         return _tokenizer_size(run.tokenizer.path)
     if run.tokenizer is None and shape is not None and run.model.name is not None and _has_tokenizer(run):
@@ -132,11 +128,11 @@ def _num_tokens(run: Run, shape: QwenShape | None) -> int:
 
 
 def _has_tokenizer(run: Run) -> bool:
-    """Whether the model that is named comes with a tokenizer; a bare size such as `ladder-1m` does not."""
+    """Whether the named model comes with a tokenizer; a size like `ladder-1m` does not."""
     name = run.model.name or ""
-    if Path(name).is_dir():
-        return run.weights != "random" or (Path(name) / "tokenizer.json").is_file()
-    return run.weights != "random" or name.lower() not in {known.lower() for known in catalog.names()}
+    if run.weights != "random":
+        return True
+    return (Path(name) / "tokenizer.json").is_file() if Path(name).is_dir() else not catalog.is_listed(name)
 
 
 def _tokenizer_size(path: str) -> int:
@@ -144,7 +140,7 @@ def _tokenizer_size(path: str) -> int:
     if not file.is_file():
         shape = shape_of_name(path)
         if shape is None:
-            raise ConfigError(f"The size of the tokenizer {path!r} is not known here. Set model.vocab_size.")
+            raise ConfigError(f"The size of the tokenizer {path!r} is unknown. Set model.vocab_size.")
         return shape.vocab_size
     content: Any = read_json(file)
     try:
@@ -154,9 +150,9 @@ def _tokenizer_size(path: str) -> int:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """One JSON object from a model folder.
+    """A JSON object in a model folder.
 
-    Raises: ConfigError when the file is missing or is something else.
+    Raises: ConfigError when the file is missing or not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

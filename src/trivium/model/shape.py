@@ -1,7 +1,7 @@
-"""The shape of a dense Qwen model: what its config.json says, checked, and how many parameters that makes.
+"""The shape of a dense Qwen model: config.json, its validation, and parameter counts. Never imports torch.
 
-Also the one table of a layer's weight matrices, from which parameter counts, FLOPs, memory, adapters and quantized
-sizes are computed. Numbers only: no weights and no torch, so that planning and listing start at once.
+`QwenShape.layer_matrices` lists a layer's weight matrices, from which parameter counts, FLOPs, memory, adapter sizes
+and quantized sizes are computed.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ SIZE_FIELDS = (
     "max_position_embeddings",
 )
 
-# The loss is computed in chunks of logits. The gradient of a trained head is added to once a chunk, which makes small
-# chunks slow; a frozen head has none. On a CPU the softmax passes over a chunk in slices that fit the cache.
+# The loss is computed in chunks of logits. Each chunk updates the whole gradient of a trained head, which makes small
+# chunks slow; a frozen head has no gradient. On a CPU the softmax processes a chunk in slices that fit the cache.
 LOGITS_CHUNK_BYTES, FROZEN_HEAD_CHUNK_BYTES, MIN_CHUNK_ROWS = 1 << 28, 1 << 26, 64
 CPU_SLICE_VALUES = 1 << 20
 
 
 def loss_chunk_rows(vocab_size: int, dtype_bytes: int, is_trained: bool) -> int:
-    """Supervised tokens whose logits fill one chunk of the loss, by whether the head is trained."""
+    """Supervised tokens per chunk of the loss, for a trained or frozen head."""
     chunk_bytes = LOGITS_CHUNK_BYTES if is_trained else FROZEN_HEAD_CHUNK_BYTES
     return max(MIN_CHUNK_ROWS, chunk_bytes // (vocab_size * dtype_bytes))
 
@@ -41,11 +41,9 @@ class Matrix:
     """A weight matrix of a decoder layer.
 
     Attributes:
-        name: of its module, such as `q_proj`.
-        out_features, in_features: its size.
-        has_bias: whether a bias is added to its output.
-        copies: how many of it a layer holds.
-        active: how many of these a token passes through.
+        name: of its module, for example `q_proj`.
+        copies: number in a layer.
+        active: number that a token is multiplied with.
     """
 
     name: str
@@ -63,9 +61,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class QwenShape:
-    """Everything that decides a model's tensors and their arithmetic; Qwen2.5 is family `qwen2`.
+    """The configuration of a model; Qwen2.5 is family `qwen2`.
 
-    Raises: ConfigError naming the field when the numbers cannot make a model.
+    Raises: ConfigError naming an invalid field.
     """
 
     family: Family
@@ -101,7 +99,7 @@ class QwenShape:
             )
         if self.head_dim % 2:
             raise ConfigError(
-                f"The model's head_dim is {self.head_dim}; rotary positions turn pairs of channels, so make it even."
+                f"The model's head_dim is {self.head_dim}; rotary positions rotate pairs of channels, so make it even."
             )
 
     @property
@@ -111,12 +109,12 @@ class QwenShape:
 
     @property
     def qk_norm(self) -> bool:
-        """Whether queries and keys are normalised per head (Qwen3)."""
+        """Whether queries and keys are normalized per head (Qwen3)."""
         return self.family == "qwen3"
 
     @property
     def num_embedding_params(self) -> int:
-        """Parameters that the vocabulary costs: the embeddings, and the output head unless it is the same tensor."""
+        """Parameters of the embeddings and of an untied head."""
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
     def layer_matrices(self) -> tuple[Matrix, ...]:
@@ -135,22 +133,22 @@ class QwenShape:
 
     @property
     def num_layer_matmul_params(self) -> int:
-        """Weights of the matrices that one layer holds."""
+        """Weights of a layer's matrices."""
         return sum(matrix.copies * matrix.num_values for matrix in self.layer_matrices())
 
     @property
     def num_layer_active_params(self) -> int:
-        """Weights of one layer's matrices that a token is multiplied with."""
+        """Weights of a layer's matrices that a token is multiplied with."""
         return sum(matrix.active * matrix.num_values for matrix in self.layer_matrices())
 
     @property
     def num_matmul_params(self) -> int:
-        """Weights that each token is multiplied with: layers and output head, but not the embedding look-up."""
+        """Weights that a token is multiplied with: layers and output head, without the embedding lookup."""
         return self.num_hidden_layers * self.num_layer_active_params + self.vocab_size * self.hidden_size
 
     @property
     def num_params(self) -> int:
-        """Parameters of the whole model; a tied head counts once."""
+        """Parameters of the model; tied embeddings count once."""
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
         biases = sum(matrix.copies * matrix.out_features for matrix in self.layer_matrices() if matrix.has_bias)
         layers = self.num_hidden_layers * (self.num_layer_matmul_params + norms + biases)
@@ -159,8 +157,7 @@ class QwenShape:
     def to_hf_config(self) -> dict[str, object]:
         """The config.json of this shape, without token ids and dtype.
 
-        `rope_theta` stands twice: transformers 5 reads `rope_parameters`, and readers of the older layout would
-        otherwise fall back to a base of 10,000 without a word.
+        It has `rope_theta` twice: transformers 5 reads `rope_parameters`; older readers would silently use 10,000.
         """
         config: dict[str, object] = {
             "architectures": [ARCHITECTURES[self.family]],
@@ -181,9 +178,9 @@ class QwenShape:
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, object]) -> "QwenShape":
-        """The shape a config.json describes, read as data: nothing it names is imported or run.
+        """The shape in a parsed config.json.
 
-        Raises: ConfigError when it asks for code, quantized weights or arithmetic that Trivium does not have.
+        Raises: ConfigError when it asks for remote code, quantized weights or an unsupported architecture.
         """
         family = config.get("model_type")
         if family not in get_args(Family):
@@ -209,24 +206,24 @@ class QwenShape:
 
 
 def _refuse_foreign_code(config: Mapping[str, object]) -> None:
-    """Refuse what would load code or kernels that the folder, not the user, chose."""
+    """Raise ConfigError for keys that make a loader run code or kernels, and for quantized weights."""
     for key, value in config.items():
         if value is None or value is False:
             continue
         if key in ("auto_map", "custom_pipelines") or "trust_remote_code" in key or "_implementation" in key:
             raise ConfigError(
-                f"The model's config.json has the key {key!r}, which makes a loader run code of the folder's choice. "
-                "Trivium reads config.json as data only; remove the key if this is a plain Qwen model."
+                f"The model's config.json has the key {key!r}, which makes loaders run code from the folder. Trivium "
+                "never runs such code; remove the key if this is a plain Qwen model."
             )
         if key in ("quantization_config", "compression_config"):
             raise ConfigError(
-                f"The model's config.json has a {key!r}: its weights are stored quantized. Trivium starts from "
-                "bf16, fp16 or fp32 weights; use the unquantized model of the same name."
+                f"The model's config.json has the key {key!r}: its weights are quantized. Trivium needs bf16, fp16 or "
+                "fp32 weights; use the unquantized model of the same name."
             )
 
 
 def _refuse_other_arithmetic(config: Mapping[str, object]) -> None:
-    """Refuse settings of the two families that no published dense model uses and this network does not compute."""
+    """Raise ConfigError for settings that this network does not implement; no published dense Qwen model uses them."""
     layer_types = cast("list[object]", config.get("layer_types") or [])
     found = ""
     if config.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
@@ -237,13 +234,13 @@ def _refuse_other_arithmetic(config: Mapping[str, object]) -> None:
         found = "attention_bias true"
     if found:
         raise ConfigError(
-            f"The model's config.json asks for {found}, which no published dense Qwen2.5 or Qwen3 model does "
-            "and Trivium does not compute. Choose a model with full attention, SiLU and the family's own biases."
+            f"The model's config.json asks for {found}, which Trivium does not support and no published dense Qwen2.5 "
+            "or Qwen3 model uses. Choose a model with full attention, SiLU and the family's default biases."
         )
 
 
 def _head_dim(config: Mapping[str, object]) -> int:
-    """The head size, with each family's rule where the key is absent (as the published Qwen2.5 configs leave it)."""
+    """The head size, with the family's default if the key is missing, as in the published Qwen2.5 configs."""
     if config.get("head_dim") is not None:
         return cast(int, config["head_dim"])
     if config["model_type"] == "qwen3":
@@ -258,7 +255,7 @@ def _head_dim(config: Mapping[str, object]) -> int:
 
 
 def _rope_theta(config: Mapping[str, object]) -> float:
-    """The base of the rotary positions, from the transformers-5 key or the two older ones."""
+    """The base of the rotary positions, from the transformers 5 key or the older ones."""
     rope: dict[str, object] = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = config.get(key)
@@ -268,13 +265,13 @@ def _rope_theta(config: Mapping[str, object]) -> float:
     kinds = {rope.get("rope_type", "default"), rope.get("type", "default")}
     if kinds != {"default"} or set(rope) - {"rope_type", "type", "rope_theta"}:
         raise ConfigError(
-            f"The model's config.json scales its rotary positions ({rope}); Trivium computes the plain ones only. "
-            "Remove the scaling to train at the model's own length; it can be added back for inference."
+            f"The model's config.json scales its rotary positions ({rope}), which Trivium does not support. "
+            "Remove the scaling to train at the model's original length; you can add it back for inference."
         )
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is None:
         raise ConfigError(
-            "The model's config.json has no rope_theta, and guessing it would bend every position: "
-            "Qwen uses 1000000, the transformers default is 10000. Add the one the model was trained with."
+            "The model's config.json has no rope_theta, and there is no safe default: Qwen uses 1000000, transformers "
+            "defaults to 10000. Add the value that the model was trained with."
         )
     return cast(float, theta)

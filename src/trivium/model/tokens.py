@@ -1,8 +1,7 @@
 """Trainable tokens: embedding and head rows of a few tokens, trained while the rest of the table is frozen.
 
-A base model may never have trained some of its tokens, for example the one that ends a turn; an adapter alone cannot
-fix that. The table is never copied: looked-up rows are replaced afterwards, and the loss replaces the logits of those
-tokens.
+Pretraining may have left some tokens untrained, for example the end of a turn, which an adapter alone cannot fix. The
+table is not copied: rows are replaced after the lookup, and the loss replaces the logits of those tokens.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 class TrainableTokens(nn.Module):
     """An embedding table or a head (V, D), frozen except for the rows of a few tokens.
 
-    ids: int64 (k,), the tokens. rows: fp32 (k, D), trained; they replace the table's rows, which keep their values.
+    ids: int64 (k,), the tokens. rows: fp32 (k, D), trained; used in place of the table's rows.
     """
 
     def __init__(self, base_layer: nn.Embedding | nn.Linear, ids: Sequence[int]) -> None:
@@ -30,10 +29,10 @@ class TrainableTokens(nn.Module):
         return self.base_layer.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up tokens, in the table's dtype; only the trained rows get a gradient.
+        """Look up tokens, in the table's dtype; only the trained rows get gradients.
 
-        Rows are selected by a product with ones and zeros. That is exact, and its gradient is a product too, which
-        unlike a scatter always sums in the same order.
+        Rows are selected by a product with zeros and ones, which is exact. Its gradient is a product too, which always
+        sums in the same order, unlike a scatter.
         """
         looked_up = nn.functional.embedding(tokens, self.weight)
         is_row = tokens.unsqueeze(-1) == self.ids
@@ -41,5 +40,5 @@ class TrainableTokens(nn.Module):
         return torch.where(is_row.any(-1, keepdim=True), rows, looked_up)
 
     def folded(self) -> Tensor:
-        """The whole table with the trained rows written into it, fp32 (V, D)."""
+        """The table with the trained rows merged, fp32 (V, D)."""
         return self.weight.detach().float().index_copy(0, self.ids, self.rows.detach())
