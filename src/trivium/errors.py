@@ -32,3 +32,8 @@ class Stopped(TriviumError):
     """The run was asked to stop and has saved a checkpoint; the same command resumes it."""
 
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters; the error's type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -27,7 +27,7 @@ def test_a_run_beside_its_base(tmp_path: Path, monkeypatch):
     figures = {label: values for label, *values in (re.split(r"\s{2,}", line.strip()) for line in lines)}
     assert len(figures["held-out loss"]) == 2 and figures["training time"][0] == "-"
     assert "NF4" in done.stderr and "report: comparison/report.html" in done.stderr
-    assert "tuned and base" in (tmp_path / "comparison" / "report.html").read_text()
+    assert "tuned and base model" in (tmp_path / "comparison" / "report.html").read_text()
     again = CliRunner().invoke(cli, ["compare", "runs/tuned", *files, "--json", "--out", "elsewhere"])
     assert again.exit_code == 0, again.stderr
     found = json.loads(again.stdout)

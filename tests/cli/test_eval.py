@@ -56,11 +56,11 @@ def test_a_table_without_json(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "words"),
     [
-        (["taught"], 2, "taught is no run"),
+        (["taught"], 2, "taught is not a run"),
         (["nothing", "--held-out", "texts.jsonl"], 2, "nothing is not a model"),
         (["taught", "--prompts", "gone.jsonl"], 2, "gone.jsonl does not exist"),
         (["taught", "--held-out", "gone.jsonl"], 2, "gone.jsonl"),
-        (["taught", "--answers", "out.jsonl"], 2, "name that file too"),
+        (["taught", "--answers", "out.jsonl"], 2, "Add --prompts FILE"),
         pytest.param(
             ["taught", "--lm-eval", "hellaswag"], 2, "pip install 'trivium[eval]'",
             marks=pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed"),

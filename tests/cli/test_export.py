@@ -15,7 +15,7 @@ def test_a_merge_is_reported_and_never_overwritten(tmp_path: Path, monkeypatch: 
     run = make_run(tmp_path / "runs" / "qlora", "weights: nf4\n")
     make_adapter(run / "adapter", base)
     monkeypatch.chdir(tmp_path)
-    merge = ["export", "runs/qlora", "--merge", "--to", "hf", "--out", "merged", "--dtype", "bfloat16"]
+    merge = ["export", "runs/qlora", "--merge", "--out", "merged", "--dtype", "bfloat16"]
     done = CliRunner().invoke(cli, merge)
     assert done.exit_code == 0, done.stderr
     assert done.stdout == "merged\n"

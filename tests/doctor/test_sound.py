@@ -78,4 +78,4 @@ def test_a_real_base_is_only_told_what_its_servers_read(chats, tmp_path):
     prepared = prepared_of(run_of(tmp_path, chats, method="lora", model=str(base), data={"held_out": 0.0}))
     found = found_in(prepared)
     assert {name: finding.severity for name, finding in found.items()} == {"Q05": "warning"}
-    assert "151645" in found["Q05"].violation.fix
+    assert "151645" in found["Q05"].fix

@@ -20,7 +20,7 @@ def test_m04_weights_that_give_no_numbers(tokenizer, chats, tmp_path):
     base = write_base(tmp_path / "base", tokenizer, edit=poison)
     prepared = prepared_of(run_of(tmp_path, chats, method="full", model=str(base)))
     found = found_in(load(prepared))["M04"]
-    assert found.severity == "error" and "nan" in found.violation.found
+    assert found.severity == "error" and "nan" in found.found
 
 
 def test_m04_a_step_that_teaches_nothing(loaded):

@@ -62,7 +62,7 @@ def chat_ids(question="hi", answer="yes", before="assistant"):
 def test_q02_documents_without_an_end(tmp_path, base):
     documents = [np.array(ids_of("a text that goes on and on"))] * 9
     found = found_in(ready_run(tmp_path, base, documents))["Q02"]
-    assert found.severity == "warning" and "--append-eod" in found.violation.fix
+    assert found.severity == "warning" and "--append-eod" in found.fix
     ended = [np.append(document, END_OF_TEXT) for document in documents]
     (tmp_path / "ended").mkdir()
     assert severity_of(ready_run(tmp_path / "ended", base, ended), "Q02") is None
@@ -76,7 +76,7 @@ def test_q02_answers_whose_end_is_not_learnt(tmp_path, base):
     weights[-1] = 0
     endless = ready_run(tmp_path / "endless", base, [ids] * 9, [weights] * 9, method="full")
     found = found_in(endless)["Q02"]
-    assert found.severity == "error" and found.stops_with is BadData and "9 of 9" in found.violation.found
+    assert found.severity == "error" and found.stops_with is BadData and "9 of 9" in found.found
 
 
 def test_q02_bears_one_in_a_hundred(tmp_path, base):
@@ -98,9 +98,7 @@ def test_q04_untrained_rows_that_stay_frozen(tie, tokenizer, chats, tmp_path):
     named = {"train_tokens": ["<|im_start|>"]}
     prepared = prepared_of(run_of(tmp_path, chats, method="lora", model=str(base), adapter=named))
     found = found_in(prepared)["Q04"]
-    assert (
-        found.severity == "error" and "<|im_end|>" in found.violation.found and "im_start" not in found.violation.found
-    )
+    assert found.severity == "error" and "<|im_end|>" in found.found and "im_start" not in found.found
     load(prepared)  # a knowing user can pass
     for adapter in ({}, {"train_tokens": ["<|im_start|>", "<|im_end|>"]}):
         run = run_of(tmp_path, chats, method="lora", model=str(base), adapter=adapter)
@@ -132,7 +130,7 @@ def test_q05_a_base_that_goes_on_after_the_turn(tokenizer, chats, tmp_path):
 def test_q10_a_table_that_would_lose_rows(prepared):
     smaller = replace(prepared, job=replace(prepared.job, shape=replace(prepared.job.shape, vocab_size=259)))
     found = found_in(smaller)["Q10"]
-    assert found.severity == "error" and "61" in found.violation.found
+    assert found.severity == "error" and "61" in found.found
     larger = replace(prepared, job=replace(prepared.job, shape=replace(prepared.job.shape, vocab_size=384)))
     assert severity_of(larger, "Q10") is None
 
@@ -140,20 +138,20 @@ def test_q10_a_table_that_would_lose_rows(prepared):
 def test_q11_ids_without_a_row(prepared):
     narrow = replace(prepared, job=replace(prepared.job, shape=replace(prepared.job.shape, vocab_size=TURN_END)))
     found = found_in(narrow)["Q11"]
-    assert found.severity == "error" and "258" in found.violation.found
+    assert found.severity == "error" and "258" in found.found
 
 
 def test_q11_a_model_that_stops_at_a_stranger(tokenizer, texts, tmp_path):
     letter = ids_of("a")[0]
     base = write_base(tmp_path / "base", tokenizer, stops=[letter, END_OF_TEXT])
     found = found_in(prepared_of(run_of(tmp_path, texts, method="continue", model=str(base))))["Q11"]
-    assert found.severity == "warning" and f"{letter} (a)" in found.violation.found
+    assert found.severity == "warning" and f"{letter} (a)" in found.found
 
 
 def test_q11_a_tokenizer_of_another_size(tokenizer, texts, tmp_path):
     base = write_base(tmp_path / "base", tokenizer, vocab_size=151936)
     found = found_in(prepared_of(run_of(tmp_path, texts, method="continue", model=str(base))))["Q11"]
-    assert found.severity == "warning" and "259" in found.violation.found
+    assert found.severity == "warning" and "259" in found.found
 
 
 def test_q13_answers_that_begin_at_the_wrong_place(tmp_path, base):
@@ -162,7 +160,7 @@ def test_q13_answers_that_begin_at_the_wrong_place(tmp_path, base):
     late[np.flatnonzero(weights)[0]] = 0  # the first letter of the answer is not learnt
     prepared = ready_run(tmp_path, base, [ids] * 9, [late] * 9, method="full")
     found = found_in(prepared)["Q13"]
-    assert found.severity == "error" and "<|im_start|>assistant" in found.violation.expected
+    assert found.severity == "error" and "<|im_start|>assistant" in found.expected
     (tmp_path / "sound").mkdir()
     assert severity_of(ready_run(tmp_path / "sound", base, [ids], [weights], method="full"), "Q13") is None
 
@@ -193,7 +191,7 @@ def test_q18_samples_that_teach_nothing(tmp_path, base):
     assert severity_of(none, "Q18") == "warning"
     none.__dict__["samples"] = [sample._replace(is_ready_made=False) for sample in none.samples]
     found = found_in(none)["Q18"]
-    assert found.severity == "error" and "8 of 9" in found.violation.found
+    assert found.severity == "error" and "8 of 9" in found.found
 
 
 def test_q18_the_users_words_are_learnt_too(tmp_path, base):

@@ -5,7 +5,8 @@ import re
 
 from rich.console import Console
 
-from trivium.report.panel import LivePanel, PlainLines, curve, duration
+from trivium.plan.speed import hours
+from trivium.report.panel import LivePanel, PlainLines, curve
 
 TRAIN = {
     "step": 50,
@@ -74,5 +75,7 @@ def test_the_curve_is_as_high_as_it_should_be():
     assert curve([2.0] * 5) and curve([]) == []
 
 
-def test_durations_are_said_as_people_say_them():
-    assert [duration(seconds) for seconds in (0.4, 59, 61, 3599, 7260)] == ["0s", "59s", "1m01s", "59m59s", "2h01m"]
+def test_hours_are_shown_in_a_fitting_unit():
+    assert [hours(seconds / 3600) for seconds in (0.4, 59, 186, 3599, 9000)] == [
+        "0.4 s", "59 s", "3.1 min", "60 min", "2.5 h",
+    ]  # fmt: skip

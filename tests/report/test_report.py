@@ -82,7 +82,7 @@ def test_a_finished_run_shows_its_numbers(finished_run: Path) -> None:
         "600 of 600",
         "2,457,600",
         f"{held_out:.4f}",
-        "3 min 6 s",
+        "3.1 min",
         "MFU = (k * block parameters",
         "1.30 GiB",
         "step-00000300, step-00000600",
@@ -119,8 +119,8 @@ def test_the_plan_stands_beside_what_was_measured(finished_run: Path) -> None:
     page = read(write_report(finished_run))
     for words in (
         "4.00 GiB measured (-25.0%)",
-        "4,000 tokens a second measured (+25.0%)",
-        "2 h 30 min measured (-20.0%)",
+        "4,000 tokens/s measured (+25.0%)",
+        "2.5 h measured (-20.0%)",
     ):
         assert words in page.text, words
 

@@ -1,4 +1,4 @@
-"""`trivium compare`: options and printing. The table goes to stdout, the path of the report to stderr."""
+"""`trivium compare`: options and printing. The table goes to stdout, the report's path to stderr."""
 
 import sys
 from pathlib import Path
@@ -16,12 +16,18 @@ FILE = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="RUN...")
-@click.option("--prompts", type=FILE, help="File of prompts for every model, with or without answers.")
+@click.option("--prompts", type=FILE, help="File of prompts, with or without expected answers.")
 @click.option("--held-out", type=FILE, help="Measure the loss on this file. Default: the first run's held-out set.")
-@click.option("--general", type=FILE, help="File of general text, on which the loss shows forgetting.")
-@click.option("--out", type=FILE, default=Path("comparison"), show_default=True, help="Folder of report.html.")
+@click.option("--general", type=FILE, help="Measure forgetting: the rise of the loss on this file of general text.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Maximum length of an answer."
+    "--out",
+    type=FILE,
+    default=Path("comparison"),
+    show_default=True,
+    help="Folder for report.html and comparison.json.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Maximum tokens of an answer."
 )
 @click.option("--thinking/--no-thinking", default=False, help="Turn reasoning on, if the template has the switch.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
@@ -35,9 +41,9 @@ def compare(
     thinking: bool,
     as_json: bool,
 ) -> None:
-    """Compare each RUN with its base model: quality, forgetting, cost, answers.
+    """Compare runs and their base models: quality, forgetting, cost and answers.
 
-    A RUN is a run folder or any other model. Writes report.html and comparison.json to --out.
+    RUN is a run folder, the folder of a model or an adapter, or a Hub id.
 
     \b
     Examples:
@@ -46,10 +52,10 @@ def compare(
     """
     from trivium.report.comparison import as_json as to_json
     from trivium.report.comparison import write_comparison
-    from trivium.use.compare import compare as put_side_by_side
+    from trivium.use.compare import compare as compare_models
 
     with waiting() as wait:
-        comparison = put_side_by_side(
+        comparison = compare_models(
             models,
             prompts=prompts,
             held_out=held_out,
@@ -82,5 +88,5 @@ def print_table(comparison: "Comparison") -> None:
     for row in table(comparison):
         texts = [Text(row.text(v), style="bold" if v is not None and v == row.best else "") for v in row.values]
         grid.add_row(Text(row.label, style="dim"), *texts)
-    # A terminal has a width; a file gets as much as needed.
+    # Wide enough for every column if stdout is not a terminal.
     Console(width=None if sys.stdout.isatty() else 40 + 24 * len(comparison.models)).print(grid)

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from trivium.data.words import WordEncoder
-from trivium.errors import ConfigError
+from trivium.errors import ConfigError, first_line
 from trivium.files import atomic_write
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
         tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.exists() else name), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"Tokenizer {name} cannot be loaded ({_first_line(error)}). Expected a folder with tokenizer.json and "
+            f"Tokenizer {name} cannot be loaded ({first_line(error)}). Expected a folder with tokenizer.json and "
             "tokenizer_config.json, or a Hub id that is in the local cache or reachable from here."
         ) from error
     if tokenizer is None or not tokenizer.is_fast:
@@ -80,10 +80,6 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
             "repeats; one of its files does not belong to the others."
         )
     return cast("PreTrainedTokenizerFast", tokenizer)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, folder: Path) -> None:

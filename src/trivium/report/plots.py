@@ -1,4 +1,4 @@
-"""Curves as inline SVG with the page's CSS colors, for light and dark mode. Uses matplotlib without pyplot."""
+"""Curves as inline SVG in the page's CSS colors, for light and dark mode. Uses matplotlib without pyplot."""
 
 import io
 import re
@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from trivium.engine.record import Curve
 
-# matplotlib needs real colors: these are replaced by the page's CSS variables in the SVG.
+# matplotlib needs real colors; the SVG has the page's CSS variables instead.
 STAND_INS = {
     "ink": "#000001",
     "muted": "#000002",
@@ -61,7 +61,7 @@ def loss_plot(train: Curve, held_out: Curve, floor: float | None, note: str) -> 
 
 
 def small_plot(name: str, curve: Curve, label: str) -> str:
-    """One metric over the optimizer steps, from zero up."""
+    """One metric over the optimizer steps; the axis starts at zero."""
     with rc_context(_style()):
         figure, axes = _axes(SMALL_INCHES)
         marker = "o" if len(curve.values) == 1 else ""
@@ -73,7 +73,7 @@ def small_plot(name: str, curve: Curve, label: str) -> str:
 
 
 def _style() -> dict[str, object]:
-    """Keep text as text in the page's font, and make identifiers reproducible."""
+    """Text stays text in the page's font, and identifiers are reproducible."""
     return {"svg.fonttype": "none", "svg.hashsalt": "trivium", "font.size": 10, "text.color": STAND_INS["ink"]}
 
 
@@ -94,7 +94,7 @@ def _axes(size_inches: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _loss_scale(axes: Axes, values: list[float]) -> None:
-    """A logarithmic axis if the loss fell far; otherwise the first steps would flatten the rest."""
+    """A logarithmic axis if the loss fell far, so that the first steps do not flatten the rest."""
     low, high = min(values), max(values)
     if low > 0 and high / low >= LOG_SCALE_FROM_RATIO:
         axes.set_yscale("log")
@@ -108,7 +108,7 @@ def _loss_scale(axes: Axes, values: list[float]) -> None:
 
 
 def _plain(value: float, _: int | None) -> str:
-    """For example 12,000 and 0.003, without powers of ten."""
+    """A number without powers of ten, for example 12,000 or 0.003."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -122,8 +122,8 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg.replace("xlink:href", "href"))
-    for variable, colour in STAND_INS.items():
-        svg = svg.replace(colour, f"var(--{variable})")
+    for variable, color in STAND_INS.items():
+        svg = svg.replace(color, f"var(--{variable})")
     view = re.search(r'viewBox="([^"]*)"', svg)
     assert view is not None, "matplotlib writes a viewBox"
     return f'<svg viewBox="{view[1]}" role="img" aria-label="{escape(description)}">' + svg[svg.index(">") + 1 :]
