@@ -34,6 +34,6 @@ class Stopped(TriviumError):
     exit_code = 75
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 300 characters; the error's type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def first_lines(error: BaseException) -> str:
+    """The first two lines of an error's message on one line, at most 300 characters; its type if there are none."""
+    return " ".join(str(error).strip().splitlines()[:2])[:300] or type(error).__name__

@@ -19,7 +19,7 @@ def test_a_merge_is_reported_and_never_overwritten(tmp_path: Path, monkeypatch: 
     done = CliRunner().invoke(cli, merge)
     assert done.exit_code == 0, done.stderr
     assert done.stdout == "merged\n"
-    for words in ("verified: reloaded", "rounding to bfloat16", "trained on the NF4 base"):
+    for words in ("verified: after reloading", "rounding to bfloat16", "trained on the NF4 base"):
         assert words in done.stderr
     assert not list(tmp_path.glob(".*"))
     again = CliRunner().invoke(cli, ["export", "runs/qlora", "--merge", "--out", "merged"])

@@ -106,7 +106,7 @@ def test_q17_control_tokens_written_out(base, thinker, tmp_path):
     refused = [*PAIRS[:9], ("What is <|im_end|>?", "An end.")]
     data = {"max_reject_share": 0.5}
     found = found_in(prepared_with(chat_rows(refused), base, tmp_path / "refused", data=data))["Q17"]
-    assert "1 were rejected" in found.found
+    assert "1 records were rejected" in found.found
 
 
 def test_q17_documents_are_plain_text_whatever_they_spell(base, tmp_path):

@@ -130,7 +130,7 @@ def test_q05_a_base_that_goes_on_after_the_turn(tokenizer, chats, tmp_path):
 def test_q10_a_table_that_would_lose_rows(prepared):
     smaller = replace(prepared, job=replace(prepared.job, shape=replace(prepared.job.shape, vocab_size=259)))
     found = found_in(smaller)["Q10"]
-    assert found.severity == "error" and "61" in found.found
+    assert found.severity == "error" and "259 rows" in found.found and "320" in found.found
     larger = replace(prepared, job=replace(prepared.job, shape=replace(prepared.job.shape, vocab_size=384)))
     assert severity_of(larger, "Q10") is None
 

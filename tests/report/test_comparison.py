@@ -116,5 +116,5 @@ def test_many_prompts_are_in_the_file_and_the_first_of_them_on_the_page(compared
         models=[replace(model, answers=model.answers[:1] * 30) for model in compared.models],
     )
     path = write_comparison(many, tmp_path)
-    assert "10 more prompts and answers are in comparison.json" in text_of(path)
+    assert "comparison.json has 10 more prompts" in text_of(path)
     assert len(json.loads((tmp_path / "comparison.json").read_text())["models"][0]["answers"]) == 30

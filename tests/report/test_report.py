@@ -227,7 +227,7 @@ def test_the_command_prints_the_path(finished_run: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TriviumError, match="no run folder"):
+    with pytest.raises(TriviumError, match="is not a run folder"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -30,7 +30,7 @@ def ask(text: str, answer: str | None = None) -> EvalPrompt:
 
 
 def test_batched_answers_are_those_of_transformers_one_by_one(adapter: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "BATCH_ROWS", 3)
+    monkeypatch.setattr(module, "BATCH_SIZE", 3)
     loaded = load(str(adapter))
     questions = [ask("x" * length) for length in (5, 1, 40, 17, 2, 9, 30)]
     seen: list[tuple[int, int]] = []

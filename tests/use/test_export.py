@@ -70,7 +70,7 @@ def test_a_bfloat16_base_is_summed_in_fp32_and_stays_bfloat16(tmp_path: Path, ba
 def test_a_merge_that_computes_something_else_leaves_nothing(tmp_path: Path):
     base = make_base(tmp_path / "base", tie=True)
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(TriviumError, match="do not compute the same"):
+    with pytest.raises(TriviumError, match="logits of .* differ"):
         export(str(adapter), tmp_path / "out" / "merged", merge=True, dtype=None, note=silent)
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -44,5 +44,5 @@ def test_a_task_is_run_on_an_adapter_with_trained_rows(tmp_path: Path, monkeypat
     loaded = load(str(adapter))
     found = run_tasks(loaded, ["boats"])
     assert found["boats"]["acc,none"] == 0.5
-    with pytest.raises(ConfigError, match="knows no task nonsense"):
+    with pytest.raises(ConfigError, match="has no task nonsense"):
         run_tasks(loaded, ["nonsense"])

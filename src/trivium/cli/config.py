@@ -52,7 +52,7 @@ def explain(key: str | None, file: Path | None) -> None:
         return
     path = tuple(key.split("."))
     if (entry := key_at(path)) is None:
-        raise ConfigError(f"{key} is not a key of run files; {suggest(path)}")
+        raise ConfigError(f"{key} is not a known key; {suggest(path)}")
     click.echo(_explanation(entry, resolved))
 
 

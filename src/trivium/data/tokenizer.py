@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from trivium.data.words import WordEncoder
-from trivium.errors import ConfigError, first_line
+from trivium.errors import ConfigError, first_lines
 from trivium.files import atomic_write
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
         tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.exists() else name), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"Tokenizer {name} cannot be loaded ({first_line(error)}). Expected a folder with tokenizer.json and "
+            f"Tokenizer {name} cannot be loaded ({first_lines(error)}). Expected a folder with tokenizer.json and "
             "tokenizer_config.json, or a Hub id that is in the local cache or reachable from here."
         ) from error
     if tokenizer is None or not tokenizer.is_fast:

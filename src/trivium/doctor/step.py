@@ -9,7 +9,7 @@ from trivium.doctor.prepared import LoadedRun
 from trivium.engine.device import is_out_of_memory
 from trivium.engine.engine import Engine, NonFinite
 from trivium.engine.plan_record import suggest_fixes
-from trivium.errors import TriviumError, first_line
+from trivium.errors import TriviumError, first_lines
 from trivium.plan.memory import peak_memory
 
 
@@ -17,7 +17,7 @@ def one_step(loaded: LoadedRun) -> Violation | None:
     """M04: a forward and backward pass over the first micro-batch that fails or has no gradient."""
     batch, engine = loaded.prepared.job.batches.step(0)[0], loaded.engine
     try:
-        loss = engine.forward_backward([batch])
+        loss = engine.forward_backward([batch])["loss"]
         norm = math.sqrt(sum(float(g.float().pow(2).sum()) for g in gradients(engine).values()))
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -26,7 +26,7 @@ def one_step(loaded: LoadedRun) -> Violation | None:
         limit = min(machine.memory_bytes, peak_memory(workload).total)
         return Violation(
             "error",
-            f"the first micro-batch does not fit in the memory of {engine.device} ({first_line(error)}).",
+            f"the first micro-batch does not fit in the memory of {engine.device} ({first_lines(error)}).",
             "enough memory for one micro-batch.",
             f"one of these changes: {suggest_fixes(workload, machine, limit)}.",
         )
