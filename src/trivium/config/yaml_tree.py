@@ -1,7 +1,7 @@
-"""Strict YAML 1.2 for run files: text -> a tree of plain values, each with its file and line.
+"""Parses the strict YAML 1.2 of run files into a tree of plain values, each with its file and line.
 
 `1e-4` is a number; `no`, `off`, `2026-01-01` and `1:30` are text. Duplicate keys, tags, anchors, a second document and
-tabs are refused with their line. Never imports torch.
+tabs are errors. Never imports torch.
 """
 
 import re
@@ -28,7 +28,7 @@ Scalar = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value was written: a file and its line (from 1), or another source like the command line."""
+    """Where a value comes from: a file and line (from 1), or another source like the command line."""
 
     source: str
     line: int | None = None
@@ -54,12 +54,12 @@ class Node:
 
 
 def printable(text: str) -> str:
-    """Text with control characters and line breaks as escapes that double-quoted YAML reads back."""
+    """Text with control characters and line breaks escaped as in double-quoted YAML."""
     return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in text)
 
 
 class Problem(Exception):
-    """One problem in a run file, as a sentence, with its place."""
+    """One problem in a run file and its place."""
 
     def __init__(self, place: Place, text: str) -> None:
         super().__init__(printable(f"{place}: {text}"))
@@ -90,9 +90,9 @@ def read_file(path: Path) -> str:
     place = Place(str(path))
     try:
         if not path.exists():
-            raise Problem(place, "no such file; expected the path of a run file")
+            raise Problem(place, "no such file; give the path of a run file")
         if not path.is_file():
-            raise Problem(place, "not a file; expected a run file, for example run.yaml")
+            raise Problem(place, "not a file; give the path of a run file")
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
@@ -135,7 +135,7 @@ class _Parser:
         self.events: Iterator[Any] = yaml.parse(text, Loader=LOADER)
 
     def document(self) -> Node:
-        """The only document of the text; empty text is null."""
+        """The only document of the text; null if the text is empty."""
         next(self.events)
         if isinstance(next(self.events), yaml.StreamEndEvent):
             return Node(None, Place(self.source))

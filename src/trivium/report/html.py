@@ -147,7 +147,7 @@ def _plan(record: Record) -> str:
         "Training time": _prediction(plan.hours, hours),
     }
     items = sorted((plan.memory_items or {}).items(), key=lambda item: -item[1])
-    table = ", ".join(f"{name} {size / GIB:,.2f}" for name, size in items)
+    table = ", ".join(f"{name} {size / GIB:,.2f}" for name, size in items if size >= GIB / 100)
     rates = "speeds measured on this machine" if plan.is_calibrated else "speeds of a data sheet"
     return (
         f"<section>\n<h2>Plan</h2>\n{facts(rows.items())}"
