@@ -1,6 +1,5 @@
 """`trivium compare`: options and printing. The table goes to stdout, the report's path to stderr."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,18 +74,17 @@ def compare(
 
 def print_table(comparison: "Comparison") -> None:
     """Print the table to stdout, with the best value of each row in bold."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from trivium.report.comparison import table
 
-    grid = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
-    grid.add_column("", no_wrap=True)
-    for model in comparison.models:
-        grid.add_column(Text(model.name), justify="right", overflow="fold")
-    for row in table(comparison):
-        texts = [Text(row.text(v), style="bold" if v is not None and v == row.best else "") for v in row.values]
-        grid.add_row(Text(row.label, style="dim"), *texts)
-    # Wide enough for every column if stdout is not a terminal.
-    Console(width=None if sys.stdout.isatty() else 40 + 24 * len(comparison.models)).print(grid)
+    rows = table(comparison)
+    names = [model.name for model in comparison.models]
+    columns = zip(names, *([row.text(value) for value in row.values] for row in rows), strict=True)
+    widths = [3 + max(map(len, column)) for column in columns]
+    label_width = max(len(row.label) for row in rows)
+    click.echo(" " * label_width + "".join(name.rjust(width) for name, width in zip(names, widths, strict=True)))
+    for row in rows:
+        cells = [
+            click.style(row.text(value).rjust(width), bold=(value is not None and value == row.best) or None)
+            for value, width in zip(row.values, widths, strict=True)
+        ]
+        click.echo(row.label.ljust(label_width) + "".join(cells))

@@ -48,7 +48,6 @@ EXAMPLES: dict[str, Any] = {
     "model.shape.head_dim": 64,
     "data": "stories.txt",
     "data.sources": ["stories.txt", "books.parquet"],
-    "data.sources.N": "stories.txt",
     "data.sources.N.path": "stories.txt",
     "data.sources.N.hub": "roneneldan/TinyStories",
     "data.sources.N.store": "corpus/tokens",
@@ -62,9 +61,7 @@ EXAMPLES: dict[str, Any] = {
     "adapter": {"rank": 16},
     "adapter.alpha": 32,
     "adapter.train_tokens": ["<|im_start|>", "<|im_end|>"],
-    "adapter.train_tokens.N": "<|im_end|>",
-    "adapter.targets.N": "q_proj",
-    "log.trackers.N": "tensorboard",
+    "log.trackers": ["tensorboard"],
     "data.workers": 2,
     "data.cache_dir": "cache",
     "tokenizer": "Qwen/Qwen3-0.6B",
@@ -77,7 +74,6 @@ EXAMPLES: dict[str, Any] = {
     "activation_checkpointing": True,
     "eval.every_steps": 100,
     "sample.every_steps": 100,
-    "sample.prompts.N": "Once upon a time",
     "sample.prompts": ["Once upon a time"],
     "checkpoint.every_steps": 100,
 }
@@ -116,6 +112,8 @@ class Key:
     @property
     def example(self) -> Any:
         """A value that the key accepts."""
+        if self.dotted.endswith(".N"):
+            return keys()[self.dotted.removesuffix(".N")].example[0]
         return EXAMPLES[self.dotted] if self.dotted in EXAMPLES else next(iter(self.defaults.values()))
 
 
@@ -246,17 +244,11 @@ def key_at(path: KeyPath) -> Key | None:
     return keys().get(".".join("N" if step.isdigit() else step for step in steps))
 
 
-def children_of(path: KeyPath) -> list[str]:
-    """Names of the keys directly under a path; () stands for the run."""
-    if not path:
-        return list(Run.model_fields)
-    key = key_at(path)
-    return list(key.part.model_fields) if key and key.part else []
-
-
 def suggest(path: KeyPath) -> str:
     """The end of a message about an unknown key: the nearest known key, or the list of keys."""
-    name, siblings = str(path[-1]), children_of(path[:-1])
+    parent = key_at(path[:-1])
+    part = Run if len(path) == 1 else parent.part if parent else None
+    name, siblings = str(path[-1]), list(part.model_fields) if part else []
     if len(name) <= 64:
         if near := difflib.get_close_matches(name, [*siblings, "learning_rate"], n=1):
             return f"did you mean {near[0].replace('learning_rate', 'optimizer.lr')}?"

@@ -101,7 +101,8 @@ def tool_calls_garbled(prepared: PreparedRun) -> Violation | None:
     called = [one for one in prepared.conversations if any(turn.tool_calls for turn in one.turns)]
     if not called or prepared.template is None:
         return None
-    texts = [(one, _rendered(prepared, one)) for one in called]
+    render = prepared.job.tokenizer.apply_chat_template
+    texts = [(one, str(render(one.messages(), tools=list(one.tools) or None, tokenize=False))) for one in called]
     missing = sum(any(name not in text for name, _ in _calls(one)) for one, text in texts)
     twice = sum(any(f'\\"{key}\\"' in text for _, keys in _calls(one) for key in keys[:1]) for one, text in texts)
     if not missing and not twice:
@@ -113,11 +114,6 @@ def tool_calls_garbled(prepared: PreparedRun) -> Violation | None:
         "tool calls in the form that servers parse.",
         "use a template that supports tools, for example Qwen2.5's or Qwen3's, or remove these conversations.",
     )
-
-
-def _rendered(prepared: PreparedRun, conversation: Conversation) -> str:
-    tools = list(conversation.tools) or None
-    return str(prepared.job.tokenizer.apply_chat_template(conversation.messages(), tools=tools, tokenize=False))
 
 
 def _calls(conversation: Conversation) -> list[tuple[str, list[str]]]:

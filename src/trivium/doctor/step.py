@@ -2,12 +2,10 @@
 
 import math
 
-import torch
-
 from trivium.doctor.findings import Rule, Violation
 from trivium.doctor.prepared import LoadedRun
 from trivium.engine.device import is_out_of_memory
-from trivium.engine.engine import Engine, NonFinite
+from trivium.engine.engine import NonFinite
 from trivium.engine.plan_record import suggest_fixes
 from trivium.errors import TriviumError, first_lines
 from trivium.plan.memory import peak_memory
@@ -18,7 +16,8 @@ def one_step(loaded: LoadedRun) -> Violation | None:
     batch, engine = loaded.prepared.job.batches.step(0)[0], loaded.engine
     try:
         loss = engine.forward_backward([batch])["loss"]
-        norm = math.sqrt(sum(float(g.float().pow(2).sum()) for g in gradients(engine).values()))
+        gradients = [p.grad for p in engine.parameters.values() if p.grad is not None]
+        norm = math.sqrt(sum(float(g.float().pow(2).sum()) for g in gradients))
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -46,11 +45,6 @@ def one_step(loaded: LoadedRun) -> Violation | None:
 
 def _no_step(found: str, fix: str) -> Violation:
     return Violation("error", found, "a finite loss and a gradient norm above zero.", fix)
-
-
-def gradients(engine: Engine) -> dict[str, torch.Tensor]:
-    """The gradients of the trained parameters, by name."""
-    return {name: p.grad for name, p in engine.parameters.items() if p.grad is not None}
 
 
 RULES = (Rule[LoadedRun]("M04", "step", one_step, TriviumError),)

@@ -28,32 +28,16 @@ def loss_plot(train: Curve, held_out: Curve, floor: float | None, note: str) -> 
     """Training and held-out loss in nats per token, with the floor as a line and `note` as its label."""
     with rc_context(_style()):
         figure, axes = _axes(WIDE_INCHES)
+        drawn = [*train.values, *held_out.values]
         axes.plot(train.steps, train.values, color=STAND_INS["train"], linewidth=1.1, label="training")
-        marker = "o" if len(held_out.values) <= 40 else ""
-        axes.plot(
-            held_out.steps,
-            held_out.values,
-            color=STAND_INS["held-out"],
-            linewidth=1.8,
-            marker=marker,
-            markersize=4.5,
-            label="held-out",
-        )
+        style = {"linewidth": 1.8, "marker": "o" if len(held_out.values) <= 40 else "", "markersize": 4.5}
+        axes.plot(held_out.steps, held_out.values, color=STAND_INS["held-out"], label="held-out", **style)
         if floor is not None:
-            axes.axhline(
-                floor, color=STAND_INS["floor"], linewidth=1.5, linestyle=(0, (5, 3)), label=f"floor {floor:.3f}"
-            )
-            axes.annotate(
-                note,
-                (1, floor),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, -5),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                color=STAND_INS["floor"],
-            )
-        drawn = [*train.values, *held_out.values, *([] if floor is None else [floor])]
+            drawn.append(floor)
+            color = STAND_INS["floor"]
+            axes.axhline(floor, color=color, linewidth=1.5, linestyle=(0, (5, 3)), label=f"floor {floor:.3f}")
+            place = {"xycoords": ("axes fraction", "data"), "xytext": (-2, -5), "textcoords": "offset points"}
+            axes.annotate(note, (1, floor), ha="right", va="top", color=color, **place)
         _loss_scale(axes, drawn)
         axes.set_ylabel("loss, nats per token")
         axes.legend(loc="upper right", frameon=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from trivium.errors import BadData, ConfigError
 from trivium.use.load import Loaded
@@ -211,28 +212,13 @@ def generate(
 
     Shorter prompts are left-padded, with an attention mask.
     """
-    longest = max(len(ids) for ids in prompts)
-    inputs = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(inputs)
-    for row, ids in enumerate(prompts):
-        inputs[row, longest - len(ids) :] = torch.tensor(ids)
-        mask[row, longest - len(ids) :] = 1
-    device = loaded.network.device
-    outputs = loaded.network.generate(
-        input_ids=inputs.to(device),
-        attention_mask=mask.to(device),
-        generation_config=_greedy(stop_ids, max_new_tokens),
-    )
-    for ids in outputs[:, longest:].tolist():
-        end = next((index + 1 for index, token in enumerate(ids) if token in stop_ids), len(ids))
-        yield ids[:end]
-
-
-def _greedy(stop_ids: Sequence[int], max_new_tokens: int) -> Any:
-    """Plain greedy decoding; penalties and temperatures in generation_config.json are ignored."""
     from transformers import GenerationConfig
 
-    return GenerationConfig(
+    tensors = [torch.tensor(ids, device=loaded.network.device) for ids in prompts]
+    inputs = pad_sequence(tensors, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(ids) for ids in tensors], batch_first=True, padding_side="left")
+    # All settings are given, so that penalties and temperatures in generation_config.json have no effect.
+    greedy = GenerationConfig(
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
@@ -243,6 +229,10 @@ def _greedy(stop_ids: Sequence[int], max_new_tokens: int) -> Any:
         eos_token_id=list(stop_ids),
         pad_token_id=stop_ids[0],
     )
+    outputs = loaded.network.generate(input_ids=inputs, attention_mask=mask, generation_config=greedy)
+    for ids in outputs[:, inputs.shape[1] :].tolist():
+        end = next((index + 1 for index, token in enumerate(ids) if token in stop_ids), len(ids))
+        yield ids[:end]
 
 
 def split_reasoning(text: str) -> tuple[str, str]:

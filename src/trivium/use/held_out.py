@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from trivium.config.load import load_run
 from trivium.config.run import Data, Source
@@ -183,12 +184,6 @@ def _batches(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
 
 def _padded(batch: Sequence[Passage]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids, labels and weights, each [passages, longest], right-padded."""
-    size = (len(batch), max(len(passage.ids) for passage in batch))
-    ids, labels = torch.zeros(size, dtype=torch.int64), torch.full(size, NO_LABEL)
-    weights = torch.zeros(size)
-    for row, passage in enumerate(batch):
-        length = len(passage.ids)
-        ids[row, :length] = torch.from_numpy(passage.ids)
-        labels[row, :length] = torch.from_numpy(passage.labels)
-        weights[row, :length] = torch.from_numpy(passage.weights)
-    return ids, labels, weights
+    ids = pad_sequence([torch.from_numpy(passage.ids) for passage in batch], batch_first=True)
+    labels = pad_sequence([torch.from_numpy(passage.labels) for passage in batch], True, NO_LABEL)
+    return ids, labels, pad_sequence([torch.from_numpy(passage.weights) for passage in batch], batch_first=True)
