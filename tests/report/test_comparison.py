@@ -65,7 +65,7 @@ def test_the_table_holds_every_figure_and_picks_the_best(compared: Comparison):
     ]
     assert rows["size on disk"].text(4_000_000) == "3.8 MiB" and rows["size on disk"].text(80_000) == "78.1 KiB"
     assert rows["parameters trained"].best is None
-    other = {row.label for row in table(replace(compared, one_language=False))}
+    other = {row.label for row in table(replace(compared, same_tokenizer=False))}
     assert other - set(rows) == {"held-out bits per byte"}
 
 

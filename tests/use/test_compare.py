@@ -51,7 +51,7 @@ def test_base_first_then_the_runs_as_named(compared: Comparison, workplace: Path
         ("lora", "base", "lora"),
         ("full", "base", "full"),
     ]
-    assert compared.one_language and compared.held_out == "held-out set of lora"
+    assert compared.same_tokenizer and compared.held_out == "held-out set of lora"
     assert compared.general == str(workplace / "general.jsonl")
     assert any("chat template" in note and "<|im_end|>" in note for note in compared.notes)
 
@@ -116,7 +116,7 @@ def test_models_of_other_tokens_are_compared_by_the_byte(tmp_path: Path, base: P
     train_tokenizer(["Lily the fox " * 50], "bpe", 300, other)
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": STORIES[0]}) + "\n")
     compared = compare([str(base), str(other)], prompts=None, held_out=tmp_path / "texts.jsonl", general=None)
-    assert not compared.one_language
+    assert not compared.same_tokenizer
     one, another = (model.held_out for model in compared.models)
     assert one is not None and another is not None and one.num_tokens > another.num_tokens
     assert compared.questions == [] and all(model.scores is None for model in compared.models)

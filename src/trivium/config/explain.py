@@ -40,10 +40,6 @@ EXAMPLES: dict[str, Any] = {
     "model.params": "25M",
     "model.vocab_size": 8192,
     "model.shape": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4},
-    "model.shape.hidden_size": 256,
-    "model.shape.intermediate_size": 768,
-    "model.shape.num_hidden_layers": 6,
-    "model.shape.num_attention_heads": 4,
     "model.shape.num_key_value_heads": 2,
     "model.shape.head_dim": 64,
     "data": "stories.txt",
@@ -77,7 +73,7 @@ EXAMPLES: dict[str, Any] = {
     "sample.prompts": ["Once upon a time"],
     "checkpoint.every_steps": 100,
 }
-"""An example for each key without a default; for the others, the default is the example."""
+"""Examples for keys without a default, or for their parents; for other keys, the default is the example."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +108,12 @@ class Key:
     @property
     def example(self) -> Any:
         """A value that the key accepts."""
-        if self.dotted.endswith(".N"):
-            return keys()[self.dotted.removesuffix(".N")].example[0]
-        return EXAMPLES[self.dotted] if self.dotted in EXAMPLES else next(iter(self.defaults.values()))
+        parent, _, name = self.dotted.rpartition(".")
+        if name == "N":
+            return keys()[parent].example[0]
+        if self.dotted not in EXAMPLES and not self.defaults:
+            return EXAMPLES[parent][name]
+        return EXAMPLES.get(self.dotted, next(iter(self.defaults.values()), None))
 
 
 class _Schema(GenerateJsonSchema):

@@ -112,7 +112,7 @@ def parse_tree(text: str, source: str, problems: list[Problem]) -> Node:
     Raises: Problem when the text cannot be parsed.
     """
     try:
-        return _Parser(text, source, problems).document()
+        return _Parser(source, problems, yaml.parse(text, Loader=LOADER)).document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -126,13 +126,13 @@ def parse_tree(text: str, source: str, problems: list[Problem]) -> Node:
         raise Problem(Place(source), f"not valid YAML ({str(error).splitlines()[0]})") from None
 
 
+@dataclass
 class _Parser:
     """Builds nodes from PyYAML's events."""
 
-    def __init__(self, text: str, source: str, problems: list[Problem]) -> None:
-        self.source = source
-        self.problems = problems
-        self.events: Iterator[Any] = yaml.parse(text, Loader=LOADER)
+    source: str
+    problems: list[Problem]
+    events: Iterator[Any]
 
     def document(self) -> Node:
         """The only document of the text; null if the text is empty."""

@@ -154,14 +154,13 @@ def tokens_wrapped(prepared: PreparedRun) -> Violation | None:
 
 def documents_on_chat_model(prepared: PreparedRun) -> Violation | None:
     """Q28: a chat model trained only on documents."""
-    is_tuned = prepared.template is not None and prepared.template.end_of_turn_id in prepared.model_stop_ids
-    if prepared.job.has_conversations or not is_tuned:
+    template = prepared.template
+    if prepared.job.has_conversations or template is None or template.end_of_turn_id not in prepared.model_stop_ids:
         return None
-    assert prepared.template is not None
     return Violation(
         "warning",
         f"the data has only documents, and {prepared.job.weights_folder} is a chat model (it stops at "
-        f"{prepared.template.end_of_turn}).",
+        f"{template.end_of_turn}).",
         "a base model, since training a chat model on documents changes how it answers.",
         "start from the base model, add conversations to the data, or fine-tune for chat afterwards.",
     )

@@ -1,7 +1,5 @@
 """Rules about hyperparameters: learning rate, adapter scaling, precision, sequence length, model shape."""
 
-from typing import NamedTuple
-
 import torch
 
 from trivium.doctor.findings import Rule, Violation
@@ -14,31 +12,23 @@ INTERMEDIATE_MULTIPLE = 64
 SCALING_RANGE = (0.25, 4.0)
 
 
-class RateRange(NamedTuple):
-    """A range of usual learning rates; both ends are unusual."""
-
-    above: float
-    below: float
-    what: str
-
-
-def rate_range(prepared: PreparedRun) -> RateRange:
-    """The usual learning rates for what the run trains."""
+def rate_range(prepared: PreparedRun) -> tuple[float, float, str]:
+    """The usual learning rates, both ends excluded, for what the run trains."""
     is_small = prepared.job.shape.num_params < SMALL_MODEL_PARAMS
     if prepared.run.trainable == "adapter":
         size = "under" if is_small else "with at least"
-        return RateRange(2e-5, 3e-3 if is_small else 1e-3, f"an adapter on a model {size} 3B parameters")
+        return (2e-5, 3e-3 if is_small else 1e-3, f"an adapter on a model {size} 3B parameters")
     if prepared.run.weights == "random":
-        return RateRange(2e-5, 2e-2, "random weights")
-    return RateRange(1e-7, 1e-4, "all weights of a pretrained model")
+        return (2e-5, 2e-2, "random weights")
+    return (1e-7, 1e-4, "all weights of a pretrained model")
 
 
 def learning_rate_range(prepared: PreparedRun) -> Violation | None:
     """Q19: an unusual learning rate."""
-    rate, usual = prepared.run.optimizer.lr, rate_range(prepared)
-    if usual.above < rate < usual.below:
+    rate, (low, high, what) = prepared.run.optimizer.lr, rate_range(prepared)
+    if low < rate < high:
         return None
-    if rate <= usual.above:
+    if rate <= low:
         outcome = "the model will hardly learn"
     elif prepared.run.weights == "random":
         outcome = "the loss is likely to diverge"
@@ -47,7 +37,7 @@ def learning_rate_range(prepared: PreparedRun) -> Violation | None:
     return Violation(
         "warning",
         f"optimizer.lr is {rate:g}; {outcome}.",
-        f"between {usual.above:g} and {usual.below:g} for {usual.what}.",
+        f"between {low:g} and {high:g} for {what}.",
         "remove optimizer.lr to use the method's default, or set a value in that range.",
     )
 

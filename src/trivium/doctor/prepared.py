@@ -88,7 +88,7 @@ class PreparedRun:
             store, most = built.open(), self.run.data.seq_len
             mean_length = max(1.0, float(np.minimum(store.lengths, most).mean())) if len(store) else 1.0
             share = int(min(MAX_SAMPLES, MAX_SAMPLE_TOKENS / mean_length)) // len(self.job.built)
-            for document in evenly_spaced(len(store), max(1, share)):
+            for document in np.linspace(0, len(store) - 1, min(len(store), max(1, share))).astype(int).tolist():
                 length = int(store.lengths[document])
                 ids = store.tokens(document, max(0, length - most), length)
                 weights = loss_weights(store, document, max(0, length - most), length)
@@ -111,13 +111,6 @@ class PreparedRun:
     def show(self, token: int) -> str:
         """A token as text."""
         return str(self.job.tokenizer.convert_ids_to_tokens(int(token)))
-
-
-def evenly_spaced(num_items: int, num_chosen: int) -> list[int]:
-    """At most `num_chosen` of the numbers below `num_items`, evenly spaced."""
-    if num_items <= num_chosen:
-        return list(range(num_items))
-    return np.linspace(0, num_items - 1, num_chosen).astype(int).tolist()
 
 
 def prepare_checks(job: Job, machine: Machine, with_hub: bool) -> PreparedRun:

@@ -105,7 +105,7 @@ def table(comparison: Comparison) -> list[TableRow]:
         TableRow("Cost", "peak memory, GiB", [m.peak_memory_gib for m in models], "{:.2f}"),
         TableRow("Cost", "size on disk", [m.size_bytes for m in models], "bytes"),
     ]
-    if not comparison.one_language:
+    if not comparison.same_tokenizer:
         bits = of("held_out", "bits_per_byte")
         rows.insert(1, TableRow("Quality", "held-out bits per byte", bits, "{:.4f}", "low"))
     return [row for row in rows if any(value is not None for value in row.values)]

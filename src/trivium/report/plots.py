@@ -7,7 +7,7 @@ from html import escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from trivium.engine.record import Curve
 
@@ -52,13 +52,14 @@ def small_plot(name: str, curve: Curve, label: str) -> str:
         axes.plot(curve.steps, curve.values, color=STAND_INS["train"], linewidth=1.2, marker=marker)
         axes.set_ylim(0, 1.08 * max(curve.values) or 1)
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.yaxis.set_major_formatter(_plain)
         return _svg(figure, name, f"{label} over the optimizer steps.")
 
 
 def _style() -> dict[str, object]:
     """Text stays text in the page's font, and identifiers are reproducible."""
-    return {"svg.fonttype": "none", "svg.hashsalt": "trivium", "font.size": 10, "text.color": STAND_INS["ink"]}
+    colors = {"text.color": STAND_INS["ink"], "axes.labelcolor": STAND_INS["muted"]}
+    return {"svg.fonttype": "none", "svg.hashsalt": "trivium", "font.size": 10, "axes.axisbelow": True, **colors}
 
 
 def _axes(size_inches: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -67,13 +68,10 @@ def _axes(size_inches: tuple[float, float]) -> tuple[Figure, Axes]:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(STAND_INS["grid"])
     axes.tick_params(which="both", length=0, pad=6, colors=STAND_INS["muted"])
-    axes.yaxis.label.set_color(STAND_INS["muted"])
-    axes.xaxis.label.set_color(STAND_INS["muted"])
     axes.grid(axis="y", color=STAND_INS["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.xaxis.set_major_formatter(_plain)
     return figure, axes
 
 
@@ -83,7 +81,7 @@ def _loss_scale(axes: Axes, values: list[float]) -> None:
     if low > 0 and high / low >= LOG_SCALE_FROM_RATIO:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.yaxis.set_major_formatter(_plain)
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(low / 1.22, high * 1.08)
     else:
@@ -91,7 +89,7 @@ def _loss_scale(axes: Axes, values: list[float]) -> None:
         axes.set_ylim(low - margin, high + margin)
 
 
-def _plain(value: float, _: int | None) -> str:
+def _plain(value: float, _: float) -> str:
     """A number without powers of ten, for example 12,000 or 0.003."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -55,26 +55,15 @@ class Writer:
             "streamer": streamer,
             "stopping_criteria": StoppingCriteriaList([cancelled]),
         }
-        outcome: list[Any] = []
-
-        def generate() -> None:
-            try:
-                outcome.append(network.generate(**arguments))
-            except Exception as error:
-                outcome.append(error)
-                streamer.end()
-
         self.is_whole = False
-        thread = Thread(target=generate, daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:
-            cancelled.is_set = True
-            thread.join()
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        self.is_whole = int(outcome[0][0, -1]) in self.loaded.stop_ids
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(network.generate, **arguments)
+            future.add_done_callback(lambda done: streamer.end() if done.exception() else None)
+            try:
+                yield from streamer
+            finally:
+                cancelled.is_set = True
+        self.is_whole = int(future.result()[0, -1]) in self.loaded.stop_ids
 
 
 @dataclass

@@ -59,7 +59,7 @@ class Comparison:
         models: base models first, then the others in the order given.
         questions: the prompts; may be empty.
         held_out, general: what the two losses were measured on; may be None.
-        one_language: whether all tokenizers are equal, so that losses per token can be compared.
+        same_tokenizer: whether all tokenizers are equal, so that losses per token can be compared.
         notes: remarks for the reader.
     """
 
@@ -67,7 +67,7 @@ class Comparison:
     questions: list[EvalPrompt]
     held_out: str | None
     general: str | None
-    one_language: bool
+    same_tokenizer: bool
     notes: list[str]
 
     def forgotten(self, model: ComparedModel) -> float | None:
@@ -78,26 +78,19 @@ class Comparison:
 
 @dataclass
 class Evaluation:
-    """The evaluation of all models.
-
-    Attributes:
-        questions: the prompts.
-        as_chat: whether to use the chat template: if any of the models is a chat model.
-        stops: tokens that end an answer: the stop tokens of all models.
-        max_new_tokens, thinking: see `answers`.
-        held_out, general: files; may be None.
-        own: the held-out set of a run, used without a `held_out` file.
-        note, bar: see `compare`.
-    """
+    """How every model is evaluated; for the fields, see `compare` and `answers`."""
 
     questions: list[EvalPrompt]
     as_chat: bool
+    """Whether any of the models is a chat model."""
     stops: list[str]
+    """The stop tokens of all models."""
     max_new_tokens: int
     thinking: bool
     held_out: Path | None
     general: Path | None
     own: list[Passage] | None
+    """The held-out set of a run, used without a `held_out` file."""
     note: Note
     bar: Bar
     _passages: dict[Any, list[Passage]] = field(default_factory=dict)
@@ -177,8 +170,8 @@ def compare(
         encodings.add(document_encoding(tokenizer).fingerprint)
         stops |= dict.fromkeys(tokenizer.convert_ids_to_tokens(stop_ids))
         as_chat |= template is not None and template.end_of_turn_id in stop_ids
-    one_language = len(encodings) == 1
-    own, own_name = (None, None) if held_out else own_held_out(entries, one_language, remember)
+    same_tokenizer = len(encodings) == 1
+    own, own_name = (None, None) if held_out else own_held_out(entries, same_tokenizer, remember)
     evaluation = Evaluation(
         questions=read_questions(prompts) if prompts else [],
         as_chat=as_chat,
@@ -199,7 +192,7 @@ def compare(
         questions=evaluation.questions,
         held_out=str(held_out) if held_out else own_name,
         general=str(general) if general else None,
-        one_language=one_language,
+        same_tokenizer=same_tokenizer,
         notes=notes,
     )
 
@@ -270,14 +263,14 @@ def _known_of(name: str, base: str | None, place: FoundModel) -> ComparedModel:
 
 
 def own_held_out(
-    entries: Sequence[tuple[ComparedModel, FoundModel]], one_language: bool, note: Note
+    entries: Sequence[tuple[ComparedModel, FoundModel]], same_tokenizer: bool, note: Note
 ) -> tuple[list[Passage] | None, str | None]:
     """The held-out set of the first run that is not a base model, and its name; (None, None) without one."""
     bases = {model.base for model, _ in entries}
     runs = [(one.name, place.run_folder) for one, place in entries if place.run_folder and one.name not in bases]
     if not runs:
         return None, None
-    if not one_language:
+    if not same_tokenizer:
         note("No held-out loss, because the tokenizers of the models differ. Add --held-out FILE to measure one.")
         return None, None
     name, run_folder = runs[0]

@@ -29,7 +29,7 @@ def run_tasks(loaded: Loaded, tasks: list[str]) -> dict[str, dict[str, float]]:
     manager = tasks_module.TaskManager()
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise ConfigError(f"lm-evaluation-harness has no task {', '.join(unknown)}. List them with: lm_eval ls tasks")
-    if loaded.kind == "adapter":
+    if loaded.place.kind == "adapter":
         # The harness ties the weights again, which fails on embeddings wrapped by PEFT.
         loaded.network.tie_weights = lambda *_, **__: None
     model = import_module("lm_eval.models.huggingface").HFLM(

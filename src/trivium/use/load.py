@@ -67,14 +67,9 @@ class Loaded:
     stop_ids: list[int]
 
     @property
-    def kind(self) -> str:
-        """`base`, `model` or `adapter`."""
-        return self.place.kind
-
-    @property
     def network(self) -> Any:
         """The transformers model, with the adapter's layers inside."""
-        return self.model.get_base_model() if self.kind == "adapter" else self.model
+        return self.model.get_base_model() if self.place.kind == "adapter" else self.model
 
     @property
     def converses(self) -> bool:
