@@ -11,7 +11,7 @@ from tests.use.models import STORIES, make_adapter, make_base, make_run
 from trivium.cli.main import trivium as cli
 
 
-def test_a_run_beside_its_base(tmp_path: Path, monkeypatch):
+def test_compare_a_run_with_its_base_model(tmp_path: Path, monkeypatch):
     base = make_base(tmp_path / "base")
     run = make_run(tmp_path / "runs" / "tuned", f"method: qlora\nweights: nf4\nmodel: {{name: {base}}}\n")
     make_adapter(run / "adapter", base)

@@ -29,7 +29,7 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(trivium, ["config", *arguments])
 
 
-def test_show_prints_the_dump_and_nothing_else():
+def test_show_prints_only_the_dump():
     result = invoke("show", "run.yaml", "seed=7")
     resolved = load_run(Path("run.yaml"), ["seed=7"])
     assert (result.exit_code, result.stderr) == (0, "")

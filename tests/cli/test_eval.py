@@ -30,7 +30,7 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def test_figures_as_json_and_every_answer_in_a_file(workplace: Path):
+def test_eval_json_and_answers_file(workplace: Path):
     done = trivium(
         workplace, "eval", "taught", "--held-out", "texts.jsonl", "--prompts", "prompts.jsonl",
         "--answers", "answers.jsonl", "--max-new-tokens", "30", "--json",
@@ -67,7 +67,7 @@ def test_a_table_without_json(workplace: Path, monkeypatch: pytest.MonkeyPatch):
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_measured_is_said(workplace, arguments: list[str], exit_code: int, words: str, monkeypatch):
+def test_eval_refusals(workplace, arguments: list[str], exit_code: int, words: str, monkeypatch):
     monkeypatch.chdir(workplace)
     done = CliRunner().invoke(cli, ["eval", *arguments])
     assert (done.exit_code, done.stdout) == (exit_code, "")

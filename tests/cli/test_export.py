@@ -10,7 +10,7 @@ from tests.use.models import make_adapter, make_base, make_run
 from trivium.cli.main import trivium as cli
 
 
-def test_a_merge_is_reported_and_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_export_reports_a_merge_and_never_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = make_base(tmp_path / "base")
     run = make_run(tmp_path / "runs" / "qlora", "weights: nf4\n")
     make_adapter(run / "adapter", base)

@@ -61,7 +61,7 @@ def test_q03_answers_that_do_not_fit(overlong, base, tmp_path):
     assert severity_of(prepared_with(one_in_many, base, tmp_path / "many", data=data), "Q03") is None
 
 
-def test_q12_a_template_that_nobody_knows(chats, tmp_path):
+def test_q12_an_unknown_template(chats, tmp_path):
     own = CHATML_TEMPLATE.replace("message['role'] + ", "message['role'] + ' says' + ")
     own = own.replace("assistant\\n", "assistant says\\n")
     base = write_base(tmp_path / "base", byte_tokenizer(tmp_path / "bytes", own))

@@ -96,7 +96,7 @@ def with_memory(prepared, memory_bytes):
     return replace(prepared, machine=replace(prepared.machine, memory_bytes=round(memory_bytes)))
 
 
-def test_q21_a_model_that_no_memory_holds(huge):
+def test_q21_a_model_that_does_not_fit(huge):
     found = found_in(huge)["Q21"]
     assert found.severity == "error" and found.stops_with is DoesNotFit
     assert "has 8.00 GiB" in found.found and "moments" in found.found
@@ -104,7 +104,7 @@ def test_q21_a_model_that_no_memory_holds(huge):
     assert severity_of(small, "Q21") is None
 
 
-def test_q21_warns_where_the_margin_is_gone(huge):
+def test_q21_warns_without_a_margin(huge):
     needed = peak_memory(huge.workload).total
     assert severity_of(with_memory(huge, needed / 0.90), "Q21") is None
     assert severity_of(with_memory(huge, needed / 0.95), "Q21") == "warning"
@@ -122,7 +122,7 @@ def test_q21_offers_what_then_fits(long, tmp_path):
     assert severity_of(mended, "Q21") is None
 
 
-def test_q21_takes_the_portions_that_the_planner_settles(long):
+def test_q21_uses_the_batching_of_the_planner(long):
     tight = with_memory(long, 0.99 * peak_memory(long.workload).total)
     notes = []
     settled = settle_batching(tight.run, tight.job.shape, tight.job.facts, tight.machine, notes.append)
@@ -149,7 +149,7 @@ def test_memory_is_that_of_the_machine():
 
 
 @pytest.mark.parametrize("parallel", [{"devices": 2}, {"offload": "optimizer"}])
-def test_what_is_only_foreseen_is_refused(parallel, base, chats, tmp_path):
+def test_refuses_settings_that_are_not_supported_yet(parallel, base, chats, tmp_path):
     run = run_of(tmp_path, chats, method="lora", model=str(base), parallel=parallel)
     with pytest.raises(ConfigError, match=f"parallel.{next(iter(parallel))} is .*this version trains on one device"):
         prepared_of(run)

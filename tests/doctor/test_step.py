@@ -13,7 +13,7 @@ def loaded(base, chats, tmp_path) -> LoadedRun:
     return load(prepared_of(run))
 
 
-def test_m04_weights_that_give_no_numbers(tokenizer, chats, tmp_path):
+def test_m04_weights_with_nan(tokenizer, chats, tmp_path):
     def poison(model):
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
 
@@ -23,7 +23,7 @@ def test_m04_weights_that_give_no_numbers(tokenizer, chats, tmp_path):
     assert found.severity == "error" and "nan" in found.found
 
 
-def test_m04_a_step_that_teaches_nothing(loaded):
+def test_m04_a_step_without_gradient(loaded):
     for parameter in loaded.engine.parameters.values():
         parameter.register_hook(torch.zeros_like)
     assert severity_of(loaded, "M04") == "error"

@@ -68,7 +68,7 @@ def test_plain_lines_are_one_line_a_record_without_colour():
     assert lines[4] == "step 50/100  sample: Once upon [a] time there was"
 
 
-def test_the_curve_is_as_high_as_it_should_be():
+def test_curve_heights():
     lines = curve([float(value) for value in range(10, 0, -1)], columns=10, rows=3)
     assert len(lines) == 3 and all(len(line) == 10 for line in lines)
     assert lines[0][0] == "\u2588" and lines[0][-1] == " " and lines[-1][-1] == "\u2581"

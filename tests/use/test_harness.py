@@ -26,7 +26,7 @@ metric_list: [{{metric: acc}}]
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed")
-def test_without_the_harness_it_is_said_how_to_get_it():
+def test_require_harness_says_how_to_install_it():
     with pytest.raises(ConfigError, match="pip install 'trivium"):
         require_harness()
 

@@ -228,21 +228,17 @@ def _answers(comparison: Comparison) -> str:
 
 def _prompt(question: EvalPrompt) -> str:
     """The messages, with roles if there are several."""
-    if len(question.turns) == 1:
-        return f'<p class="prompt">{escape(question.text)}</p>'
-    lines = [
-        f"<small>{escape(str(turn.get('role')))}</small>{escape(str(turn.get('content') or ''))}"
-        for turn in question.turns
-    ]
-    return f'<p class="prompt">{"".join(lines)}</p>'
+    html = ""
+    for turn in question.turns:
+        role = f"<small>{escape(str(turn.get('role')))}</small>" if len(question.turns) > 1 else ""
+        html += role + escape(str(turn.get("content") or ""))
+    return f'<p class="prompt">{html}</p>'
 
 
 def _card(name: str, question: EvalPrompt, answer: ModelAnswer, reference: str) -> str:
-    state = ""
+    state = "" if answer.stopped else "<span>cut off</span>"
     if matches(question, answer):
         state = '<span class="right">exact</span>'
-    elif not answer.stopped:
-        state = "<span>cut off</span>"
     text = _marked(answer.text.strip(), reference.strip()) or '<span class="absent">nothing</span>'
     return (
         f"<figure>\n<figcaption><b>{escape(name)}</b>{state}</figcaption>\n<blockquote>{text}</blockquote>\n</figure>\n"

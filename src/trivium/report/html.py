@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from trivium.engine.metrics import MFU_FORMULA
 from trivium.engine.record import Record, read_record
 from trivium.files import GIB, atomic_write
 from trivium.plan.check import Figure
@@ -73,7 +74,8 @@ def _failure(record: Record) -> str:
 
 def _summary(record: Record) -> str:
     rows = facts((label, value or ABSENT) for label, value in _facts(record))
-    return f"<section>\n<h2>Summary</h2>\n{rows}{_mfu_note(record)}</section>"
+    note = f'<p class="note">MFU = {escape(MFU_FORMULA)}</p>\n' if record.curve("train/mfu").values else ""
+    return f"<section>\n<h2>Summary</h2>\n{rows}{note}</section>"
 
 
 def _facts(record: Record) -> Iterator[tuple[str, str]]:
@@ -84,7 +86,8 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
     yield "Parameters", _number(model.get("num_params"), "{:,.0f}")
     if model.get("num_trained_params") not in (None, model.get("num_params")):
         yield "Parameters trained", _number(model.get("num_trained_params"), "{:,.0f}")
-    yield "Steps", _steps(record)
+    planned = record.provenance.get("num_steps")
+    yield "Steps", f"{record.step:,} of {planned:,}" if isinstance(planned, int) else f"{record.step:,}"
     yield "Training tokens", _number(record.curve("train/num_tokens").last, "{:,.0f}")
     yield "Training loss", _number(record.curve("train/loss").last, "{:.4f} <small>nats per token</small>")
     yield "Held-out loss", _number(record.curve("eval/loss").last, "{:.4f} <small>nats per token</small>")
@@ -105,18 +108,10 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
 def _model_name(asked: object, shape: dict[str, Any]) -> str:
     """The model's name in the run file, then its shape."""
     named = asked if isinstance(asked, str) else str(_mapping(asked).get("name") or "")
-    built = ""
-    if {"family", "num_hidden_layers", "hidden_size", "vocab_size"} <= shape.keys():
-        built = (
-            f"{shape['family']}, {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, "
-            f"vocabulary {shape['vocab_size']}"
-        )
-    return ": ".join(part for part in (named, built) if part)
-
-
-def _steps(record: Record) -> str:
-    planned = record.provenance.get("num_steps")
-    return f"{record.step:,} of {planned:,}" if isinstance(planned, int) else f"{record.step:,}"
+    if not {"family", "num_hidden_layers", "hidden_size", "vocab_size"} <= shape.keys():
+        return named
+    size = "{family}, {num_hidden_layers} layers of width {hidden_size}, vocabulary {vocab_size}".format_map(shape)
+    return f"{named}: {size}" if named else size
 
 
 def _number(value: object, pattern: str) -> str:
@@ -125,15 +120,6 @@ def _number(value: object, pattern: str) -> str:
 
 def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _mfu_note(record: Record) -> str:
-    """The formula of the MFU, if it was recorded."""
-    if not record.curve("train/mfu").values:
-        return ""
-    from trivium.engine.metrics import MFU_FORMULA
-
-    return f'<p class="note">MFU = {escape(MFU_FORMULA)}</p>\n'
 
 
 def _plan(record: Record) -> str:

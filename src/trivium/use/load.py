@@ -160,6 +160,7 @@ def load(
 
     Raises: ConfigError when the folder is damaged, incomplete or not a Qwen model.
     """
+    from transformers import GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -180,7 +181,12 @@ def load(
                 f"{place.folder} was trained on its base model in NF4; here it runs on the full-precision base model, "
                 "so its outputs differ slightly. --nf4 quantizes the base model."
             )
-    _settle_generation(model, place, tokenizer, stop_ids)
+    network = model.get_base_model() if place.kind == "adapter" else model
+    if (place.folder / "generation_config.json").is_file():  # an adapter's settings win over its base model's
+        network.generation_config = GenerationConfig.from_pretrained(place.folder)
+    network.generation_config.eos_token_id = stop_ids
+    if network.generation_config.pad_token_id is None:
+        network.generation_config.pad_token_id = tokenizer.pad_token_id
     return Loaded(model.eval(), tokenizer, place, template, stop_ids)
 
 
@@ -250,15 +256,3 @@ def load_adapter(model: Any, place: FoundModel) -> Any:
             f"The adapter {place.folder} lacks weights that its {hf.ADAPTER_CONFIG} names. Save or download it again."
         )
     return adapted
-
-
-def _settle_generation(model: Any, place: FoundModel, tokenizer: Any, stop_ids: list[int]) -> None:
-    """Prefer the adapter's generation settings over its base model's."""
-    from transformers import GenerationConfig
-
-    network = model.get_base_model() if place.kind == "adapter" else model
-    if (place.folder / "generation_config.json").is_file():
-        network.generation_config = GenerationConfig.from_pretrained(place.folder)
-    network.generation_config.eos_token_id = stop_ids
-    if network.generation_config.pad_token_id is None:
-        network.generation_config.pad_token_id = tokenizer.pad_token_id
