@@ -4,7 +4,7 @@ Only one model is in memory at a time. Costs come from the records of the runs.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -162,20 +162,12 @@ def compare(
             note(text)
 
     entries = find_models(names, remember)
-    encodings: set[str] = set()
-    stops: dict[str, None] = {}
-    as_chat = False
-    for _, place in entries:
-        tokenizer, template, stop_ids = read_chat(place)
-        encodings.add(document_encoding(tokenizer).fingerprint)
-        stops |= dict.fromkeys(tokenizer.convert_ids_to_tokens(stop_ids))
-        as_chat |= template is not None and template.end_of_turn_id in stop_ids
-    same_tokenizer = len(encodings) == 1
+    same_tokenizer, as_chat, stops = _shared_chat(place for _, place in entries)
     own, own_name = (None, None) if held_out else own_held_out(entries, same_tokenizer, remember)
     evaluation = Evaluation(
         questions=read_questions(prompts) if prompts else [],
         as_chat=as_chat,
-        stops=list(stops),
+        stops=stops,
         max_new_tokens=max_new_tokens,
         thinking=thinking,
         held_out=held_out,
@@ -195,6 +187,19 @@ def compare(
         same_tokenizer=same_tokenizer,
         notes=notes,
     )
+
+
+def _shared_chat(places: Iterable[FoundModel]) -> tuple[bool, bool, list[str]]:
+    """Whether all tokenizers are equal, whether any model is a chat model, and the stop tokens of all models."""
+    encodings: set[str] = set()
+    stops: dict[str, None] = {}
+    as_chat = False
+    for place in places:
+        tokenizer, template, stop_ids = read_chat(place)
+        encodings.add(document_encoding(tokenizer).fingerprint)
+        stops |= dict.fromkeys(tokenizer.convert_ids_to_tokens(stop_ids))
+        as_chat |= template is not None and template.end_of_turn_id in stop_ids
+    return len(encodings) == 1, as_chat, list(stops)
 
 
 def find_models(names: Sequence[str], note: Note) -> list[tuple[ComparedModel, FoundModel]]:
