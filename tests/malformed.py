@@ -68,13 +68,13 @@ WRONG_TYPES = [
     added(
         "text for a number",
         "optimizer:\n  lr: fast",
-        ':5: optimizer.lr is the text "fast"',
+        ':5: optimizer.lr is "fast"',
         "a number above 0",
     ),
     added(
         "quoted number",
         'optimizer:\n  lr: "1e-4"',
-        ':5: optimizer.lr is the text "1e-4"',
+        ':5: optimizer.lr is "1e-4"',
         "remove the quotes",
     ),
     added("a list for a number", "seed: [1]", ":4: seed is a list of 1; expected a whole number at least 0"),
@@ -88,13 +88,13 @@ WRONG_TYPES = [
         "data.sources.N.path",
     ),
     added("empty value", "seed:", ":4: seed is empty; expected a whole number"),
-    added("sexagesimal is text", "seed: 1:30", ':4: seed is the text "1:30"'),
-    added("no is text", "optimizer:\n  beta1: no", ':5: optimizer.beta1 is the text "no"'),
+    added("sexagesimal is text", "seed: 1:30", ':4: seed is "1:30"'),
+    added("no is text", "optimizer:\n  beta1: no", ':5: optimizer.beta1 is "no"'),
     added("number for text", "name: 123", ":4: name is 123;", "letters, digits"),
     added("number for a folder", "runs_dir: 5", ":4: runs_dir is 5; expected text; put quotes around it"),
-    added("text for a part", "schedule: cosine", ':4: schedule is the text "cosine"; expected the keys kind'),
+    added("text for a part", "schedule: cosine", ':4: schedule is "cosine"; expected the keys kind'),
     added("number for a tokenizer", "tokenizer: 5", ":4: tokenizer is 5; expected text or the keys path, train"),
-    added("text for a list", "sample:\n  prompts: hello", ':5: sample.prompts is the text "hello"; expected a list'),
+    added("text for a list", "sample:\n  prompts: hello", ':5: sample.prompts is "hello"; expected a list'),
     added(
         "number in a list of texts",
         "sample:\n  prompts: [a, 5]",
@@ -109,7 +109,7 @@ WRONG_TYPES = [
         "yes for a flag",
         "method: scratch\nmodel:\n  shape: {hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, "
         "num_attention_heads: 1, tie_word_embeddings: yes}\ndata: a\n",
-        ':3: model.shape.tie_word_embeddings is the text "yes"; expected true or false',
+        ':3: model.shape.tie_word_embeddings is "yes"; expected true or false',
     ),
 ]
 
@@ -123,7 +123,7 @@ OUT_OF_RANGE = [
     added("nan", "optimizer:\n  lr: .nan", ":5: optimizer.lr is nan"),
     added("float that overflows", "optimizer:\n  max_grad_norm: 1e999", ":5: optimizer.max_grad_norm is inf"),
     added("no steps", "budget: {steps: 0}", ":4: budget.steps is 0; expected a whole number above 0"),
-    added("unknown suffix", "budget: {tokens: 5X}", ':4: budget.tokens is the text "5X"', "a count like 25M"),
+    added("unknown suffix", "budget: {tokens: 5X}", ':4: budget.tokens is "5X"', "a count like 25M"),
     added("share over one", "schedule: {warmup_ratio: 1.1}", ":4: schedule.warmup_ratio is 1.1", "at most 1"),
     added("negative seed", "seed: -1", ":4: seed is -1; expected a whole number at least 0"),
     case(
@@ -143,7 +143,7 @@ WRONG_CHOICES = [
     case(
         "method",
         "method: scrach\nmodel: 1M\ndata: a\n",
-        ':1: method is the text "scrach"; expected one of lora',
+        ':1: method is "scrach"; expected one of lora',
         "mean scratch?",
     ),
     case("method null", "method:\nmodel: 1M\ndata: a\n", ":1: method is empty; expected one of lora"),
@@ -153,13 +153,13 @@ WRONG_CHOICES = [
         ":4: schedule.kind",
         "one of cosine, linear, wsd, constant; did you mean cosine?",
     ),
-    added("precision", "precision: fp16", ':4: precision is the text "fp16"; expected one of auto, fp32, bf16'),
+    added("precision", "precision: fp16", ':4: precision is "fp16"; expected one of auto, fp32, bf16'),
     added(
         "path traversal in the name",
         "name: ../../etc",
-        ':4: name is the text "../../etc"; expected at most 100 letters',
+        ':4: name is "../../etc"; expected at most 100 letters',
     ),
-    added("name with a line break", 'name: "a\\nb"', ":4: name is the text", "\\U0000000a"),
+    added("name with a line break", 'name: "a\\nb"', ":4: name is", "\\U0000000a"),
 ]
 
 MISSING = [
@@ -243,7 +243,7 @@ BROKEN_YAML = [
 ]
 
 OVERRIDES = [
-    given("seed", 'command line: found the text "seed"; expected key=value'),
+    given("seed", 'command line: found "seed"; expected key=value'),
     given("seed=", "command line: seed is empty; expected a whole number"),
     given("optimizr.beta1=0.5", "command line: optimizr is not a known key; did you mean optimizer?"),
     given("optimizer={beta1: 2}", "command line: optimizer.beta1 is 2;"),
@@ -251,10 +251,10 @@ OVERRIDES = [
     given("sample.prompts=[a, *b]", "command line: sample.prompts", "found an anchor or alias"),
     given(
         "data.sources.5=b.txt",
-        "command line: data.sources.5: data.sources is a list; expected an entry's number, 0 to 1",
+        "command line: data.sources.5: data.sources is a list; expected an index from 0 to 1",
     ),
     given("data.sources.weight=1", "command line: data.sources.weight: data.sources is a list"),
-    given("method.x=1", 'command line: method.x cannot be set: method is the text "scratch" (run.yaml:1)'),
+    given("method.x=1", 'command line: method.x cannot be set: method is "scratch" (run.yaml:1)'),
     given("model.name=Qwen/Qwen3-0.6B", ":2: model: found name and params"),
     given("name=\udcff", "command line: name is not valid UTF-8 text"),
     case("two overrides", GOOD, "seed is -1", "log.every_steps is 0", overrides=("seed=-1", "log.every_steps=0")),

@@ -32,3 +32,8 @@ class Stopped(TriviumError):
     """A signal stopped the run after it saved a checkpoint; the same command resumes it."""
 
     exit_code = 75
+
+
+def first_lines(error: BaseException) -> str:
+    """The first two lines of an error's message on one line, at most 300 characters; its type if there are none."""
+    return " ".join(str(error).strip().splitlines()[:2])[:300] or type(error).__name__

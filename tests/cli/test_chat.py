@@ -80,7 +80,7 @@ class Terminal:
         os.close(self.master)
 
 
-def test_a_conversation_on_a_terminal(workplace: Path):
+def test_chat_on_a_terminal(workplace: Path):
     terminal = Terminal(workplace, "taught", "--temperature", "0", "--max-new-tokens", "3000")
     try:
         terminal.until("/help lists the commands")
@@ -112,7 +112,7 @@ def test_a_conversation_on_a_terminal(workplace: Path):
     assert not (workplace / "other.jsonl").exists()
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(workplace: Path):
+def test_chat_ctrl_c_stops_the_answer_not_the_program(workplace: Path):
     # The likeliest token of this model is the one before it, so that its answer never ends by itself.
     terminal = Terminal(workplace, "base", "--chat", "--temperature", "0", "--max-new-tokens", "100000")
     try:
@@ -133,7 +133,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(workplace: Path):
         terminal.close()
 
 
-def test_a_prompt_is_answered_by_what_converses_and_continued_by_what_does_not(workplace: Path, monkeypatch):
+def test_chat_answers_or_completes_a_prompt(workplace: Path, monkeypatch):
     monkeypatch.chdir(workplace)
     question, answer = PAIRS[0]
     ask = ["chat", "taught", "-p", question, "--temperature", "0"]
@@ -146,7 +146,7 @@ def test_a_prompt_is_answered_by_what_converses_and_continued_by_what_does_not(w
     assert again.stdout == plain.stdout
 
 
-def test_a_prompt_on_stdin_is_continued_and_lines_with_chat_are_answered(workplace: Path, monkeypatch):
+def test_chat_completes_stdin_and_answers_lines_with_chat_flag(workplace: Path, monkeypatch):
     monkeypatch.chdir(workplace)
     piped = ["chat", "taught", "--temperature", "0", "--max-new-tokens", "20"]
     completed = CliRunner().invoke(cli, piped, input="Lily the fox\n")
@@ -158,7 +158,7 @@ def test_a_prompt_on_stdin_is_continued_and_lines_with_chat_are_answered(workpla
     assert CliRunner().invoke(cli, piped, input="\n").exit_code == 2
 
 
-def test_what_does_not_go_together_is_refused(workplace: Path, monkeypatch):
+def test_chat_refuses_conflicting_options(workplace: Path, monkeypatch):
     monkeypatch.chdir(workplace)
     for arguments, words in (
         (["base", "-p", "x", "--system", "Be short."], "Add --chat"),

@@ -11,7 +11,7 @@ from tests.support.models import PAIRS, STORIES, make_run
 from trivium.cli.main import trivium as cli
 
 
-def test_a_run_beside_its_base(base: Path, adapter: Path, tmp_path: Path, monkeypatch):
+def test_compare_a_run_with_its_base_model(base: Path, adapter: Path, tmp_path: Path, monkeypatch):
     run = make_run(tmp_path / "runs" / "tuned", f"method: qlora\nweights: nf4\nmodel: {{name: {base}}}\n")
     shutil.copytree(adapter, run / "adapter")
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in PAIRS]
@@ -26,7 +26,7 @@ def test_a_run_beside_its_base(base: Path, adapter: Path, tmp_path: Path, monkey
     figures = {label: values for label, *values in (re.split(r"\s{2,}", line.strip()) for line in lines)}
     assert len(figures["held-out loss"]) == 2 and figures["training time"][0] == "-"
     assert "NF4" in done.stderr and "report: comparison/report.html" in done.stderr
-    assert "tuned and base" in (tmp_path / "comparison" / "report.html").read_text()
+    assert "tuned and base model" in (tmp_path / "comparison" / "report.html").read_text()
     again = CliRunner().invoke(cli, ["compare", "runs/tuned", *files, "--json", "--out", "elsewhere"])
     assert again.exit_code == 0, again.stderr
     found = json.loads(again.stdout)

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from tests.malformed import CASES, GOOD, MISSING, OUT_OF_RANGE, UNKNOWN_KEYS, WRONG_CHOICES, WRONG_TYPES, Case
 from trivium.cli.config import config
 from trivium.cli.main import trivium
-from trivium.config.explain import json_schema, key_at, keys, suggest
+from trivium.config.explain import RENAMED_KEYS, json_schema, key_at, keys, suggest
 from trivium.config.load import dump_run, load_run
 from trivium.config.run import METHOD_DEFAULTS
 from trivium.config.yaml_tree import parse_tree
@@ -29,7 +29,7 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(trivium, ["config", *arguments])
 
 
-def test_show_prints_the_dump_and_nothing_else():
+def test_show_prints_only_the_dump():
     result = invoke("show", "run.yaml", "seed=7")
     resolved = load_run(Path("run.yaml"), ["seed=7"])
     assert (result.exit_code, result.stderr) == (0, "")
@@ -158,6 +158,9 @@ def test_schema_refuses_what_the_reader_refuses(case: Case):
 def test_nearest_keys():
     assert suggest(("optimizer", "lerning_rate")) == "did you mean optimizer.lr?"
     assert suggest(("learning_rate",)) == "did you mean optimizer.lr?"
+    for old, new in RENAMED_KEYS.items():
+        assert suggest((*new.split(".")[:-1], old)) == f"did you mean {new}?"
+        assert key_at(tuple(new.split("."))) is not None
     assert key_at(("data", "sources", 3, "path")) == keys()["data.sources.N.path"]
     assert key_at(("data", "sources", "first")) is None
     assert set(config.commands) == {"show", "explain", "schema"}

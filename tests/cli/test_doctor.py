@@ -43,7 +43,7 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_sound_run_leaves_stdout_empty(workplace):
+def test_doctor_prints_nothing_for_a_sound_run(workplace):
     command = [sys.executable, "-m", "trivium.cli", "doctor", "lora.yaml"]
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
@@ -51,7 +51,7 @@ def test_a_sound_run_leaves_stdout_empty(workplace):
     assert not (workplace / "runs" / "lora").exists() and not list((workplace / "runs").glob(".doctor*"))
 
 
-def test_an_error_stops_with_its_code_and_a_page_errors_first(workplace):
+def test_doctor_exit_code_and_errors_first(workplace):
     done = run(workplace, "doctor", "lora.yaml", FROZEN, "optimizer.lr=1e-6")
     assert done.exit_code == 2
     assert done.stdout.index("error  Q04") < done.stdout.index("warning  Q19") and "docs/doctor.md#q04" in done.stdout
@@ -72,7 +72,7 @@ def test_train_is_stopped_before_its_folder_is_made(workplace):
     assert not (workplace / "runs" / "lora").exists()
 
 
-def test_data_ends_with_4_and_size_with_3(workplace):
+def test_doctor_exit_codes_for_data_and_size(workplace):
     from tests.doctor.test_tokens import chat_ids, write_store
 
     ids, weights = chat_ids()
@@ -85,7 +85,7 @@ def test_data_ends_with_4_and_size_with_3(workplace):
     assert huge.exit_code == 3 and "Q21" in huge.stderr and "M02" in huge.stderr
 
 
-def test_allow_lets_a_knowing_user_train(workplace):
+def test_allow_ignores_an_error(workplace):
     write_rows(workplace / "called.jsonl", chat_rows())
     call = {"type": "function", "function": {"name": "rain", "arguments": {"city": "Ulm"}}}
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -101,12 +101,12 @@ def test_allow_lets_a_knowing_user_train(workplace):
 
 
 @pytest.mark.parametrize("verb", ["doctor", "train"])
-def test_an_unknown_id_is_refused_with_the_nearest(workplace, verb):
+def test_allow_refuses_an_unknown_id(workplace, verb):
     done = run(workplace, verb, "lora.yaml", "--allow", "Q99")
     assert done.exit_code == 2 and "--allow Q99" in done.stderr and "Did you mean Q" in done.stderr
 
 
-def test_every_rule_has_its_section(workplace):
+def test_every_rule_is_documented(workplace):
     text = (ROOT / "docs" / "doctor.md").read_text()
     sections = dict(re.findall(r"^### (\w+)\n\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL))
     rules = [rule for rules in (examine.RUN_RULES, examine.PREPARED_RULES, examine.LOADED_RULES) for rule in rules]

@@ -30,7 +30,7 @@ def workplace(tmp_path_factory, taught) -> Path:
     return folder
 
 
-def test_figures_as_json_and_every_answer_in_a_file(workplace: Path):
+def test_eval_json_and_answers_file(workplace: Path):
     done = trivium(
         workplace, "eval", "taught", "--held-out", "texts.jsonl", "--prompts", "prompts.jsonl",
         "--answers", "answers.jsonl", "--max-new-tokens", "30", "--json",
@@ -56,18 +56,18 @@ def test_a_table_without_json(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "words"),
     [
-        (["taught"], 2, "taught is no run"),
+        (["taught"], 2, "taught is not a run"),
         (["nothing", "--held-out", "texts.jsonl"], 2, "nothing is not a model"),
         (["taught", "--prompts", "gone.jsonl"], 2, "gone.jsonl does not exist"),
         (["taught", "--held-out", "gone.jsonl"], 2, "gone.jsonl"),
-        (["taught", "--answers", "out.jsonl"], 2, "name that file too"),
+        (["taught", "--answers", "out.jsonl"], 2, "Add --prompts FILE"),
         pytest.param(
             ["taught", "--lm-eval", "hellaswag"], 2, "pip install 'trivium[eval]'",
             marks=pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed"),
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_measured_is_said(workplace, arguments: list[str], exit_code: int, words: str, monkeypatch):
+def test_eval_refusals(workplace, arguments: list[str], exit_code: int, words: str, monkeypatch):
     monkeypatch.chdir(workplace)
     done = CliRunner().invoke(cli, ["eval", *arguments])
     assert (done.exit_code, done.stdout) == (exit_code, "")

@@ -34,7 +34,7 @@ def test_version(tmp_path: Path):
 
 
 @pytest.mark.parametrize("verb", main.VERBS)
-def test_verbs_are_where_the_listing_says(verb: str):
+def test_every_verb_is_a_command(verb: str):
     command = main.trivium.get_command(click.Context(main.trivium), verb)
     assert isinstance(command, click.Command)
     assert command.name == verb
@@ -104,7 +104,7 @@ def test_interruption_ends_with_130(verb_that_raises):
         assert CliRunner().invoke(main.trivium, ["chat"]).exit_code == 130
 
 
-def test_an_unforeseen_error_is_one_paragraph_and_a_traceback_only_with_debug(verb_that_raises):
+def test_unexpected_error_has_a_traceback_only_with_debug(verb_that_raises):
     verb_that_raises(ZeroDivisionError("line one\nline two"))
     plain = CliRunner().invoke(main.trivium, ["chat"])
     assert (plain.exit_code, plain.stdout) == (1, "")
@@ -114,13 +114,13 @@ def test_an_unforeseen_error_is_one_paragraph_and_a_traceback_only_with_debug(ve
     assert debug.exit_code == 1 and "Traceback (most recent call last)" in debug.stderr
 
 
-def test_debug_shows_where_a_foreseen_error_came_from(tmp_path: Path):
+def test_debug_shows_the_traceback_of_an_expected_error(tmp_path: Path):
     assert "Traceback" not in run("config", "show", "absent.yaml", folder=tmp_path).stderr
     done = run("--debug", "config", "show", "absent.yaml", folder=tmp_path)
     assert done.returncode == 2 and "Traceback" in done.stderr and "trivium: absent.yaml: no such file" in done.stderr
 
 
-def test_a_reader_that_goes_away_is_no_error_message(tmp_path: Path):
+def test_a_broken_pipe_prints_no_error(tmp_path: Path):
     process = subprocess.Popen(
         [*COMMAND, "config", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
     )

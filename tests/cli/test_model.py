@@ -23,14 +23,14 @@ def test_list_shows_every_size_with_its_exact_parameters() -> None:
     assert "494,032,768" in next(line for line in lines if line.startswith("Qwen2.5-0.5B "))
 
 
-def test_list_as_json_says_the_same() -> None:
+def test_list_as_json() -> None:
     sizes = {size["name"]: size for size in json.loads(invoke("list", "--json").stdout)}
     assert list(sizes) == catalog.names()
     assert sizes["Qwen3-0.6B"]["num_params"] == 596_049_920
     assert sizes["Qwen3-0.6B"]["num_embedding_params"] == 151_936 * 1024
 
 
-def test_size_shows_the_model_and_what_its_vocabulary_costs() -> None:
+def test_size_shows_the_model_and_its_embeddings() -> None:
     shape = catalog.size_for_budget(25_000_000, 8192)
     shown = invoke("size", "--params", "25M", "--vocab", "8192").stdout
     assert f"{shape.num_params:,}" in shown
@@ -49,12 +49,12 @@ def test_size_as_json() -> None:
 @pytest.mark.parametrize(
     ("text", "count"), [("25M", 25_000_000), ("1.5b", 1_500_000_000), ("7k", 7000), ("8_192", 8192), ("8,192", 8192)]
 )
-def test_counts_are_read(text: str, count: int) -> None:
+def test_parse_size(text: str, count: int) -> None:
     assert parse_size(text, "--params") == count
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5M", "25X", "M", "1e6", "nan", "inf", "0.4", "1.2.3M"])
-def test_nonsense_counts_are_refused(text: str) -> None:
+def test_parse_size_refuses_nonsense(text: str) -> None:
     with pytest.raises(ConfigError, match="--params"):
         parse_size(text, "--params")
 

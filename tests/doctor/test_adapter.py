@@ -49,7 +49,7 @@ def test_adapters_that_a_user_brings(tied, options, expected, base, untied, chat
     assert found_for(adapter, chats, tmp_path) == expected | {"M06": "error"}
 
 
-def test_m06_says_which_base_to_begin_from(base, chats, tmp_path):
+def test_m06_names_the_base_model(base, chats, tmp_path):
     adapter = peft_adapter(tmp_path / "adapter", base)
-    trouble = found_in(run_of(tmp_path, chats, method="lora", model=str(adapter)))["M06"].violation
+    trouble = found_in(run_of(tmp_path, chats, method="lora", model=str(adapter)))["M06"]
     assert str(base) in trouble.fix and "export" in trouble.fix

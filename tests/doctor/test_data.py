@@ -45,13 +45,13 @@ def test_q03_answers_that_do_not_fit(overlong, base, tmp_path):
     rows = chat_rows([*PAIRS, ("Tell me all.", "Well, " * 99)])
     data = {"overlong": overlong, "max_reject_share": 0.1, "held_out": 0.0}
     found = found_in(prepared_with(rows, base, tmp_path, data=data))["Q03"]
-    assert found.severity == "warning" and "of 41 records" in found.violation.found
+    assert found.severity == "warning" and "of 41 records" in found.found
     one_in_many = chat_rows([*PAIRS * 4, ("Tell me all.", "Well, " * 99)])
     (tmp_path / "many").mkdir()
     assert severity_of(prepared_with(one_in_many, base, tmp_path / "many", data=data), "Q03") is None
 
 
-def test_q12_a_template_that_nobody_knows(chats, tmp_path):
+def test_q12_an_unknown_template(chats, tmp_path):
     own = CHATML_TEMPLATE.replace("message['role'] + ", "message['role'] + ' says' + ")
     own = own.replace("assistant\\n", "assistant says\\n")
     base = write_base(tmp_path / "base", byte_tokenizer(tmp_path / "bytes", own))
@@ -61,23 +61,23 @@ def test_q12_a_template_that_nobody_knows(chats, tmp_path):
 
 def test_q15_a_template_without_reasoning(base, tmp_path):
     found = found_in(prepared_with([{"messages": REASONED}] * 9, base, tmp_path))["Q15"]
-    assert found.severity == "warning" and "of 18 answers" in found.violation.found
+    assert found.severity == "warning" and "of 18 answers" in found.found
 
 
 def test_q15_a_conversation_rendered_once(thinker, tmp_path):
     rows = [{"messages": REASONED}] * 9
     assert severity_of(prepared_with(rows, thinker, tmp_path), "Q15") is None
     once = prepared_with(rows, thinker, tmp_path, loss_tokens="all")
-    assert "of 9 sampled answers" in found_in(once)["Q15"].violation.found
+    assert "of 9 sampled answers" in found_in(once)["Q15"].found
 
 
 def test_q16_calls_that_the_template_leaves_out_or_encodes_twice(base, tmp_path):
     left_out = found_in(prepared_with([{"messages": CALLED}] * 9, base, tmp_path))["Q16"]
     assert left_out.severity == "error" and left_out.stops_with is BadData
-    assert "out of 9" in left_out.violation.found and "of 0 as JSON" in left_out.violation.found
+    assert "out of 9" in left_out.found and "of 0 as JSON" in left_out.found
     twice = write_base(tmp_path / "twice", byte_tokenizer(tmp_path / "bytes", TWICE))
     found = found_in(prepared_with([{"messages": CALLED}] * 9, twice, tmp_path))["Q16"]
-    assert "out of 0" in found.violation.found and "of 9 as JSON" in found.violation.found
+    assert "out of 0" in found.found and "of 9 as JSON" in found.found
 
 
 def test_q16_string_arguments_are_read_before_the_template_sees_them(tmp_path):
@@ -91,12 +91,12 @@ def test_q16_string_arguments_are_read_before_the_template_sees_them(tmp_path):
 def test_q17_control_tokens_written_out(base, thinker, tmp_path):
     taken = [*PAIRS[:9], ("What does <think> mean?", "To reason.")]
     found = found_in(prepared_with(chat_rows(taken), thinker, tmp_path))["Q17"]
-    assert found.severity == "warning" and found.violation.found.startswith("1 records")
+    assert found.severity == "warning" and found.found.startswith("1 records")
     (tmp_path / "refused").mkdir()
     refused = [*PAIRS[:9], ("What is <|im_end|>?", "An end.")]
     data = {"max_reject_share": 0.5}
     found = found_in(prepared_with(chat_rows(refused), base, tmp_path / "refused", data=data))["Q17"]
-    assert "1 were rejected" in found.violation.found
+    assert "1 records were rejected" in found.found
 
 
 def test_q17_documents_are_plain_text_whatever_they_spell(base, tmp_path):
@@ -123,11 +123,7 @@ def test_q28_documents_on_a_chat_model(base, texts, chats, tmp_path):
 def test_q30_a_system_turn_in_every_conversation(base, tmp_path):
     always = prepared_with(chat_rows(system="You are a fox."), base, tmp_path)
     found = found_in(always)["Q30"]
-    assert (
-        found.severity == "info"
-        and "You are a fox." in found.violation.found
-        and "writes none" in found.violation.found
-    )
+    assert found.severity == "info" and "You are a fox." in found.found and "writes none" in found.found
     (tmp_path / "half").mkdir()
     half = chat_rows(PAIRS[:20], system="You are a fox.") + chat_rows(PAIRS[20:])
     assert severity_of(prepared_with(half, base, tmp_path / "half"), "Q30") is None
@@ -136,7 +132,7 @@ def test_q30_a_system_turn_in_every_conversation(base, tmp_path):
 def test_q33_little_text_for_a_pretrained_model(base, texts, tmp_path):
     run = run_of(tmp_path, texts, method="continue", model=str(base), budget={"epochs": 3.0})
     found = found_in(prepared_of(run))["Q33"]
-    assert found.severity == "info" and "3.0 times" in found.violation.found
+    assert found.severity == "info" and "3.0 times" in found.found
 
 
 def test_examine_reads_every_byte_of_the_stores(base, tmp_path):

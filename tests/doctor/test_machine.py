@@ -34,7 +34,7 @@ def test_m01_names_packages_that_a_setting_needs(base, chats, tmp_path):
     except metadata.PackageNotFoundError:
         run = run_of(tmp_path, chats, method="lora", model=str(base), log={"trackers": ["wandb"]})
         found = found_in(run)["M01"]
-        assert found.severity == "error" and "wandb" in found.violation.found
+        assert found.severity == "error" and "wandb" in found.found
     else:
         pytest.skip("wandb is installed here")
 
@@ -44,7 +44,7 @@ def test_m01_names_versions_that_do_not_fit(base, chats, tmp_path, monkeypatch):
     assert "M01" not in found_in(run)
     asked = metadata.requires
     monkeypatch.setattr(metadata, "requires", lambda name: [*(asked(name) or []), "torch<2"])
-    found = found_in(run)["M01"].violation.found
+    found = found_in(run)["M01"].found
     assert "torch" in found and "<2" in found and metadata.version("torch") in found
 
 
@@ -72,7 +72,7 @@ def test_m03_folders_where_nothing_can_be_written(place, base, chats, tmp_path):
         pytest.skip("no /proc here")
     run = run_of(tmp_path, chats, method="lora", model=str(base), runs_dir=str(runs_dir))
     found = found_in(run)["M03"]
-    assert found.severity == "error" and "runs_dir" in found.violation.found and "cache_dir" in found.violation.found
+    assert found.severity == "error" and "runs_dir" in found.found and "cache_dir" in found.found
 
 
 def test_m03_leaves_nothing_behind(base, chats, tmp_path):
@@ -96,15 +96,15 @@ def with_memory(prepared, memory_bytes):
     return replace(prepared, machine=replace(prepared.machine, memory_bytes=round(memory_bytes)))
 
 
-def test_q21_a_model_that_no_memory_holds(huge):
+def test_q21_a_model_that_does_not_fit(huge):
     found = found_in(huge)["Q21"]
     assert found.severity == "error" and found.stops_with is DoesNotFit
-    assert "has 8.00 GiB" in found.violation.found and "moments" in found.violation.found
+    assert "has 8.00 GiB" in found.found and "moments" in found.found
     small = replace(huge, job=replace(huge.job, shape=replace(huge.job.shape, num_hidden_layers=1, hidden_size=64)))
     assert severity_of(small, "Q21") is None
 
 
-def test_q21_warns_where_the_margin_is_gone(huge):
+def test_q21_warns_without_a_margin(huge):
     needed = peak_memory(huge.workload).total
     assert severity_of(with_memory(huge, needed / 0.90), "Q21") is None
     assert severity_of(with_memory(huge, needed / 0.95), "Q21") == "warning"
@@ -113,7 +113,7 @@ def test_q21_warns_where_the_margin_is_gone(huge):
 
 def test_q21_offers_what_then_fits(long, tmp_path):
     tight = with_memory(long, 0.99 * peak_memory(long.workload).total)
-    found = found_in(tight)["Q21"].violation.fix
+    found = found_in(tight)["Q21"].fix
     fixes = cheapest_fixes(tight.workload, tight.machine.as_planned, tight.machine.memory_bytes)
     assert len(fixes) == 3 and all(f"({number}) {fix.text}" in found for number, fix in enumerate(fixes, start=1))
     (tmp_path / "run.yaml").write_text(dump_run(tight.run, {}))
@@ -122,7 +122,7 @@ def test_q21_offers_what_then_fits(long, tmp_path):
     assert severity_of(mended, "Q21") is None
 
 
-def test_q21_takes_the_portions_that_the_planner_settles(long):
+def test_q21_uses_the_batching_of_the_planner(long):
     tight = with_memory(long, 0.99 * peak_memory(long.workload).total)
     notes = []
     settled = settle_batching(tight.run, tight.job.shape, tight.job.facts, tight.machine, notes.append)
@@ -149,7 +149,7 @@ def test_memory_is_that_of_the_machine():
 
 
 @pytest.mark.parametrize("parallel", [{"devices": 2}, {"offload": "optimizer"}])
-def test_what_is_only_foreseen_is_refused(parallel, base, chats, tmp_path):
+def test_refuses_settings_that_are_not_supported_yet(parallel, base, chats, tmp_path):
     run = run_of(tmp_path, chats, method="lora", model=str(base), parallel=parallel)
     with pytest.raises(ConfigError, match=f"parallel.{next(iter(parallel))} is .*this version trains on one device"):
         prepared_of(run)

@@ -31,7 +31,7 @@ def test_q19_adapters_learn_in_a_range(prepared, rate, severity):
     assert severity_of(with_rate(prepared, rate), "Q19") == severity
 
 
-def test_q19_large_models_bear_less(prepared):
+def test_q19_large_models_need_lower_rates(prepared):
     layers = 3_000_000_000 // prepared.job.shape.num_layer_matmul_params
     large = replace(
         prepared, job=replace(prepared.job, shape=replace(prepared.job.shape, num_hidden_layers=layers + 1))
@@ -48,7 +48,7 @@ def test_q19_all_weights_of_a_pretrained_model(prepared, rate, severity):
 
 
 @pytest.mark.parametrize(("rate", "severity"), [(1e-5, "warning"), (1e-3, None), (5e-2, "warning")])
-def test_q19_weights_from_nothing(prepared, rate, severity):
+def test_q19_random_weights(prepared, rate, severity):
     assert (
         severity_of(with_rate(prepared, rate, trainable="everything", adapter=None, weights="random"), "Q19")
         == severity
@@ -71,7 +71,7 @@ def test_q20_scaling(base, chats, tmp_path, adapter, severity):
     assert severity_of(prepared, "Q20") == severity
 
 
-def test_q22_bf16_on_a_device_that_only_imitates_it(prepared):
+def test_q22_bf16_on_a_device_that_emulates_it(prepared):
     slow = Machine(torch.device("cpu"), torch.bfloat16, peak_flops=1.0, memory_bytes=8 << 30)
     asked = with_run(replace(prepared, machine=slow), precision="bf16")
     assert severity_of(asked, "Q22") == "warning"
@@ -84,7 +84,7 @@ def test_q22_bf16_on_a_device_that_only_imitates_it(prepared):
     ("numbers", "severity"),
     [({"rope_theta": 1e4}, "warning"), ({"intermediate_size": 42}, "info"), ({"intermediate_size": 128}, None)],
 )
-def test_q26_shapes_from_nothing(texts, tmp_path, numbers, severity):
+def test_q26_shapes_of_random_weights(texts, tmp_path, numbers, severity):
     shape = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2} | numbers
     tokenizer = {"train": {"kind": "byte", "vocab_size": 259}}
     prepared = prepared_of(run_of(tmp_path, texts, method="scratch", model={"shape": shape}, tokenizer=tokenizer))
@@ -97,7 +97,7 @@ def test_q26_leaves_pretrained_models_alone(chats, tmp_path):
     assert found_in(prepared_of(run_of(tmp_path, chats, method="full", model=str(base)))) == {}
 
 
-def test_q31_rows_beyond_the_positions_of_the_base(tokenizer, chats, tmp_path):
+def test_q31_sequences_beyond_the_positions(tokenizer, chats, tmp_path):
     base = write_base(tmp_path / "base", tokenizer, max_position_embeddings=120)
     run = run_of(tmp_path, chats, method="full", model=str(base))
     assert severity_of(prepared_of(run), "Q31") == "warning"

@@ -31,17 +31,17 @@ def test_an_untied_model(tokenizer, chats, tmp_path):
     no_findings(run_of(tmp_path, chats, method="lora", model=str(base)), tmp_path)
 
 
-def test_dropout_and_token_rows(base, chats, tmp_path):
+def test_dropout_and_trained_tokens(base, chats, tmp_path):
     adapter = {"rank": 4, "dropout": 0.5, "train_tokens": ["<|im_end|>"], "loraplus_lr_ratio": 8.0}
     no_findings(run_of(tmp_path, chats, method="lora", model=str(base), adapter=adapter), tmp_path)
 
 
-def test_documents_from_nothing(texts, tmp_path):
+def test_documents_from_scratch(texts, tmp_path):
     tokenizer = {"train": {"kind": "byte", "vocab_size": 259}}
     no_findings(run_of(tmp_path, texts, method="scratch", model=SHAPE, tokenizer=tokenizer), tmp_path)
 
 
-def test_documents_on_a_base_model_are_told_of_being_few(tokenizer, texts, tmp_path):
+def test_few_documents_on_a_base_model(tokenizer, texts, tmp_path):
     base = write_base(tmp_path / "base", tokenizer, stops=[256])
     prepared = prepared_of(run_of(tmp_path, texts, method="continue", model=str(base)))
     assert {name: finding.severity for name, finding in found_in(prepared).items()} == {"Q33": "info"}
@@ -67,9 +67,9 @@ def test_a_real_chat_tokenizer(chats, tmp_path):
     no_findings(run_of(tmp_path, chats, method="lora", model=str(base), data={"held_out": 0.0}), tmp_path)
 
 
-def test_a_real_base_is_only_told_what_its_servers_read(chats, tmp_path):
+def test_a_real_base_model_only_has_q05(chats, tmp_path):
     base = write_base(tmp_path / "base", real_tokenizer("qwen2.5-base"), stops=[151643], vocab_size=151936)
     prepared = prepared_of(run_of(tmp_path, chats, method="lora", model=str(base), data={"held_out": 0.0}))
     found = found_in(prepared)
     assert {name: finding.severity for name, finding in found.items()} == {"Q05": "warning"}
-    assert "151645" in found["Q05"].violation.fix
+    assert "151645" in found["Q05"].fix

@@ -14,17 +14,17 @@ def loaded(base, chats, tmp_path) -> LoadedRun:
     return load(prepared_of(run))
 
 
-def test_m04_weights_that_give_no_numbers(tokenizer, chats, tmp_path):
+def test_m04_weights_with_nan(tokenizer, chats, tmp_path):
     def poison(model):
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
 
     base = write_base(tmp_path / "base", tokenizer, edit=poison)
     prepared = prepared_of(run_of(tmp_path, chats, method="full", model=str(base)))
     found = found_in(load(prepared))["M04"]
-    assert found.severity == "error" and "nan" in found.violation.found
+    assert found.severity == "error" and "nan" in found.found
 
 
-def test_m04_a_step_that_teaches_nothing(loaded):
+def test_m04_a_step_without_gradient(loaded):
     for parameter in loaded.engine.parameters.values():
         parameter.register_hook(torch.zeros_like)
     assert severity_of(loaded, "M04") == "error"

@@ -52,13 +52,13 @@ def chat_ids(question="hi", answer="yes", before="assistant"):
 def test_q02_documents_without_an_end(tmp_path, base):
     documents = [np.array(ids_of("a text that goes on and on"))] * 9
     found = found_in(ready_run(tmp_path, base, documents))["Q02"]
-    assert found.severity == "warning" and "--append-eod" in found.violation.fix
+    assert found.severity == "warning" and "--append-eod" in found.fix
     ended = [np.append(document, END_OF_TEXT) for document in documents]
     (tmp_path / "ended").mkdir()
     assert severity_of(ready_run(tmp_path / "ended", base, ended), "Q02") is None
 
 
-def test_q02_answers_whose_end_is_not_learnt(tmp_path, base):
+def test_q02_answers_without_a_supervised_end(tmp_path, base):
     ids, weights = chat_ids()
     sound = ready_run(tmp_path, base, [ids] * 9, [weights] * 9, method="full")
     assert severity_of(sound, "Q02") is None
@@ -66,10 +66,10 @@ def test_q02_answers_whose_end_is_not_learnt(tmp_path, base):
     weights[-1] = 0
     endless = ready_run(tmp_path / "endless", base, [ids] * 9, [weights] * 9, method="full")
     found = found_in(endless)["Q02"]
-    assert found.severity == "error" and found.stops_with is BadData and "9 of 9" in found.violation.found
+    assert found.severity == "error" and found.stops_with is BadData and "9 of 9" in found.found
 
 
-def test_q02_bears_one_in_a_hundred(tmp_path, base):
+def test_q02_allows_one_in_a_hundred(tmp_path, base):
     document = np.array([*ids_of("a text"), END_OF_TEXT])
     assert severity_of(ready_run(tmp_path, base, [document] * 99 + [document[:-1]]), "Q02") is None
     (tmp_path / "more").mkdir()
@@ -88,9 +88,7 @@ def test_q04_untrained_rows_that_stay_frozen(tie, tokenizer, chats, tmp_path):
     named = {"train_tokens": ["<|im_start|>"]}
     prepared = prepared_of(run_of(tmp_path, chats, method="lora", model=str(base), adapter=named))
     found = found_in(prepared)["Q04"]
-    assert (
-        found.severity == "error" and "<|im_end|>" in found.violation.found and "im_start" not in found.violation.found
-    )
+    assert found.severity == "error" and "<|im_end|>" in found.found and "im_start" not in found.found
     load(prepared)  # a knowing user can pass
     for adapter in ({}, {"train_tokens": ["<|im_start|>", "<|im_end|>"]}):
         run = run_of(tmp_path, chats, method="lora", model=str(base), adapter=adapter)
@@ -109,7 +107,7 @@ def test_q04_small_rows_are_trained_ones(tokenizer, chats, tmp_path):
     assert severity_of(prepared_of(run), "Q04") is None
 
 
-def test_q05_a_base_that_goes_on_after_the_turn(tokenizer, chats, tmp_path):
+def test_q05_a_base_model_that_does_not_stop(tokenizer, chats, tmp_path):
     base = write_base(tmp_path / "base", tokenizer, stops=[END_OF_TEXT])
     lora = prepared_of(run_of(tmp_path, chats, method="lora", model=str(base)))
     assert severity_of(lora, "Q05") == "warning"
@@ -119,10 +117,10 @@ def test_q05_a_base_that_goes_on_after_the_turn(tokenizer, chats, tmp_path):
     assert severity_of(prepared_of(lora.run), "Q05") == "warning"  # config.json says the same
 
 
-def test_q10_a_table_that_would_lose_rows(prepared):
+def test_q10_an_embedding_that_would_lose_rows(prepared):
     smaller = replace(prepared, job=replace(prepared.job, shape=replace(prepared.job.shape, vocab_size=259)))
     found = found_in(smaller)["Q10"]
-    assert found.severity == "error" and "61" in found.violation.found
+    assert found.severity == "error" and "259 rows" in found.found and "320" in found.found
     larger = replace(prepared, job=replace(prepared.job, shape=replace(prepared.job.shape, vocab_size=384)))
     assert severity_of(larger, "Q10") is None
 
@@ -130,34 +128,34 @@ def test_q10_a_table_that_would_lose_rows(prepared):
 def test_q11_ids_without_a_row(prepared):
     narrow = replace(prepared, job=replace(prepared.job, shape=replace(prepared.job.shape, vocab_size=TURN_END)))
     found = found_in(narrow)["Q11"]
-    assert found.severity == "error" and "258" in found.violation.found
+    assert found.severity == "error" and "258" in found.found
 
 
-def test_q11_a_model_that_stops_at_a_stranger(tokenizer, texts, tmp_path):
+def test_q11_a_model_that_stops_at_an_unknown_token(tokenizer, texts, tmp_path):
     letter = ids_of("a")[0]
     base = write_base(tmp_path / "base", tokenizer, stops=[letter, END_OF_TEXT])
     found = found_in(prepared_of(run_of(tmp_path, texts, method="continue", model=str(base))))["Q11"]
-    assert found.severity == "warning" and f"{letter} (a)" in found.violation.found
+    assert found.severity == "warning" and f"{letter} (a)" in found.found
 
 
 def test_q11_a_tokenizer_of_another_size(tokenizer, texts, tmp_path):
     base = write_base(tmp_path / "base", tokenizer, vocab_size=151936)
     found = found_in(prepared_of(run_of(tmp_path, texts, method="continue", model=str(base))))["Q11"]
-    assert found.severity == "warning" and "259" in found.violation.found
+    assert found.severity == "warning" and "259" in found.found
 
 
-def test_q13_answers_that_begin_at_the_wrong_place(tmp_path, base):
+def test_q13_answers_that_start_at_the_wrong_token(tmp_path, base):
     ids, weights = chat_ids()
     late = weights.copy()
     late[np.flatnonzero(weights)[0]] = 0  # the first letter of the answer is not learnt
     prepared = ready_run(tmp_path, base, [ids] * 9, [late] * 9, method="full")
     found = found_in(prepared)["Q13"]
-    assert found.severity == "error" and "<|im_start|>assistant" in found.violation.expected
+    assert found.severity == "error" and "<|im_start|>assistant" in found.expected
     (tmp_path / "sound").mkdir()
     assert severity_of(ready_run(tmp_path / "sound", base, [ids], [weights], method="full"), "Q13") is None
 
 
-def test_q13_is_a_warning_with_a_template_of_ones_own(tmp_path):
+def test_q13_is_a_warning_with_an_unknown_template(tmp_path):
     own = CHATML_TEMPLATE.replace("assistant\\n", "fox\\n").replace(
         "message['role'] +", "('fox' if message['role'] == 'assistant' else message['role']) +"
     )
@@ -169,7 +167,7 @@ def test_q13_is_a_warning_with_a_template_of_ones_own(tmp_path):
         assert severity_of(prepared, "Q13") == expected
 
 
-def test_q14_an_empty_think_block_that_is_learnt(thinker, chats, tmp_path):
+def test_q14_a_supervised_empty_think_block(thinker, chats, tmp_path):
     answers = prepared_of(run_of(tmp_path, chats, method="full", model=str(thinker)))
     assert severity_of(answers, "Q14") is None
     everything = prepared_of(run_of(tmp_path, chats, method="full", model=str(thinker), loss_tokens="all"))
@@ -177,16 +175,16 @@ def test_q14_an_empty_think_block_that_is_learnt(thinker, chats, tmp_path):
     assert severity_of(everything, "Q02") is None  # the line break after the last turn is no end
 
 
-def test_q18_samples_that_teach_nothing(tmp_path, base):
+def test_q18_samples_without_supervised_tokens(tmp_path, base):
     ids, weights = chat_ids()
     none = ready_run(tmp_path, base, [ids] * 9, [weights, *[0 * weights] * 8], method="full")
     assert severity_of(none, "Q18") == "warning"
     none.__dict__["samples"] = [sample._replace(is_ready_made=False) for sample in none.samples]
     found = found_in(none)["Q18"]
-    assert found.severity == "error" and "8 of 9" in found.violation.found
+    assert found.severity == "error" and "8 of 9" in found.found
 
 
-def test_q18_the_users_words_are_learnt_too(tmp_path, base):
+def test_q18_supervised_user_messages(tmp_path, base):
     ids, _ = chat_ids()
     everything = ready_run(tmp_path, base, [ids] * 9, method="full")
     assert severity_of(everything, "Q18") == "warning"

@@ -66,7 +66,7 @@ def test_stories_are_as_frequent_as_their_score_says(monkeypatch: pytest.MonkeyP
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), data=st.data())
-def test_a_damaged_story_cannot_be_told(seed: int, data: st.DataObject) -> None:
+def test_score_of_a_damaged_story_is_infinite(seed: int, data: st.DataObject) -> None:
     text = grammar.story(Random(seed)).text
     position = data.draw(st.integers(0, len(text) - 1))
     assert grammar.score(text[:position] + "~" + text[position + 1 :]) == math.inf
@@ -94,7 +94,7 @@ def test_a_wrong_name_or_remedy_or_moral_later_in_the_story_is_impossible() -> N
     assert changed > 150
 
 
-def test_the_facts_of_a_story_fit_each_other_and_stand_in_its_text() -> None:
+def test_the_facts_of_a_story_are_consistent_and_in_its_text() -> None:
     names = entries(FACTS["hero"]) | entries(FACTS["pal"])
     for told in STORIES:
         facts = told.facts
@@ -105,7 +105,7 @@ def test_the_facts_of_a_story_fit_each_other_and_stand_in_its_text() -> None:
         assert set(re.findall(r"\b[A-Z][a-z]+\b", told.text)) & names == {facts["hero"], facts["pal"]}
 
 
-def test_the_tables_are_sound() -> None:
+def test_tables_are_complete() -> None:
     """Every slot exists, facts are plain words, no option stands twice in a list, "an" is never needed."""
     for table in (*FACTS.values(), *PHRASES.values()):
         lists = [table] if isinstance(table, list) else list(table.options.values())

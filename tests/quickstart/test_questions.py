@@ -129,7 +129,7 @@ def test_a_held_out_story_that_is_in_training_is_left_out(tmp_path: Path, monkey
     assert lines(tmp_path / "held_out.jsonl") == rows[25:]
 
 
-def test_the_same_seed_writes_the_same_bytes_and_another_other_ones(files: Path, tmp_path: Path) -> None:
+def test_write_questions_is_reproducible(files: Path, tmp_path: Path) -> None:
     for seed in (7, 8):
         write_questions(tmp_path / f"{seed}", tmp_path / f"held_out-{seed}", 400, 200, seed, questions_per_story=5)
     assert (tmp_path / "7").read_bytes() == (files / "train.jsonl").read_bytes()
@@ -137,7 +137,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_other_ones(files: Path,
     assert (tmp_path / "8").read_bytes() != (tmp_path / "7").read_bytes()
 
 
-def test_answers_are_made_of_tokens_that_the_stories_have(files: Path, tmp_path: Path) -> None:
+def test_answers_use_tokens_of_the_stories(files: Path, tmp_path: Path) -> None:
     """Each word of an answer is one token, the one that the story has, so that nothing is learnt but to find it."""
     texts = [row["text"] for row in lines(files / "stories.jsonl")]
     train_tokenizer(texts, "bpe", 2048, tmp_path)

@@ -5,7 +5,8 @@ import re
 
 from rich.console import Console
 
-from trivium.report.panel import LivePanel, PlainLines, curve, duration
+from trivium.plan.speed import hours
+from trivium.report.panel import LivePanel, PlainLines, curve
 
 TRAIN = {
     "step": 50,
@@ -67,12 +68,14 @@ def test_plain_lines_are_one_line_a_record_without_colour():
     assert lines[4] == "step 50/100  sample: Once upon [a] time there was"
 
 
-def test_the_curve_is_as_high_as_it_should_be():
+def test_curve_heights():
     lines = curve([float(value) for value in range(10, 0, -1)], columns=10, rows=3)
     assert len(lines) == 3 and all(len(line) == 10 for line in lines)
     assert lines[0][0] == "\u2588" and lines[0][-1] == " " and lines[-1][-1] == "\u2581"
     assert curve([2.0] * 5) and curve([]) == []
 
 
-def test_durations_are_said_as_people_say_them():
-    assert [duration(seconds) for seconds in (0.4, 59, 61, 3599, 7260)] == ["0s", "59s", "1m01s", "59m59s", "2h01m"]
+def test_hours_are_shown_in_a_fitting_unit():
+    assert [hours(seconds / 3600) for seconds in (0.4, 59, 186, 3599, 9000)] == [
+        "0.4 s", "59 s", "3.1 min", "60 min", "2.5 h",
+    ]  # fmt: skip

@@ -82,7 +82,7 @@ def test_a_finished_run_shows_its_numbers(finished_run: Path) -> None:
         "600 of 600",
         "2,457,600",
         f"{held_out:.4f}",
-        "3 min 6 s",
+        "3.1 min",
         "MFU = (k * block parameters",
         "1.30 GiB",
         "step-00000300, step-00000600",
@@ -94,7 +94,7 @@ def test_a_finished_run_shows_its_numbers(finished_run: Path) -> None:
     assert steps == ["0", "120", "360", "600"]
 
 
-def test_the_plan_stands_beside_what_was_measured(finished_run: Path) -> None:
+def test_report_shows_plan_and_measurements(finished_run: Path) -> None:
     assert "Plan" not in read(write_report(finished_run)).text.splitlines()
     peak = {"bytes": 3 << 30, "low": 2 << 30, "high": 4 << 30, "instant": "in the <loss>", "what": "the peak & all"}
     predicted = {
@@ -119,13 +119,13 @@ def test_the_plan_stands_beside_what_was_measured(finished_run: Path) -> None:
     page = read(write_report(finished_run))
     for words in (
         "4.00 GiB measured (-25.0%)",
-        "4,000 tokens a second measured (+25.0%)",
-        "2 h 30 min measured (-20.0%)",
+        "4,000 tokens/s measured (+25.0%)",
+        "2.5 h measured (-20.0%)",
     ):
         assert words in page.text, words
 
 
-def test_no_colour_of_the_drawing_escapes_the_theme(finished_run: Path) -> None:
+def test_plots_only_use_theme_colors(finished_run: Path) -> None:
     drawn = re.findall(r"<svg.*?</svg>", write_report(finished_run).read_text(), flags=re.DOTALL)
     assert len(drawn) == 5
     for svg in drawn:
@@ -157,7 +157,7 @@ def test_without_a_held_out_loss_no_distance_is_claimed(tmp_path: Path) -> None:
     assert "no held-out loss yet" in page.text and "above" not in page.text
 
 
-def test_hostile_words_stay_words(finished_run: Path) -> None:
+def test_report_escapes_hostile_text(finished_run: Path) -> None:
     hostile = (
         "</blockquote></style><script>alert('x')</script><img src=//evil onerror=\"go()\"> &lt; {0} %s \x00 \u202e"
     )
@@ -171,14 +171,14 @@ def test_hostile_words_stay_words(finished_run: Path) -> None:
     assert page.text.replace("\x00", "").replace("\ufffd", "").count(visible) >= 6
 
 
-def test_an_empty_run_folder_says_what_is_missing(tmp_path: Path) -> None:
+def test_report_of_an_empty_run_folder(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("")
     page = read(write_report(tmp_path))
     assert "stopped" in page.text and "not recorded" in page.text and "svg" not in page.tags
     assert "Not in the folder: provenance.json, metrics.jsonl, samples.jsonl, checkpoints, the result." in page.text
 
 
-def test_torn_and_odd_records_are_read_as_far_as_they_go(finished_run: Path) -> None:
+def test_report_of_torn_records(finished_run: Path) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         whole = (finished_run / name).read_text()
         (finished_run / name).write_text(whole[: len(whole) * 2 // 3])
@@ -208,7 +208,7 @@ def test_a_crashed_run_shows_its_failure_first(finished_run: Path) -> None:
     assert text.index("not finite at step 412") < text.index(failure["message"]) < text.index("Summary")
 
 
-def test_a_living_run_is_running_and_a_killed_one_is_not(finished_run: Path) -> None:
+def test_report_tells_running_from_killed_runs(finished_run: Path) -> None:
     (finished_run / "finished.json").unlink()
     lock = FolderLock(finished_run / "lock")
     lock.acquire(wait=False)
@@ -217,7 +217,7 @@ def test_a_living_run_is_running_and_a_killed_one_is_not(finished_run: Path) -> 
     assert "no process is running it" in read(write_report(finished_run)).text
 
 
-def test_the_same_folder_gives_the_same_bytes(finished_run: Path) -> None:
+def test_report_is_reproducible(finished_run: Path) -> None:
     assert write_report(finished_run).read_bytes() == write_report(finished_run).read_bytes()
 
 

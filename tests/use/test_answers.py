@@ -29,8 +29,8 @@ def ask(text: str, answer: str | None = None) -> EvalPrompt:
     return EvalPrompt([{"role": "user", "content": text}], answer)
 
 
-def test_batched_answers_are_those_of_transformers_one_by_one(adapter: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "BATCH_ROWS", 3)
+def test_answers_in_batches_equal_transformers_one_by_one(adapter: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "BATCH_SIZE", 3)
     loaded = load(str(adapter))
     questions = [ask("x" * length) for length in (5, 1, 40, 17, 2, 9, 30)]
     seen: list[tuple[int, int]] = []
@@ -47,7 +47,7 @@ def test_batched_answers_are_those_of_transformers_one_by_one(adapter: Path, mon
         assert answer.stopped == (new[-1] in (256, 258)) and answer.num_tokens == len(new)
 
 
-def test_a_taught_model_answers_exactly_and_stops_and_a_base_does_not(taught: Path, base: Path):
+def test_answers_of_a_trained_model_match_and_stop(taught: Path, base: Path):
     questions = [ask(question, answer) for question, answer in PAIRS]
     given_answers = answers(load(str(taught)), questions, max_new_tokens=30)
     assert [answer.text for answer in given_answers] == [answer for _, answer in PAIRS]
@@ -59,7 +59,7 @@ def test_a_taught_model_answers_exactly_and_stops_and_a_base_does_not(taught: Pa
     assert score(questions, plain).exact_match == 0.0
 
 
-def test_a_models_own_penalties_change_no_measurement(tmp_path: Path, taught: Path):
+def test_answers_ignore_generation_config(tmp_path: Path, taught: Path):
     import shutil
 
     folder = tmp_path / "penalised"
@@ -72,7 +72,7 @@ def test_a_models_own_penalties_change_no_measurement(tmp_path: Path, taught: Pa
     assert score(questions, answers(load(str(folder)), questions, max_new_tokens=30)).exact_match == 1.0
 
 
-def test_without_a_template_the_text_itself_is_continued(base: Path):
+def test_answers_without_a_template_complete_the_text(base: Path):
     loaded = load(str(base))
     (answer,) = answers(loaded, [ask("Lily")], max_new_tokens=5)
     ids = loaded.tokenizer("Lily", return_tensors="pt", return_token_type_ids=False)
@@ -94,7 +94,7 @@ def test_without_a_template_the_text_itself_is_continued(base: Path):
     )
 )
 @settings(max_examples=60)
-def test_scores_count(rows: list[tuple[str | None, str, bool]]):
+def test_score(rows: list[tuple[str | None, str, bool]]):
     questions = [ask("?", expected) for expected, _, _ in rows]
     found = score(questions, [ModelAnswer(text, "", stopped, 1) for _, text, stopped in rows])
     known = [(expected, text) for expected, text, _ in rows if expected is not None]
@@ -106,7 +106,7 @@ def test_scores_count(rows: list[tuple[str | None, str, bool]]):
     assert found.stop_rate == sum(stopped for _, _, stopped in rows) / len(rows)
 
 
-def test_json_is_an_object_or_a_list_and_nothing_else():
+def test_is_json():
     assert is_json('{"a": [1]}') and is_json(" []\n")
     assert not any(map(is_json, ("42", '"a"', "{'a': 1}", '{"a": 1} ok', "", "[" * 100_000)))
 
@@ -121,11 +121,11 @@ def test_json_is_an_object_or_a_list_and_nothing_else():
         ("<think>\nnever ends", "never ends", ""),
     ],
 )
-def test_reasoning_is_not_the_answer(written: str, reasoning: str, answer: str):
+def test_split_reasoning(written: str, reasoning: str, answer: str):
     assert split_reasoning(written) == (reasoning, answer)
 
 
-def test_rows_of_prompts():
+def test_question_of_records():
     row = {"system": "Be short.", "prompt": "Who?", "answer": "I."}
     question = question_of(row)
     assert [turn["role"] for turn in question.turns] == ["system", "user"] and question.answer == "I."
@@ -145,7 +145,7 @@ def test_rows_of_prompts():
         ('{"messages": "x"}', "not a list of objects"),
     ],
 )
-def test_a_broken_row_is_named_by_file_and_line(line: str, words: str, tmp_path: Path):
+def test_read_questions_names_file_and_line(line: str, words: str, tmp_path: Path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "fine"}\n\n' + line + "\n")
     with pytest.raises(BadData, match="prompts.jsonl:3: ") as refused:
@@ -153,7 +153,7 @@ def test_a_broken_row_is_named_by_file_and_line(line: str, words: str, tmp_path:
     assert words in str(refused.value)
 
 
-def test_text_files_hold_a_prompt_a_line(tmp_path: Path):
+def test_read_questions_of_a_text_file(tmp_path: Path):
     (tmp_path / "prompts.txt").write_text("\ufeffWho?\n\n Where? \n", encoding="utf-8")
     assert [question.text for question in read_questions(tmp_path / "prompts.txt")] == ["Who?", "Where?"]
     (tmp_path / "empty.txt").write_text("\n")
@@ -163,6 +163,6 @@ def test_text_files_hold_a_prompt_a_line(tmp_path: Path):
         read_questions(tmp_path / "gone.jsonl")
 
 
-def test_turns_that_a_template_cannot_render_are_refused(taught: Path):
+def test_prompt_text_refuses_messages_the_template_cannot_render(taught: Path):
     with pytest.raises(BadData, match="cannot render"):
         answers(load(str(taught)), [EvalPrompt([{"role": "user", "content": None}])])

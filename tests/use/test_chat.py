@@ -19,7 +19,7 @@ from trivium.use.chat import Dialogue, Writer
 from trivium.use.load import load
 
 
-def test_answers_are_streamed_and_the_conversation_grows(taught: Path):
+def test_say_streams_answers_and_extends_the_conversation(taught: Path):
     writer = Writer(load(str(taught)), max_new_tokens=30, temperature=0.0)
     dialogue = Dialogue(writer)
     pieces = list(dialogue.say(PAIRS[0][0]))
@@ -35,7 +35,7 @@ def test_answers_are_streamed_and_the_conversation_grows(taught: Path):
     assert [turn["role"] for turn in dialogue.messages] == ["system", "user", "assistant"]
 
 
-def test_leaving_early_ends_the_generation_and_leaves_what_came(base: Path):
+def test_closing_early_stops_the_generation_and_keeps_the_text(base: Path):
     # At temperature 0 this model repeats a token without end, so that only leaving can stop it.
     writer = Writer(load(str(base)), max_new_tokens=100_000, temperature=0.0)
     dialogue = Dialogue(writer)
@@ -60,7 +60,7 @@ def test_the_same_seed_says_the_same_and_temperature_zero_is_greedy(base: Path):
     assert "".join(Writer(loaded, 20, 0.0).write("Lily")) == expected
 
 
-def test_nothing_said_nothing_to_retry_and_nothing_whole_nothing_to_save(base: Path, tmp_path: Path):
+def test_retry_and_save_refuse_an_empty_conversation(base: Path, tmp_path: Path):
     dialogue = Dialogue(Writer(load(str(base)), 3, 0.0))
     with pytest.raises(ConfigError, match="There is no message"):
         list(dialogue.retry())
@@ -96,7 +96,7 @@ def learnt(path: Path, tokenizer) -> list[tuple[str, str]]:
     return found
 
 
-def test_what_is_saved_is_learnt_where_it_was_asked_and_what_was_cut_off_is_not(taught: Path, tmp_path: Path):
+def test_save_leaves_cut_off_answers_unsupervised(taught: Path, tmp_path: Path):
     loaded = load(str(taught))
     answers = [("One.", True), ("", True), ("Cut o", False), ("Two.", True)]
     dialogue = Dialogue(writer := Scripted(loaded, answers), system="Be short.")

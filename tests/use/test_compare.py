@@ -44,18 +44,18 @@ def compared(workplace: Path) -> Comparison:
     )
 
 
-def test_base_first_then_the_runs_as_named(compared: Comparison, workplace: Path):
+def test_compare_lists_base_models_first(compared: Comparison, workplace: Path):
     assert [(m.name, m.base, m.method) for m in compared.models] == [
         ("base", None, None),
         ("lora", "base", "lora"),
         ("full", "base", "full"),
     ]
-    assert compared.one_language and compared.held_out == "held-out set of lora"
+    assert compared.same_tokenizer and compared.held_out == "held-out set of lora"
     assert compared.general == str(workplace / "general.jsonl")
     assert any("chat template" in note and "<|im_end|>" in note for note in compared.notes)
 
 
-def test_figures_are_those_of_the_parts(compared: Comparison, workplace: Path):
+def test_compare_gives_the_values_of_its_parts(compared: Comparison, workplace: Path):
     own = passages_of_run(workplace / "runs" / "lora", lambda text: None)
     questions = read_questions(workplace / "prompts.jsonl")
     for model, place in zip(compared.models, ("base", "runs/lora", "runs/full"), strict=True):
@@ -71,7 +71,7 @@ def test_figures_are_those_of_the_parts(compared: Comparison, workplace: Path):
         assert compared.forgotten(model) == pytest.approx(model.general.loss - base.general.loss)
 
 
-def test_costs_are_what_the_runs_recorded_and_none_for_a_stranger(compared: Comparison, workplace: Path):
+def test_compare_costs_are_those_recorded_by_the_run(compared: Comparison, workplace: Path):
     base, *tuned = compared.models
     assert (base.num_trained_params, base.train_seconds, base.tokens_per_second, base.peak_memory_gib) == (None,) * 4
     for model in tuned:
@@ -86,7 +86,7 @@ def test_costs_are_what_the_runs_recorded_and_none_for_a_stranger(compared: Comp
     json.dumps(asdict(compared))  # plain values all through
 
 
-def test_a_run_that_is_the_base_of_another_stands_once_and_first(tmp_path: Path):
+def test_find_models_lists_a_run_that_is_a_base_model_once(tmp_path: Path):
     first = make_run(tmp_path / "first", "weights: random\nmethod: scratch\n")
     make_base(first / "model")
     tuned = make_run(tmp_path / "tuned", f"weights: pretrained\nmethod: lora\nmodel: {{name: {first / 'model'}}}\n")
@@ -99,7 +99,7 @@ def test_a_run_that_is_the_base_of_another_stands_once_and_first(tmp_path: Path)
         assert sorted(found[1:]) == [("tuned", "first"), ("whole", "first")]
 
 
-def test_a_base_that_is_gone_is_told_and_left_out(tmp_path: Path):
+def test_compare_notes_a_missing_base_model(tmp_path: Path):
     run = make_run(tmp_path / "whole", "weights: pretrained\nmethod: full\nmodel: {name: /nowhere/at-all}\n")
     make_base(run / "model")
     said: list[str] = []
@@ -107,7 +107,7 @@ def test_a_base_that_is_gone_is_told_and_left_out(tmp_path: Path):
     assert len(said) == 1 and "compared without its base" in said[0]
 
 
-def test_models_of_other_tokens_are_compared_by_the_byte(tmp_path: Path, base: Path, taught: Path):
+def test_compare_different_tokenizers_by_bits_per_byte(tmp_path: Path, base: Path, taught: Path):
     from trivium.data.tokenizer import train_tokenizer
 
     other = tmp_path / "other"
@@ -115,7 +115,7 @@ def test_models_of_other_tokens_are_compared_by_the_byte(tmp_path: Path, base: P
     train_tokenizer(["Lily the fox " * 50], "bpe", 300, other)
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": STORIES[0]}) + "\n")
     compared = compare([str(base), str(other)], prompts=None, held_out=tmp_path / "texts.jsonl", general=None)
-    assert not compared.one_language
+    assert not compared.same_tokenizer
     one, another = (model.held_out for model in compared.models)
     assert one is not None and another is not None and one.num_tokens > another.num_tokens
     assert compared.questions == [] and all(model.scores is None for model in compared.models)

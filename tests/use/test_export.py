@@ -22,7 +22,7 @@ def silent(text: str) -> None:
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_merged_model_is_peft_s_own_merge(tie: bool, tmp_path: Path):
+def test_merged_export_equals_the_merge_of_peft(tie: bool, tmp_path: Path):
     base = make_base(tmp_path / "base", tie=tie)
     rows = [256, 258] if tie else {"embed_tokens": [256, 258], "lm_head": [256, 258]}
     adapter = make_adapter(tmp_path / "adapter", base, trainable_token_indices=rows)
@@ -44,7 +44,7 @@ def test_a_merged_model_is_peft_s_own_merge(tie: bool, tmp_path: Path):
     assert str(tmp_path) not in (tmp_path / "out" / "merged" / "config.json").read_text()
 
 
-def test_bfloat16_is_the_rounded_sum_and_its_rounding_is_told(tmp_path: Path, adapter: Path):
+def test_bfloat16_export_rounds_the_merge_and_reports_it(tmp_path: Path, adapter: Path):
     fp32 = export(str(adapter), tmp_path / "fp32", merge=True, dtype=None, note=silent)
     done = export(str(adapter), tmp_path / "bf16", merge=True, dtype=torch.bfloat16, note=silent)
     whole, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "bf16"))
@@ -67,15 +67,15 @@ def test_a_bfloat16_base_is_summed_in_fp32_and_stays_bfloat16(tmp_path: Path, ba
         assert torch.equal(tensor, oracle[name].bfloat16()), name
 
 
-def test_a_merge_that_computes_something_else_leaves_nothing(tmp_path: Path):
+def test_export_with_different_logits_leaves_nothing(tmp_path: Path):
     base = make_base(tmp_path / "base", tie=True)
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(TriviumError, match="do not compute the same"):
+    with pytest.raises(TriviumError, match="logits of .* differ"):
         export(str(adapter), tmp_path / "out" / "merged", merge=True, dtype=None, note=silent)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_quantized_runs_merge_tells_the_difference_to_what_was_trained(tmp_path: Path, base: Path):
+def test_export_of_a_quantized_run_reports_the_difference(tmp_path: Path, base: Path):
     run = make_run(tmp_path / "qlora", "weights: nf4\nsample: {prompts: [Lily, The owl]}\n")
     make_adapter(run / "adapter", base)
     said: list[str] = []
@@ -98,7 +98,7 @@ def test_a_quantized_runs_merge_tells_the_difference_to_what_was_trained(tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["adapter", "model"])
-def test_a_copy_is_the_same_bytes_and_nothing_else(kind: str, tmp_path: Path, base: Path, adapter: Path):
+def test_copied_export_has_the_same_bytes(kind: str, tmp_path: Path, base: Path, adapter: Path):
     source = adapter if kind == "adapter" else base
     done = export(str(source), tmp_path / "copy", merge=False, dtype=None, note=silent)
     assert done.max_difference == 0.0
@@ -107,7 +107,7 @@ def test_a_copy_is_the_same_bytes_and_nothing_else(kind: str, tmp_path: Path, ba
     assert {file.suffix for file in (tmp_path / "copy").iterdir()} == {".json", ".jinja", ".safetensors"}
 
 
-def test_what_stands_there_is_never_touched(tmp_path: Path, adapter: Path, base: Path):
+def test_export_never_touches_existing_files(tmp_path: Path, adapter: Path, base: Path):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "config.json").write_text("{}")

@@ -26,7 +26,7 @@ metric_list: [{{metric: acc}}]
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed")
-def test_without_the_harness_it_is_said_how_to_get_it():
+def test_require_harness_says_how_to_install_it():
     with pytest.raises(ConfigError, match="pip install 'trivium"):
         require_harness()
 
@@ -44,5 +44,5 @@ def test_a_task_is_run_on_an_adapter_with_trained_rows(tmp_path: Path, monkeypat
     loaded = load(str(adapter))
     found = run_tasks(loaded, ["boats"])
     assert found["boats"]["acc,none"] == 0.5
-    with pytest.raises(ConfigError, match="knows no task nonsense"):
+    with pytest.raises(ConfigError, match="has no task nonsense"):
         run_tasks(loaded, ["nonsense"])

@@ -22,7 +22,7 @@ def write_texts(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def test_the_loss_of_documents_is_transformers_own(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_measure_equals_the_loss_of_transformers(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(held_out, "BATCH_TOKENS", 150)
     monkeypatch.setattr(held_out, "HEAD_ROWS", 16)
     loaded = load(str(adapter))
@@ -41,7 +41,7 @@ def test_the_loss_of_documents_is_transformers_own(adapter: Path, tmp_path: Path
     assert seen[-1] == (3, 3) and len(seen) > 1
 
 
-def test_masked_and_weighted_tokens_count_as_they_should(adapter: Path):
+def test_measure_respects_masks_and_weights(adapter: Path):
     loaded = load(str(adapter))
     rng = np.random.default_rng(0)
     passages = []
@@ -112,7 +112,7 @@ def test_a_tuned_runs_own_held_out_set_gives_the_loss_it_recorded(method: str, b
     assert loaded.converses
 
 
-def test_of_a_conversation_the_answers_and_their_ends_are_measured(adapter: Path, tmp_path: Path):
+def test_measure_supervises_answers_and_their_ends(adapter: Path, tmp_path: Path):
     loaded = load(str(adapter))
     turns = [("user", "Who?"), ("assistant", "The fox."), ("user", "Where?"), ("assistant", "Here.")]
     messages = [{"role": role, "content": content} for role, content in turns]
@@ -134,7 +134,7 @@ def test_of_a_conversation_the_answers_and_their_ends_are_measured(adapter: Path
     assert found.loss == pytest.approx(sum(loss * number for loss, number in losses) / num_tokens, abs=1e-5)
 
 
-def test_a_file_without_anything_to_measure_is_refused(base: Path, tmp_path: Path):
+def test_passages_of_file_refuses_an_empty_file(base: Path, tmp_path: Path):
     loaded = load(str(base))
     with pytest.raises((BadData, ConfigError)):
         passages_of_file(write_texts(tmp_path / "empty.jsonl", [""]), loaded.tokenizer, 64)

@@ -17,7 +17,7 @@ from trivium.use.load import find, load
 IDS = torch.tensor([[76, 105, 108, 121, 32, 100]])
 
 
-def test_a_model_an_adapter_and_a_run_of_each(tmp_path: Path, base: Path, adapter: Path):
+def test_find_models_adapters_and_runs(tmp_path: Path, base: Path, adapter: Path):
     assert find(str(base)).kind == "base"
     found = find(str(adapter))
     assert (found.kind, found.base_folder, found.run_folder) == ("adapter", base, None)
@@ -33,7 +33,7 @@ def test_a_model_an_adapter_and_a_run_of_each(tmp_path: Path, base: Path, adapte
     assert (place.kind, place.folder, place.was_quantized) == ("model", scratch / "model", False)
 
 
-def test_an_adapter_computes_what_stock_peft_computes_and_stops_where_it_says(adapter: Path, base: Path):
+def test_load_adapter_equals_peft(adapter: Path, base: Path):
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
     loaded = load(str(adapter))
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_an_adapter_computes_what_stock_peft_computes_and_stops_where_it_says(ad
     assert plain.stop_ids == [256] and plain.template is not None and not plain.converses
 
 
-def test_a_template_that_cannot_be_used_leaves_a_model_that_goes_on_with_texts(tmp_path: Path):
+def test_load_without_a_usable_template_completes_texts(tmp_path: Path):
     for number, template in enumerate((None, "{{ raise_exception('never') }}")):
         folder = make_base(tmp_path / f"base-{number}")
         set_stops(folder, [258, 256])
@@ -55,7 +55,7 @@ def test_a_template_that_cannot_be_used_leaves_a_model_that_goes_on_with_texts(t
         assert loaded.template is None and not loaded.converses
 
 
-def test_a_quantized_adapter_says_so_and_works_on_both_bases(tmp_path: Path, adapter: Path):
+def test_load_quantized_adapter_on_both_base_models(tmp_path: Path, adapter: Path):
     run = make_run(tmp_path / "qlora", "weights: nf4\n")
     shutil.copytree(adapter, run / "adapter")
     said: list[str] = []
@@ -69,7 +69,7 @@ def test_a_quantized_adapter_says_so_and_works_on_both_bases(tmp_path: Path, ada
     assert 1e-4 < distance < 5
 
 
-def test_an_adapter_without_tokenizer_takes_its_bases(tmp_path: Path, adapter: Path):
+def test_load_uses_the_tokenizer_of_the_base_model(tmp_path: Path, adapter: Path):
     bare = tmp_path / "bare"
     shutil.copytree(adapter, bare, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
     assert len(load(str(bare)).tokenizer) == 259
@@ -159,12 +159,12 @@ def break_own_code(folder: Path) -> Path:
     ("make", "words"),
     [
         (break_nothing_there, "is not a model: there is no such folder"),
-        (lambda folder: folder, "neither a config.json nor an adapter_config.json"),
+        (lambda folder: folder, "neither config.json nor adapter_config.json"),
         (break_unfinished, "is not finished"),
         (break_unfinished_with_model, "is not finished"),
-        (break_base_moved, "set base_model_name_or_path in"),
-        (break_no_base_named, "does not say which model"),
-        (break_no_tokenizer, "There is no tokenizer.json"),
+        (break_base_moved, "correct base_model_name_or_path in"),
+        (break_no_base_named, "does not name the adapter"),
+        (break_no_tokenizer, "No tokenizer.json in"),
         (break_pickled_adapter, "has no adapter_model.safetensors"),
         (break_weight_missing, "model.layers.1.mlp.up_proj.weight"),
         (break_adapter_weight_missing, "lacks weights"),
@@ -173,7 +173,7 @@ def break_own_code(folder: Path) -> Path:
         (break_own_code, "auto_map"),
     ],
 )
-def test_each_way_of_being_wrong_is_named(make, words: str, tmp_path: Path):
+def test_load_refusals(make, words: str, tmp_path: Path):
     with pytest.raises(ConfigError) as refused:
         load(str(make(tmp_path)))
     assert words in str(refused.value)

@@ -1,4 +1,4 @@
-"""`python -m trivium.cli`: the command where no script is installed."""
+"""`python -m trivium.cli`: the `trivium` command without an installed script."""
 
 from trivium.cli.main import main
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Generator
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from trivium.use.chat import Dialogue, Writer
 
 COMMANDS = {
-    "/retry": "another answer to the last question",
+    "/retry": "answer the last question again",
     "/system TEXT": "set the system prompt; without TEXT, remove it",
     "/think": "turn reasoning on or off, if the template has the switch",
     "/clear": "start a new conversation with the same system prompt",
@@ -24,22 +25,26 @@ COMMANDS = {
 }
 TEXT_TOKENS, ANSWER_TOKENS = 200, 2048
 
+_note = partial(click.echo, err=True)
+
 
 @click.command()
 @click.argument("model")
-@click.option("-p", "--prompt", help="ModelAnswer or complete this and exit. Default: read line by line.")
-@click.option("--chat", "mode", flag_value="chat", help="Chat, even if it is not a chat model.")
-@click.option("--complete", "mode", flag_value="complete", help="Complete a text, even if it is a chat model.")
+@click.option("-p", "--prompt", help="Answer or complete this and exit. Default: read prompts line by line.")
+@click.option("--chat", "mode", flag_value="chat", help="Chat even if MODEL is not a chat model.")
+@click.option("--complete", "mode", flag_value="complete", help="Complete a text even if MODEL is a chat model.")
 @click.option("--system", default="", help="The system prompt of a conversation.")
 @click.option("--thinking/--no-thinking", default=None, help="Turn reasoning on or off. Default: the template's.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
-    help=f"Maximum length. Default: {TEXT_TOKENS} for a text, {ANSWER_TOKENS} for an answer.",
+    help=f"Maximum tokens. Default: {TEXT_TOKENS} for a text, {ANSWER_TOKENS} for an answer.",
 )
-@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(min=0.0), help="0 is greedy.")
+@click.option(
+    "--temperature", default=0.8, show_default=True, type=click.FloatRange(min=0.0), help="0 means greedy decoding."
+)
 @click.option("--seed", type=int, help="Make sampling reproducible.")
-@click.option("--nf4", is_flag=True, help="Quantize an adapter's base to NF4, as in QLoRA training.")
+@click.option("--nf4", is_flag=True, help="Quantize the adapter's base model to NF4, as QLoRA training does.")
 def chat(
     model: str,
     prompt: str | None,
@@ -53,29 +58,29 @@ def chat(
 ) -> None:
     """Chat with MODEL: a run folder, the folder of a model or an adapter, or a Hub id.
 
-    A chat model has a chat template and stops at the end of a turn. Other models complete a text, as does every model
-    with a prompt on stdin. --chat and --complete override this.
+    A chat model (one with a chat template that stops at the end of a turn) answers messages; any other model completes
+    texts. A prompt on stdin is completed by both. --chat and --complete override this.
 
     \b
     Examples:
-      trivium chat runs/tuned --system "ModelAnswer in one sentence."
+      trivium chat runs/tuned --system "Answer in one sentence."
       trivium chat runs/quickstart -p "Once upon a time" --temperature 0
     """
     if prompt is None and mode != "chat" and not sys.stdin.isatty():
         prompt, mode = sys.stdin.read().rstrip("\n"), "complete"
     if prompt is not None and not prompt:
-        raise click.UsageError("The prompt is empty; a model needs at least one token.")
+        raise click.UsageError("The prompt is empty. Give at least one character.")
     import torch
 
     from trivium.use.chat import Dialogue, Writer
     from trivium.use.load import load
 
-    loaded = load(model, lambda text: click.echo(text, err=True), nf4=nf4)
+    loaded = load(model, _note, nf4=nf4)
     converses = mode == "chat" or (mode is None and loaded.converses)
     if converses and loaded.template is None:
-        raise ConfigError(f"The tokenizer of {model} has no usable chat template. Leave out --chat.")
+        raise ConfigError(f"The tokenizer of {model} has no usable chat template. Remove --chat.")
     if not converses and (system or thinking is not None):
-        raise ConfigError(f"{model} completes a text; --system and --thinking are for chats. Add --chat.")
+        raise ConfigError(f"--system and --thinking only work in a chat, and {model} completes texts. Add --chat.")
     if seed is not None:
         torch.manual_seed(seed)
     writer = Writer(loaded, max_new_tokens or (ANSWER_TOKENS if converses else TEXT_TOKENS), temperature)
@@ -83,7 +88,8 @@ def chat(
     if prompt is not None and converses:
         _answer(dialogue, dialogue.say(prompt))
     elif prompt is not None:
-        _complete(writer, prompt)
+        click.echo(prompt, nl=False)
+        _show(writer.write(prompt))
     elif converses:
         _converse(dialogue, model)
     else:
@@ -91,21 +97,17 @@ def chat(
 
 
 def _continue_texts(writer: "Writer") -> None:
-    """Complete line after line until an empty one."""
-    click.echo("Enter the start of a text; an empty line quits. Ctrl-C stops a completion.", err=True)
+    """Complete each line until an empty one."""
+    _note("Enter the start of a text; an empty line quits. Ctrl-C stops a completion.")
     with suppress(EOFError, KeyboardInterrupt):
         while line := _ask():
-            _complete(writer, line)
-
-
-def _complete(writer: "Writer", prompt: str) -> None:
-    click.echo(prompt, nl=False)
-    _show(writer.write(prompt))
+            click.echo(line, nl=False)
+            _show(writer.write(line))
 
 
 def _converse(dialogue: "Dialogue", name: str) -> None:
-    """ModelAnswer and obey line after line until /quit or the end of the input."""
-    click.echo(f"Chatting with {name}. /help lists the commands; Ctrl-C stops an answer, /quit quits.", err=True)
+    """Answer messages and run commands until /quit or the end of the input."""
+    _note(f"Chatting with {name}. /help lists the commands; Ctrl-C stops an answer, /quit quits.")
     with suppress(EOFError):
         while True:
             try:
@@ -113,13 +115,13 @@ def _converse(dialogue: "Dialogue", name: str) -> None:
                 if line == "/quit":
                     return
                 if line.startswith("/"):
-                    _obey(dialogue, line)
+                    _run_command(dialogue, line)
                 elif line:
                     _answer(dialogue, dialogue.say(line))
             except KeyboardInterrupt:
-                click.echo("\n/quit quits.", err=True)
+                _note("\n/quit quits.")
             except (TriviumError, OSError) as error:
-                click.echo(str(error), err=True)
+                _note(str(error))
 
 
 def _ask() -> str:
@@ -131,48 +133,41 @@ def _ask() -> str:
     return input("> ")
 
 
-def _obey(dialogue: "Dialogue", line: str) -> None:
-    """Run a command.
-
-    Raises: TriviumError or OSError when it fails.
-    """
+def _run_command(dialogue: "Dialogue", line: str) -> None:
+    """Run one line that starts with a slash."""
     verb, _, rest = line.partition(" ")
     rest = rest.strip()
     if verb == "/retry":
         _answer(dialogue, dialogue.retry())
     elif verb == "/system":
         dialogue.system = rest
-        _say(f"system prompt: {rest}" if rest else "no system prompt")
+        _note(f"system prompt: {rest}" if rest else "no system prompt")
     elif verb == "/think":
         template = dialogue.writer.loaded.template
         if template is None or not template.has_thinking_switch:
-            raise ConfigError("This model's template has no thinking switch.")
+            raise ConfigError("The chat template of this model has no thinking switch.")
         dialogue.thinking = dialogue.thinking is False
-        _say(f"reasoning is {'on' if dialogue.thinking else 'off'}")
+        _note(f"reasoning is {'on' if dialogue.thinking else 'off'}")
     elif verb == "/clear":
         dialogue.turns.clear()
-        _say("new conversation")
+        _note("new conversation")
     elif verb == "/save" and rest:
         dialogue.save(Path(rest).expanduser())
-        _say(f"appended to {rest}")
+        _note(f"appended to {rest}")
     elif verb == "/help":
-        _say("\n".join(f"{command:<18}{words}" for command, words in COMMANDS.items()))
+        _note("\n".join(f"{command:<18}{words}" for command, words in COMMANDS.items()))
     else:
-        _say(f"{line} is not a command; /help lists them.")
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
+        _note(f"{line} is not a command; /help lists the commands.")
 
 
 def _answer(dialogue: "Dialogue", pieces: Generator[str]) -> None:
     """Print an answer, with a note if it was cut off."""
     if _show(pieces) and not dialogue.writer.is_whole:
-        _say(f"cut off after {dialogue.writer.max_new_tokens:,} tokens; --max-new-tokens allows more")
+        _note(f"cut off after {dialogue.writer.max_new_tokens:,} tokens; --max-new-tokens allows more")
 
 
 def _show(pieces: Generator[str]) -> bool:
-    """Print model output as it comes, with dim reasoning; False if Ctrl-C stopped it."""
+    """Stream model output, with dim reasoning. Returns False if Ctrl-C stopped it."""
     written = ""
     with closing(pieces):
         try:
@@ -183,7 +178,7 @@ def _show(pieces: Generator[str]) -> bool:
                 sys.stdout.flush()
         except KeyboardInterrupt:
             click.echo()
-            _say("stopped")
+            _note("stopped")
             return False
     click.echo()
     return True

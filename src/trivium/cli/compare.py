@@ -1,6 +1,5 @@
-"""`trivium compare`: options and printing. The table goes to stdout, the path of the report to stderr."""
+"""`trivium compare`: options and printing. The table goes to stdout, the report's path to stderr."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +15,18 @@ FILE = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="RUN...")
-@click.option("--prompts", type=FILE, help="File of prompts for every model, with or without answers.")
+@click.option("--prompts", type=FILE, help="File of prompts, with or without expected answers.")
 @click.option("--held-out", type=FILE, help="Measure the loss on this file. Default: the first run's held-out set.")
-@click.option("--general", type=FILE, help="File of general text, on which the loss shows forgetting.")
-@click.option("--out", type=FILE, default=Path("comparison"), show_default=True, help="Folder of report.html.")
+@click.option("--general", type=FILE, help="Measure forgetting: the rise of the loss on this file of general text.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Maximum length of an answer."
+    "--out",
+    type=FILE,
+    default=Path("comparison"),
+    show_default=True,
+    help="Folder for report.html and comparison.json.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Maximum tokens of an answer."
 )
 @click.option("--thinking/--no-thinking", default=False, help="Turn reasoning on, if the template has the switch.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
@@ -35,9 +40,9 @@ def compare(
     thinking: bool,
     as_json: bool,
 ) -> None:
-    """Compare each RUN with its base model: quality, forgetting, cost, answers.
+    """Compare runs and their base models: quality, forgetting, cost and answers.
 
-    A RUN is a run folder or any other model. Writes report.html and comparison.json to --out.
+    RUN is a run folder, the folder of a model or an adapter, or a Hub id.
 
     \b
     Examples:
@@ -46,10 +51,10 @@ def compare(
     """
     from trivium.report.comparison import as_json as to_json
     from trivium.report.comparison import write_comparison
-    from trivium.use.compare import compare as put_side_by_side
+    from trivium.use.compare import compare as compare_models
 
     with waiting() as wait:
-        comparison = put_side_by_side(
+        comparison = compare_models(
             models,
             prompts=prompts,
             held_out=held_out,
@@ -69,18 +74,17 @@ def compare(
 
 def print_table(comparison: "Comparison") -> None:
     """Print the table to stdout, with the best value of each row in bold."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from trivium.report.comparison import table
 
-    grid = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
-    grid.add_column("", no_wrap=True)
-    for model in comparison.models:
-        grid.add_column(Text(model.name), justify="right", overflow="fold")
-    for row in table(comparison):
-        texts = [Text(row.text(v), style="bold" if v is not None and v == row.best else "") for v in row.values]
-        grid.add_row(Text(row.label, style="dim"), *texts)
-    # A terminal has a width; a file gets as much as needed.
-    Console(width=None if sys.stdout.isatty() else 40 + 24 * len(comparison.models)).print(grid)
+    rows = table(comparison)
+    names = [model.name for model in comparison.models]
+    columns = zip(names, *([row.text(value) for value in row.values] for row in rows), strict=True)
+    widths = [3 + max(map(len, column)) for column in columns]
+    label_width = max(len(row.label) for row in rows)
+    click.echo(" " * label_width + "".join(name.rjust(width) for name, width in zip(names, widths, strict=True)))
+    for row in rows:
+        cells = [
+            click.style(row.text(value).rjust(width), bold=(value is not None and value == row.best) or None)
+            for value, width in zip(row.values, widths, strict=True)
+        ]
+        click.echo(row.label.ljust(label_width) + "".join(cells))

@@ -20,11 +20,13 @@ def config() -> None:
 @config.command()
 @click.argument("file", type=FILE)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: the run, and the origin of each key.")
+@click.option("--json", "as_json", is_flag=True, help="Print the run and the origin of each key as JSON.")
 def show(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print the full configuration of FILE with defaults, and the origin of each value.
+    """Print every value of FILE, defaults included, with its origin.
 
-    Example: trivium config show run.yaml optimizer.lr=1e-3
+    \b
+    Example:
+      trivium config show run.yaml optimizer.lr=1e-3
     """
     resolved = load_run(file, overrides)
     if as_json:
@@ -37,9 +39,11 @@ def show(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.argument("key", required=False)
 @click.option("--file", type=FILE, help="Also show the values of this run file.")
 def explain(key: str | None, file: Path | None) -> None:
-    """Explain KEY: its meaning, accepted values and default; without KEY, list all keys.
+    """Explain KEY, or list all keys.
 
-    Example: trivium config explain optimizer.lr
+    \b
+    Example:
+      trivium config explain optimizer.lr
     """
     resolved = load_run(file) if file else None
     if key is None:
@@ -56,14 +60,18 @@ def explain(key: str | None, file: Path | None) -> None:
 def schema() -> None:
     """Print the JSON schema of run files.
 
-    Editors that know the YAML language server complete and check a run file that begins with
-    `# yaml-language-server: $schema=trivium.config.explain.json`.
+    Editors with a YAML language server then complete and check run files:
+
+    \b
+      trivium config schema > run.schema.json
+      # first line of a run file:
+      # yaml-language-server: $schema=run.schema.json
     """
     click.echo(json.dumps(json_schema(), indent=2))
 
 
 def _present(key: Key, resolved: ResolvedRun | None) -> list[str]:
-    """The key's value and origin in a run file; one line per entry for a key of list entries."""
+    """The key's values in a run file with their origins; keys of list entries can have several."""
     if resolved is None:
         return []
     values = flatten(resolved.run)
@@ -72,7 +80,7 @@ def _present(key: Key, resolved: ResolvedRun | None) -> list[str]:
 
 
 def _summary(key: Key, resolved: ResolvedRun | None) -> str:
-    """One line of the list of all keys: the name, indented by its depth, and its present value or its meaning."""
+    """One line of the list of all keys: the name, indented by depth, and its value or meaning."""
     indent, name = "  " * key.dotted.count("."), key.dotted.rsplit(".", 1)[-1]
     meaning = key.doc.partition(". ")[0].rstrip(".")
     return f"{indent + name:<28} {'; '.join(_present(key, resolved)) or meaning}"
@@ -92,7 +100,7 @@ def _explanation(key: Key, resolved: ResolvedRun | None) -> str:
 
 
 def _defaults(key: Key) -> list[str]:
-    """The default in words: one for all, one per method, or none."""
+    """The default of every method, or one for all."""
     if key.dotted == "name":
         return ["the run file's name"]
     if not key.defaults:

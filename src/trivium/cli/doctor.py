@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from trivium.doctor.findings import Finding
 
 COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
-COLUMNS = 100
 
 
 @click.command()
@@ -20,12 +19,15 @@ COLUMNS = 100
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.option("--allow", multiple=True, metavar="ID", help="Ignore errors of this rule; may be repeated.")
 def doctor(run_file: Path, overrides: tuple[str, ...], as_json: bool, allow: tuple[str, ...]) -> None:
-    """Check RUN_FILE without training: tokens, data, adapter, numbers, machine, one forward and backward pass.
+    """Check RUN_FILE for mistakes without training.
 
-    Builds the token stores, as training does. Exit code 0 if nothing stops the run, otherwise the one that `trivium
-    train` would return: 2 configuration, 3 does not fit, 4 bad data. docs/doctor.md explains each rule.
+    Checks the tokens, data, adapter, hyperparameters and machine, and runs one forward and backward pass. Builds the
+    token stores as training does. Exit codes as of `trivium train`: 0 no error, 2 configuration error, 3 not enough
+    memory or disk, 4 bad data. docs/doctor.md explains each rule.
 
-    Example: trivium doctor lora.yaml data.seq_len=4096
+    \b
+    Example:
+      trivium doctor lora.yaml data.seq_len=4096
     """
     from trivium.config.load import load_run
 
@@ -40,7 +42,7 @@ def doctor(run_file: Path, overrides: tuple[str, ...], as_json: bool, allow: tup
         for finding in examine(resolved.run, allowed, lambda text: click.echo(text, err=True)):
             findings.append(finding)
     finally:
-        # Printed even when the run could not be prepared: a finding may be the reason.
+        # Printed even if the run cannot be prepared: a finding may be the reason.
         if as_json:
             click.echo(json.dumps([finding.record() for finding in findings], indent=2))
         else:
@@ -48,27 +50,21 @@ def doctor(run_file: Path, overrides: tuple[str, ...], as_json: bool, allow: tup
     if errors := stopping(findings, allowed):
         raise refusal(errors, with_paragraphs=False)
     if not findings:
-        click.echo("Nothing to fix: every check passed.", err=True)
+        click.echo("Nothing to fix: all checks passed.", err=True)
 
 
 def _page(findings: "list[Finding]", allowed: frozenset[str]) -> str:
-    """All findings for people, errors first."""
+    """All findings as text, errors first."""
     order = list(COLORS)
+    wrapper = textwrap.TextWrapper(
+        100, initial_indent="  ", subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
+    )
     blocks = []
     for finding in sorted(findings, key=lambda finding: order.index(finding.severity)):
         mark = " (allowed)" if finding.severity == "error" and finding.id in allowed else ""
         label = click.style(f"{finding.severity}{mark}", fg=COLORS[finding.severity], bold=True)
         lines = [f"{label}  {click.style(finding.id, bold=True)} {finding.title}"]
-        for name, text in zip(("Found", "Expected", "Fix"), finding.violation[1:], strict=True):
-            lines.append(
-                textwrap.fill(
-                    f"{name + ':':<10}{text}",
-                    COLUMNS,
-                    initial_indent="  ",
-                    subsequent_indent=" " * 12,
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-            )
+        texts = {"Found:": finding.found, "Expected:": finding.expected, "Fix:": finding.fix}
+        lines += [wrapper.fill(f"{name:<10}{text}") for name, text in texts.items()]
         blocks.append("\n".join([*lines, f"  {finding.anchor}"]))
     return "\n\n".join(blocks) + "\n" if blocks else ""

@@ -20,24 +20,18 @@ SEQ_LEN: int = Data.model_fields["seq_len"].default
 
 @click.command()
 @click.argument("model")
-@click.option("--held-out", type=FILE, help="Loss and perplexity on this file of documents or conversations.")
-@click.option(
-    "--prompts", type=FILE, help="ModelAnswer this file's prompts and score exact match, valid JSON and stop rate."
-)
+@click.option("--held-out", type=FILE, help="Measure the loss on this file of documents or conversations.")
+@click.option("--prompts", type=FILE, help="Answer these prompts; score exact match, valid JSON and stop rate.")
 @click.option("--answers", "answers_file", type=FILE, help="Write every answer to this .jsonl file.")
-@click.option("--lm-eval", "tasks", help="Tasks of lm-evaluation-harness, separated by commas.")
+@click.option("--lm-eval", "tasks", help="Run these tasks of lm-evaluation-harness (comma-separated).")
 @click.option(
-    "--seq-len",
-    type=click.IntRange(8),
-    default=SEQ_LEN,
-    show_default=True,
-    help="Maximum sequence length of --held-out FILE.",
+    "--seq-len", type=click.IntRange(8), default=SEQ_LEN, show_default=True, help="Sequence length for --held-out."
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Maximum length of an answer."
+    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Maximum tokens of an answer."
 )
 @click.option("--thinking/--no-thinking", default=False, help="Turn reasoning on, if the template has the switch.")
-@click.option("--nf4", is_flag=True, help="Quantize an adapter's base to NF4, as in QLoRA training.")
+@click.option("--nf4", is_flag=True, help="Quantize the adapter's base model to NF4, as QLoRA training does.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def eval(
     model: str,
@@ -53,8 +47,9 @@ def eval(
 ) -> None:
     """Evaluate MODEL: a run folder, the folder of a model or an adapter, or a Hub id.
 
-    Without --held-out, --prompts or --lm-eval: the loss on the run's own held-out set. Prompts are JSON lines,
-    {"prompt": ..., "answer": ...} or {"messages": [...]}, answered with greedy decoding.
+    By default, measures the loss of a run on its own held-out set. --held-out, --prompts and --lm-eval replace that
+    and can be combined. Prompts are JSON lines, {"prompt": ..., "answer": ...} or {"messages": [...]}; they are
+    answered with greedy decoding.
 
     \b
     Examples:
@@ -63,7 +58,7 @@ def eval(
       trivium eval Qwen/Qwen3-0.6B --held-out stories.jsonl --json
     """
     if answers_file is not None and prompts is None:
-        raise click.UsageError("--answers writes the answers to --prompts FILE; name that file too.")
+        raise click.UsageError("--answers FILE stores the answers to --prompts FILE. Add --prompts FILE.")
     from trivium.use import harness
     from trivium.use.answers import answers, read_questions, score
     from trivium.use.held_out import measure, passages_of_file, passages_of_run
@@ -75,16 +70,14 @@ def eval(
     found: dict[str, Any] = {"model": model}
     with waiting() as wait:
         loaded = load(model, wait.note, nf4=nf4)
+        passages = []
         if held_out is not None:
             passages = passages_of_file(held_out, loaded.tokenizer, seq_len, wait.note)
-            found["held_out"] = asdict(measure(loaded, passages, wait.bar("held-out loss")))
         elif prompts is None and tasks is None:
             if loaded.place.run_folder is None:
-                raise ConfigError(
-                    f"{model} is no run, so it has no held-out set of its own. Name what to measure it on: "
-                    "--held-out FILE or --prompts FILE."
-                )
+                raise ConfigError(f"{model} is not a run, so it has no held-out set. Add --held-out FILE.")
             passages = passages_of_run(loaded.place.run_folder, wait.note)
+        if passages:
             found["held_out"] = asdict(measure(loaded, passages, wait.bar("held-out loss")))
         if questions:
             given = answers(
@@ -97,8 +90,9 @@ def eval(
             found["lm_eval"] = harness.run_tasks(loaded, [task.strip() for task in tasks.split(",")])
     if as_json:
         click.echo(json.dumps(found, indent=1))
-    else:
-        _print(found)
+        return
+    for name, value in _lines(found):
+        click.echo(f"{name:<20} {value}")
 
 
 def write_answers(path: Path, questions: "list[EvalPrompt]", given: "list[ModelAnswer]") -> None:
@@ -121,18 +115,8 @@ def write_answers(path: Path, questions: "list[EvalPrompt]", given: "list[ModelA
     atomic_write(path, "".join(line + "\n" for line in lines))
 
 
-def _print(found: dict[str, Any]) -> None:
-    """A small table on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 3, 0, 0))
-    for name, value in _lines(found):
-        table.add_row(name, value)
-    Console().print(table)
-
-
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Labels and values of the results."""
     lines = []
     if "held_out" in found:
         held_out = found["held_out"]

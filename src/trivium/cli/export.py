@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to create.")
-@click.option("--merge", is_flag=True, help="Merge the adapter into its base: one model without PEFT.")
-@click.option("--to", type=click.Choice(["hf"]), default="hf", show_default=True, help="hf: a Hugging Face folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to create.")
+@click.option("--merge", is_flag=True, help="Merge the adapter into its base model, so that PEFT is not needed.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of merged weights. Default: the base's."
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Dtype of the merged weights. Default: the base model's.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
-def export(model: str, out: Path, merge: bool, to: str, dtype: str | None, as_json: bool) -> None:
-    """Export MODEL, a run folder or the folder of a model or adapter.
+def export(model: str, out: Path, merge: bool, dtype: str | None, as_json: bool) -> None:
+    """Export MODEL (a run folder, or the folder of a model or an adapter) to a Hugging Face folder.
 
-    The export is loaded with stock transformers (and PEFT) and its logits are compared; if they differ, nothing is
-    kept. Existing files at --out are never overwritten.
+    The export is loaded again with transformers (and PEFT) and its logits are compared with the original's. If they
+    differ, the export is deleted. Existing files are never overwritten.
 
     \b
     Examples:
@@ -48,17 +49,17 @@ def export(model: str, out: Path, merge: bool, to: str, dtype: str | None, as_js
 
 
 def _remarks(done: "Export") -> list[str]:
-    """The measurements in words."""
+    """The measurements as sentences."""
     lines = [
-        f"verified: reloaded, its logits on {done.num_prompts} {done.prompts_from} differ by at most "
+        f"verified: after reloading, the logits on {done.num_prompts} {done.prompts_from} differ by at most "
         f"{done.max_difference:.2g}"
     ]
     if done.rounding is not None:
-        lines.append(f"rounding to {done.dtype} moved a logit by at most {done.rounding:.2g}")
+        lines.append(f"rounding to {done.dtype} changes a logit by at most {done.rounding:.2g}")
     if done.quantized_difference is not None:
         lines.append(
-            f"trained on the NF4 base: on the full-precision base a logit moves by at most "
-            f"{done.quantized_difference:.2g}, and the loss on these prompts is {done.loss:.4f} instead of "
+            f"the adapter was trained on the NF4 base model; on the full-precision one, a logit changes by at most "
+            f"{done.quantized_difference:.2g} and the loss on these prompts is {done.loss:.4f} instead of "
             f"{done.quantized_loss:.4f}"
         )
     return lines

@@ -1,7 +1,6 @@
 """The command `trivium`: finds the verb, and turns errors into messages and exit codes.
 
-Verbs are imported only when they run, so that `trivium --help` is instant. Data goes to stdout, everything else to
-stderr.
+A verb is imported only when it runs, so that `trivium --help` is fast. Data goes to stdout, everything else to stderr.
 """
 
 import difflib
@@ -19,22 +18,22 @@ import click
 from trivium.errors import TriviumError
 
 VERBS = {
-    "quickstart": "Train small models on this machine with every method and compare them, in minutes.",
+    "quickstart": "Train small models with every method and compare them, in minutes.",
     "plan": "Plan a training run: method, memory, time and cost.",
     "train": "Train a run file; run the same command again to resume.",
-    "doctor": "Find what would make a run fail, or silently learn the wrong thing.",
-    "data": "Inspect data, build and import token stores.",
+    "doctor": "Check a run file for mistakes before training.",
+    "data": "Inspect data; build and import token stores.",
     "tokenizer": "Train and inspect tokenizers.",
     "model": "List model sizes, and find one for a parameter count.",
     "config": "Show, explain and check run files.",
     "chat": "Chat with a model, or complete a text.",
     "eval": "Evaluate a model on held-out data, prompts or benchmarks.",
     "compare": "Compare runs and their base models: quality and cost.",
-    "export": "Export a model or adapter, merged or not, and verify it.",
-    "verify": "Verify that a run skipped and repeated no sample.",
+    "export": "Export a model or adapter, optionally merged, and verify it.",
+    "verify": "Verify that a run read every sample exactly once.",
     "report": "Write report.html for a run, finished or not.",
 }
-"""Each verb's help; the verb itself is the click command of the same name in trivium/cli/VERB.py."""
+"""The help line of each verb; its click command is in trivium/cli/VERB.py."""
 
 EXIT_FAULT = 1
 EXIT_INTERRUPTED = 130
@@ -42,7 +41,7 @@ MAX_COLUMNS = 100
 
 
 class VerbGroup(click.Group):
-    """A click group whose commands are imported when they are invoked, and whose errors are paragraphs."""
+    """Imports a command when it is invoked, and prints errors as paragraphs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -64,7 +63,7 @@ class VerbGroup(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb. Click itself handles usage errors (2) and broken pipes (1, silently)."""
+        """Run the verb. Click handles usage errors (exit code 2) and broken pipes (1, silently)."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
@@ -77,19 +76,14 @@ class VerbGroup(click.Group):
             if isinstance(error, TriviumError):
                 print_paragraphs(str(error))
                 ctx.exit(error.exit_code)
-            print_paragraphs(describe_fault(error, sys.argv[1:]))
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            command = shlex.join(["trivium", "--debug", *sys.argv[1:]])
+            print_paragraphs(f"unexpected error, {what}. For the traceback, run: {command}")
             ctx.exit(EXIT_FAULT)
 
 
-def describe_fault(error: Exception, arguments: list[str]) -> str:
-    """One paragraph about an unexpected error."""
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    command = shlex.join(["trivium", "--debug", *arguments])
-    return f"unexpected error, {what}. For the traceback, run: {command}"
-
-
 def print_paragraphs(message: str) -> None:
-    """Print each line of a message to stderr; wrapped on a terminal, one line each otherwise."""
+    """Print each line of a message to stderr, wrapped if stderr is a terminal."""
     for line in message.splitlines():
         paragraph = f"trivium: {line}"
         if sys.stderr.isatty():
@@ -104,14 +98,14 @@ def print_paragraphs(message: str) -> None:
 def trivium(debug: bool) -> None:
     """Train Qwen language models: LoRA, QLoRA, full fine-tuning, continued pre-training, or from scratch.
 
-    Start with `trivium quickstart`. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 does not fit,
-    4 bad data, 75 stopped and saved (run again).
+    Start with `trivium quickstart`. Exit codes: 0 done, 1 failed, 2 usage or configuration error, 3 not enough memory
+    or disk, 4 bad data, 75 stopped and saved (run the same command again).
     """
 
 
 def main() -> None:
     """Entry point of the `trivium` command."""
-    # Spinning threads slow training twentyfold when another process needs a core; yielding after a short spin costs a
-    # few percent on an idle machine. Read by libgomp when torch loads it.
+    # OpenMP threads that spin make training 20 times slower when another process needs a core; yielding after a short
+    # spin costs a few percent on an idle machine. libgomp reads this when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     trivium(prog_name="trivium")

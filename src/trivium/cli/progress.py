@@ -1,54 +1,53 @@
-"""Progress on stderr: bars and remarks on a terminal, otherwise only the remarks."""
+"""Progress on stderr: bars and remarks on a terminal, otherwise only remarks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from trivium.data.store.build import BuildProgress, Listener
 
 
-class Waiting:
+class Waiting(NamedTuple):
     """Callbacks for progress."""
 
-    def __init__(self, note: Callable[[str], None], bar: Callable[[str], Callable[[int, int], None]]) -> None:
-        self.note = note
-        """Prints one line."""
-        self.bar = bar
-        """Starts a bar with a name; returns what to call with (done, total)."""
+    note: Callable[[str], None]
+    """Prints one line."""
+    bar: Callable[[str], Callable[[int, int], None]]
+    """Starts a bar with a name; returns a function of (done, total)."""
+
+
+@contextmanager
+def _progress() -> "Iterator[tuple[Progress, Callable[[str], None]]]":
+    """Bars that vanish at the end, and a function that prints one line above them."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield bars, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def waiting() -> Iterator[Waiting]:
     """Show bars and remarks until the block ends."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with _progress() as (bars, note):
 
         def bar(name: str) -> Callable[[int, int], None]:
-            task = progress.add_task(name, total=None)
-            return lambda done, total: progress.update(task, completed=done, total=total)
+            task = bars.add_task(name, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
 
-        yield Waiting(lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True), bar)
+        yield Waiting(note, bar)
 
 
 @contextmanager
 def building() -> "Iterator[Listener]":
-    """Show the builds of the block: a bar each on a terminal, elsewhere a line every ten seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
+    """Show the builds of the block: one bar each on a terminal, otherwise a line every ten seconds."""
     from trivium.data.store.build import Listener
 
-    console = Console(stderr=True)
-    listener = Listener(lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
-    if not console.is_terminal:
-        yield listener
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
+    with _progress() as (bars, note):
         tasks: dict[str, TaskID] = {}
 
         class Bars(Listener):
@@ -58,4 +57,4 @@ def building() -> "Iterator[Listener]":
                 text = f"{progress.name}: {progress.figures}"
                 bars.update(tasks[progress.name], completed=progress.num_bytes, description=text)
 
-        yield Bars(listener.note)
+        yield Listener(note) if bars.disable else Bars(note)

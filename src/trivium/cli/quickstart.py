@@ -4,25 +4,19 @@ from pathlib import Path
 
 import click
 
+FOLDER = click.Path(path_type=Path)
+
 
 @click.command()
-@click.argument("text_file", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--runs-dir",
-    default="runs",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Folder of the data and runs.",
-)
-@click.option(
-    "-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the first run file."
-)
+@click.argument("text_file", required=False, type=FOLDER)
+@click.option("--runs-dir", default="runs", show_default=True, type=FOLDER, help="Folder for the data and the runs.")
+@click.option("-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the first run.")
 def quickstart(text_file: Path | None, runs_dir: Path, overrides: tuple[str, ...]) -> None:
     """Train small models with every method and compare them, offline, in minutes on two CPU cores.
 
-    The first model is trained from scratch on generated stories, whose exact entropy gives the lowest possible loss.
-    LoRA, QLoRA and full fine-tuning then teach it to answer questions about stories. Give TEXT_FILE to train the first
-    model on your own text instead. Run the same command again to resume.
+    The first model is trained from scratch on generated stories, whose exact entropy is the lowest possible loss.
+    It is then fine-tuned to answer questions about stories: with LoRA, QLoRA and full fine-tuning. With TEXT_FILE,
+    only a model of your own text is trained. Run the same command again to resume.
 
     \b
     Examples:

@@ -8,7 +8,7 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write report.html into the run folder RUN, finished or not, and print its path."""
+    """Write report.html into RUN, the folder of a finished or unfinished run, and print its path."""
     from trivium.report.html import write_report
 
     click.echo(write_report(run))

@@ -1,4 +1,4 @@
-"""What every key of a run file is: its meaning, what it accepts, its default, in words and as JSON schema.
+"""Explains every key of a run file: meaning, accepted values and default, as text and as JSON schema.
 
 Everything is derived from the models in `trivium.config.run`. Never imports torch.
 """
@@ -28,7 +28,7 @@ SHORTHANDS: dict[str, list[dict[str, Any]]] = {
         {"type": "array", "items": {"$ref": "#/$defs/Source"}, "minItems": 1},
     ],
 }
-"""The parts that may be a string (or, for `data`, a list) instead of their keys."""
+"""Parts that can be given as a string (or, for `data`, a list) instead of a mapping."""
 
 COUNT_TEXT = r"^\s*\d+(\.\d+)?\s*[KMBTkmbt]?\s*$"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -41,15 +41,10 @@ EXAMPLES: dict[str, Any] = {
     "model.params": "25M",
     "model.vocab_size": 8192,
     "model.shape": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4},
-    "model.shape.hidden_size": 256,
-    "model.shape.intermediate_size": 768,
-    "model.shape.num_hidden_layers": 6,
-    "model.shape.num_attention_heads": 4,
     "model.shape.num_key_value_heads": 2,
     "model.shape.head_dim": 64,
     "data": "stories.txt",
     "data.sources": ["stories.txt", "books.parquet"],
-    "data.sources.N": "stories.txt",
     "data.sources.N.path": "stories.txt",
     "data.sources.N.hub": "roneneldan/TinyStories",
     "data.sources.N.store": "corpus/tokens",
@@ -63,9 +58,7 @@ EXAMPLES: dict[str, Any] = {
     "adapter": {"rank": 16},
     "adapter.alpha": 32,
     "adapter.train_tokens": ["<|im_start|>", "<|im_end|>"],
-    "adapter.train_tokens.N": "<|im_end|>",
-    "adapter.targets.N": "q_proj",
-    "log.trackers.N": "tensorboard",
+    "log.trackers": ["tensorboard"],
     "data.workers": 2,
     "data.cache_dir": "cache",
     "tokenizer": "Qwen/Qwen3-0.6B",
@@ -78,16 +71,15 @@ EXAMPLES: dict[str, Any] = {
     "activation_checkpointing": True,
     "eval.every_steps": 100,
     "sample.every_steps": 100,
-    "sample.prompts.N": "Once upon a time",
     "sample.prompts": ["Once upon a time"],
     "checkpoint.every_steps": 100,
 }
-"""An example value for each key without a default; the others show their default."""
+"""Examples for keys without a default, or for their parents; for other keys, the default is the example."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a run file. `part` is set if the value has keys; an `N` stands for any list entry."""
+    """One key of a run file. `part` is set if the value has keys; `N` in `dotted` stands for any list index."""
 
     dotted: str
     doc: str
@@ -99,7 +91,7 @@ class Key:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Default by method name, or under "" one for all; empty if the key has no default."""
+        """Default by method name, or by "" if all methods share it; empty if the key has no default."""
         by_method = {}
         for method, preset in METHOD_DEFAULTS.items():
             value: Any = preset
@@ -116,12 +108,17 @@ class Key:
 
     @property
     def example(self) -> Any:
-        """A value that this key accepts."""
-        return EXAMPLES[self.dotted] if self.dotted in EXAMPLES else next(iter(self.defaults.values()))
+        """A value that the key accepts."""
+        parent, _, name = self.dotted.rpartition(".")
+        if name == "N":
+            return keys()[parent].example[0]
+        if self.dotted not in EXAMPLES and not self.defaults:
+            return EXAMPLES[parent][name]
+        return EXAMPLES.get(self.dotted, next(iter(self.defaults.values()), None))
 
 
 class _Schema(GenerateJsonSchema):
-    """Adds counts like `25M`, which are not plain JSON numbers, and leaves out generated titles."""
+    """Adds counts like `25M` as strings, and omits generated titles."""
 
     def function_before_schema(self, schema: Any) -> dict[str, Any]:
         inner = super().function_before_schema(schema)
@@ -153,7 +150,7 @@ def _model_schema() -> dict[str, Any]:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a run file for editors, with shorthands; keys that a method sets are not required."""
+    """The JSON schema of a run file, with shorthands; keys that have a default by method are not required."""
     schema = copy.deepcopy(_model_schema())
     schema["required"] = ["method", "model", "data"]
     definitions = schema["$defs"]
@@ -173,7 +170,7 @@ def _bounds(schema: dict[str, Any]) -> str:
 
 
 def describe(schema: dict[str, Any]) -> str:
-    """What a JSON schema accepts, in words, for the end of `expected ...`."""
+    """What a JSON schema accepts, as text that follows `expected`."""
     if "$ref" in schema:
         part = schema["$ref"].rsplit("/", 1)[1]
         keys = f"the keys {', '.join(_model_schema()['$defs'][part]['properties'])}"
@@ -237,22 +234,14 @@ KeyPath = tuple[str | int, ...]
 
 
 def dotted_name(path: KeyPath) -> str:
-    """`("data", "sources", 0, "path")` -> `data.sources.0.path`."""
+    """`("data", "sources", 0, "path")` -> `"data.sources.0.path"`."""
     return ".".join(str(step) for step in path)
 
 
 def key_at(path: KeyPath) -> Key | None:
-    """The key at a path, with any list index; None if there is no such key."""
+    """The key at a path with any list indices; None if there is no such key."""
     steps = [str(step) for step in path]
     return keys().get(".".join("N" if step.isdigit() else step for step in steps))
-
-
-def children_of(path: KeyPath) -> list[str]:
-    """Names of the keys directly under a path; () is the run itself."""
-    if not path:
-        return list(Run.model_fields)
-    key = key_at(path)
-    return list(key.part.model_fields) if key and key.part else []
 
 
 RENAMED_KEYS = {
@@ -265,12 +254,14 @@ RENAMED_KEYS = {
     "b_rate_ratio": "adapter.loraplus_lr_ratio",
     "long_rows": "data.overlong",
 }
-"""Names of keys in earlier versions or other programs, and what they are called here."""
+"""Keys of earlier versions, some of them also of other frameworks, and their names here."""
 
 
 def suggest(path: KeyPath) -> str:
-    """The end of a message about an unknown key: its new name, the nearest known key, or the list of keys."""
-    name, siblings = str(path[-1]), children_of(path[:-1])
+    """The end of a message about an unknown key: the nearest known key, or the list of keys."""
+    parent = key_at(path[:-1])
+    part = Run if len(path) == 1 else parent.part if parent else None
+    name, siblings = str(path[-1]), list(part.model_fields) if part else []
     if len(name) <= 64:
         if near := difflib.get_close_matches(name, [*siblings, *RENAMED_KEYS], n=1):
             return f"did you mean {RENAMED_KEYS.get(near[0], near[0])}?"

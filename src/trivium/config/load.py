@@ -1,7 +1,7 @@
-"""From a run file and `key=value` overrides to a checked `Run`, and back to text.
+"""Loads a run file with `key=value` overrides into a validated `Run`, and writes a `Run` as YAML.
 
-Every value keeps its origin, so that an error names file and line, and the copy in the run folder says which values
-were chosen and which are defaults. All problems are reported at once, one paragraph each. Never imports torch.
+Every value keeps its origin, so that errors name file and line, and the copy in the run folder tells chosen values from
+defaults. All problems are reported at once, one paragraph each. Never imports torch.
 """
 
 import difflib
@@ -36,7 +36,7 @@ BARE_TEXT = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*( [A-Za-z0-9_./-]+)*")
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A checked run, and for each of its dotted keys where the value came from."""
+    """A validated run, and the origin of each value by dotted key."""
 
     run: Run
     origins: dict[str, str]
@@ -45,7 +45,7 @@ class ResolvedRun:
 def load_run(path: Path | None, overrides: Sequence[str] = ()) -> ResolvedRun:
     """Read a run file (or none), apply `key=value` overrides, fill in defaults, and validate.
 
-    The last of several overrides of a key counts. Raises: ConfigError with one paragraph per problem.
+    The last override of a key wins. Raises: ConfigError with one paragraph per problem.
     """
     problems: list[Problem] = []
     try:
@@ -71,10 +71,7 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> ResolvedRun:
 
 
 def _write_out(node: Node, path: KeyPath) -> Node:
-    """Replace shorthands like `model: 25M` by the keys they stand for; every value keeps its place.
-
-    The shorthands are defined by `from_shorthand` in `run.py`; a value of a wrong type is left for validation.
-    """
+    """Replace shorthands like `model: 25M` (`from_shorthand` in `run.py`) by the keys they stand for."""
     key = key_at(path)
     if isinstance(node.value, list) and key and key.is_list:
         return Node([_write_out(item, (*path, index)) for index, item in enumerate(node.value)], node.place)
@@ -89,13 +86,16 @@ def _write_out(node: Node, path: KeyPath) -> Node:
 
 
 def _as_node(value: Any, place: Place) -> Node:
+    """A plain value as a tree in which every node has the same place; nodes in it stay as they are."""
     if isinstance(value, list):
         return Node([_as_node(item, place) for item in value], place)
+    if isinstance(value, dict):
+        return Node({name: _as_node(item, place) for name, item in value.items()}, place)
     return value if isinstance(value, Node) else Node(value, place)
 
 
 def _override(tree: Node, override: str) -> Node:
-    """Set one `key=value`; unknown keys are set too and refused by validation."""
+    """Set one `key=value`; validation refuses unknown keys later."""
     dotted, equals, text = override.partition("=")
     if not equals:
         raise Problem(COMMAND_LINE, f"found {_show(override)}; expected key=value, for example optimizer.lr=1e-3")
@@ -112,7 +112,7 @@ def _override(tree: Node, override: str) -> Node:
 
 
 def _child(node: Node, path: KeyPath) -> Node:
-    """The node at the end of `path`, given its parent; created if missing."""
+    """The node at the end of `path`, given its parent; it is created if missing."""
     *above, step = path
     parent = dotted_name(tuple(above))
     if node.value is None:
@@ -121,10 +121,10 @@ def _child(node: Node, path: KeyPath) -> Node:
     if isinstance(node.value, dict):
         return node.value.setdefault(str(step), Node(None, COMMAND_LINE))
     if not isinstance(node.value, list):
-        found = f"{parent} is {_show(node.value)} ({node.place}) and has no keys"
-        raise Problem(COMMAND_LINE, f"{dotted_name(path)} cannot be set: {found}")
+        reason = f"{parent} is {_show(node.value)} ({node.place}) and has no keys"
+        raise Problem(COMMAND_LINE, f"{dotted_name(path)} cannot be set: {reason}")
     if not isinstance(step, int) or step > len(node.value):
-        expected = f"an entry's number, 0 to {len(node.value)}"
+        expected = f"an index from 0 to {len(node.value)}"
         raise Problem(COMMAND_LINE, f"{dotted_name(path)}: {parent} is a list; expected {expected}")
     if step == len(node.value):
         node.value.append(Node(None, COMMAND_LINE))
@@ -132,7 +132,7 @@ def _child(node: Node, path: KeyPath) -> Node:
 
 
 def _override_value(dotted: str, text: str) -> Node:
-    """A list, mapping or quoted text is parsed as YAML; anything else is one unquoted scalar."""
+    """Parse a list, mapping or quoted text as YAML, and anything else as an unquoted scalar."""
     if text.lstrip()[:1] in ("[", "{", '"', "'"):
         found: list[Problem] = []
         try:
@@ -141,20 +141,12 @@ def _override_value(dotted: str, text: str) -> Node:
             found, node = [problem], Node(None, COMMAND_LINE)
         if found:
             raise Problem(COMMAND_LINE, f"{dotted}: {found[0].text}")
-        return _on_command_line(node)
+        return _as_node(node.plain(), COMMAND_LINE)
     return Node(resolve_scalar(text.strip()), COMMAND_LINE)
 
 
-def _on_command_line(node: Node) -> Node:
-    if isinstance(node.value, dict):
-        return Node({name: _on_command_line(child) for name, child in node.value.items()}, COMMAND_LINE)
-    if isinstance(node.value, list):
-        return Node([_on_command_line(item) for item in node.value], COMMAND_LINE)
-    return Node(node.value, COMMAND_LINE)
-
-
 def _find(tree: Node, path: KeyPath) -> tuple[Node, int]:
-    """The deepest existing node on the way to `path`, and the number of its steps that exist."""
+    """The deepest existing node on the way to `path`, and its depth."""
     node = tree
     for depth, step in enumerate(path):
         value: Any = node.value
@@ -166,7 +158,7 @@ def _find(tree: Node, path: KeyPath) -> tuple[Node, int]:
 
 
 def _validate(tree: Node, problems: list[Problem]) -> Run | None:
-    """The checked run, or None and the reasons added to `problems`."""
+    """The validated run, or None after adding the reasons to `problems`."""
     values = with_method_defaults(tree.plain())
     try:
         return Run.model_validate(values)
@@ -192,7 +184,8 @@ def _explain(tree: Node, detail: ErrorDetails) -> Problem:
     key = key_at(path)
     expected = key.expected if key else "something else"
     if kind == "missing":
-        return Problem(place, f"{dotted} is missing; expected {expected}{_doc(key.doc if key else '')}")
+        meaning = f" ({key.doc.partition('. ')[0].rstrip('.')})" if key and key.doc else ""
+        return Problem(place, f"{dotted} is missing; expected {expected}{meaning}")
     if kind == "string_unicode":
         return Problem(place, f"{dotted} is not valid Unicode text; expected {expected}")
     return Problem(
@@ -200,12 +193,8 @@ def _explain(tree: Node, detail: ErrorDetails) -> Problem:
     )
 
 
-def _doc(doc: str) -> str:
-    return f" ({doc.partition('. ')[0].rstrip('.')})" if doc else ""
-
-
 def _hint(found: object, choices: tuple[str, ...], expected: str) -> str:
-    """What to do about a wrong value, if the value tells."""
+    """What to do about a wrong value, if that is clear from the value."""
     if choices and isinstance(found, str) and (near := difflib.get_close_matches(found[:64], choices, n=1)):
         return f"; did you mean {near[0]}?"
     if isinstance(found, str) and not isinstance(resolve_scalar(found), str | None) and "text" not in expected:
@@ -216,7 +205,7 @@ def _hint(found: object, choices: tuple[str, ...], expected: str) -> str:
 
 
 def _place_of_reason(tree: Node, reason: str) -> Place:
-    """The line of the first key that a message about several keys mentions and the user has written."""
+    """The line of the first key that the message names and the user has set."""
     for word in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", reason):
         path = tuple(word.split("."))
         node, depth = _find(tree, path)
@@ -230,17 +219,17 @@ def _show(value: object) -> str:
     if value is None:
         return "empty"
     if isinstance(value, bool):
-        return f"{str(value).lower()} (a yes-or-no value)"
+        return str(value).lower()
     if isinstance(value, str):
         short = value if len(value) <= ENOUGH_COLUMNS else value[:ENOUGH_COLUMNS] + "..."
-        return f"the text {quote(short)}"
+        return quote(short)
     if isinstance(value, dict):
         return f"a mapping ({', '.join(quote(str(name)[:20], always=False) for name in list(value)[:3]) or 'empty'})"
     return f"a list of {len(value)}" if isinstance(value, list) else f"{value!r}"[:ENOUGH_COLUMNS]
 
 
 def _paragraphs(problems: list[Problem]) -> str:
-    """All problems in the order of the file, each once."""
+    """All problems in the order of the file, without duplicates."""
     ordered = sorted(problems, key=lambda problem: (problem.place.line is None, problem.place.line or 0))
     lines = list(dict.fromkeys(str(problem) for problem in ordered))
     if len(lines) > MAX_PROBLEMS_SHOWN:
@@ -249,7 +238,7 @@ def _paragraphs(problems: list[Problem]) -> str:
 
 
 def _has_keys(value: Any, path: KeyPath) -> bool:
-    """Whether a value is a part with keys; a mapping whose names the user chose counts as one value."""
+    """Whether a value is a part with keys, as opposed to a mapping with names chosen by the user."""
     key = key_at(path)
     return isinstance(value, dict) and (key is None or key.part is not None)
 
@@ -290,7 +279,7 @@ def quote(text: str, always: bool = True) -> str:
 
 
 def to_yaml(value: object) -> str:
-    """A plain value as YAML on one line."""
+    """A plain value as one line of YAML."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -303,7 +292,7 @@ def to_yaml(value: object) -> str:
 
 
 def dump_run(run: Run, origins: dict[str, str]) -> str:
-    """The whole run as YAML with each value's origin at the end of its line; it loads back to an equal Run."""
+    """The whole run as YAML with each value's origin in a comment; it loads back to an equal Run."""
     lines: list[tuple[str, str]] = []
 
     def write(name: str, value: Any, path: KeyPath, indent: str) -> None:
@@ -329,7 +318,7 @@ def dump_run(run: Run, origins: dict[str, str]) -> str:
 
 
 def differences(old: Run, new: Run) -> list[str]:
-    """The dotted keys in which two runs differ, each with both values; `absent` where a list is shorter."""
+    """The dotted keys in which two runs differ, with both values; `absent` if a list is shorter."""
     before, after = flatten(old), flatten(new)
     shown = [{dotted: to_yaml(value) for dotted, value in values.items()} for values in (before, after)]
     return [

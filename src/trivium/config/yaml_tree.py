@@ -1,7 +1,7 @@
-"""Strict YAML 1.2 for run files: text -> a tree of plain values, each with its file and line.
+"""Parses the strict YAML 1.2 of run files into a tree of plain values, each with its file and line.
 
 `1e-4` is a number; `no`, `off`, `2026-01-01` and `1:30` are text. Duplicate keys, tags, anchors, a second document and
-tabs are refused with their line. Never imports torch.
+tabs are errors. Never imports torch.
 """
 
 import re
@@ -28,7 +28,7 @@ Scalar = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value was written: a file and its line (from 1), or another source like the command line."""
+    """Where a value comes from: a file and line (from 1), or another source like the command line."""
 
     source: str
     line: int | None = None
@@ -54,12 +54,12 @@ class Node:
 
 
 def printable(text: str) -> str:
-    """Text with control characters and line breaks as escapes that double-quoted YAML reads back."""
+    """Text with control characters and line breaks escaped as in double-quoted YAML."""
     return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in text)
 
 
 class Problem(Exception):
-    """One problem in a run file, as a sentence, with its place."""
+    """One problem in a run file and its place."""
 
     def __init__(self, place: Place, text: str) -> None:
         super().__init__(printable(f"{place}: {text}"))
@@ -90,9 +90,9 @@ def read_file(path: Path) -> str:
     place = Place(str(path))
     try:
         if not path.exists():
-            raise Problem(place, "no such file; expected the path of a run file")
+            raise Problem(place, "no such file; give the path of a run file")
         if not path.is_file():
-            raise Problem(place, "not a file; expected a run file, for example run.yaml")
+            raise Problem(place, "not a file; give the path of a run file")
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
@@ -112,7 +112,7 @@ def parse_tree(text: str, source: str, problems: list[Problem]) -> Node:
     Raises: Problem when the text cannot be parsed.
     """
     try:
-        return _Parser(text, source, problems).document()
+        return _Parser(source, problems, yaml.parse(text, Loader=LOADER)).document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -126,16 +126,16 @@ def parse_tree(text: str, source: str, problems: list[Problem]) -> Node:
         raise Problem(Place(source), f"not valid YAML ({str(error).splitlines()[0]})") from None
 
 
+@dataclass
 class _Parser:
     """Builds nodes from PyYAML's events."""
 
-    def __init__(self, text: str, source: str, problems: list[Problem]) -> None:
-        self.source = source
-        self.problems = problems
-        self.events: Iterator[Any] = yaml.parse(text, Loader=LOADER)
+    source: str
+    problems: list[Problem]
+    events: Iterator[Any]
 
     def document(self) -> Node:
-        """The only document of the text; empty text is null."""
+        """The only document of the text; null if the text is empty."""
         next(self.events)
         if isinstance(next(self.events), yaml.StreamEndEvent):
             return Node(None, Place(self.source))

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from trivium.data.words import WordEncoder
-from trivium.errors import ConfigError
+from trivium.errors import ConfigError, first_lines
 from trivium.files import atomic_write
 
 if TYPE_CHECKING:
@@ -63,10 +63,9 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.exists() else name), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ConfigError(
-            f"Tokenizer {name} cannot be loaded ({first_line}). Expected a folder with tokenizer.json and "
-            "tokenizer_config.json, or a Hub id that is in the local cache or can be downloaded."
+            f"Tokenizer {name} cannot be loaded ({first_lines(error)}). Expected a folder with tokenizer.json and "
+            "tokenizer_config.json, or a Hub id that is in the local cache or reachable from here."
         ) from error
     if tokenizer is None or not tokenizer.is_fast:
         raise ConfigError(f"Tokenizer {name} has no tokenizer.json. Convert it to a fast tokenizer first.")

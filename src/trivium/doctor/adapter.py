@@ -1,4 +1,4 @@
-"""Rules about an adapter that the user gives as the model: its adapter_config.json, as PEFT writes it."""
+"""Rules about an adapter folder given as the model. They read its adapter_config.json, which PEFT wrote."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,21 +13,21 @@ EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
 
 class AdapterFacts(NamedTuple):
-    """What an adapter's own files say."""
+    """The contents of an adapter folder."""
 
     folder: Path
     content: dict[str, Any]
     tied: bool | None
-    """Whether the base ties its embeddings; None when the base is not on this machine."""
+    """Whether the base model ties its embeddings; None if it is not on this machine."""
 
     def modules(self, key: str) -> set[str]:
         """The last parts of the module names under a key of adapter_config.json."""
-        said = self.content.get(key) or []
-        return {str(name).rpartition(".")[2] for name in ([said] if isinstance(said, str) else said)}
+        names = self.content.get(key) or []
+        return {str(name).rpartition(".")[2] for name in ([names] if isinstance(names, str) else names)}
 
 
 def given_adapter(run: Run) -> AdapterFacts | None:
-    """The adapter whose folder the run names as its model."""
+    """The adapter that the run names as its model; None if it names a model."""
     folder = Path(run.model.name) if run.model.name else None
     if folder is None or not (folder / CONFIG).is_file():
         return None
@@ -42,37 +42,38 @@ def adapter_as_model(adapter: AdapterFacts) -> Violation | None:
     base = adapter.content.get("base_model_name_or_path")
     return Violation(
         "error",
-        f"model.name {adapter.folder} holds an {CONFIG}: it is an adapter of {base}, not a model.",
-        "the folder of a whole model.",
-        f"merge it first (trivium export {adapter.folder} --merge --to hf), or start from its base: model={base}.",
+        f"model.name {adapter.folder} is an adapter of {base}, not a model.",
+        "the folder of a model.",
+        f"start from its base model (model={base}), or merge it first: "
+        f"trivium export {adapter.folder} --merge --out {adapter.folder}-merged",
     )
 
 
 def on_tied_embeddings(adapter: AdapterFacts) -> Violation | None:
-    """Q06: low-rank updates of a tensor that is both embedding and head."""
+    """Q06: a low-rank update of a tensor that is both embedding and head."""
     adapted = sorted(adapter.modules("target_modules") & {EMBEDDING, HEAD})
     if not adapter.tied or not adapted:
         return None
     return Violation(
         "error",
         f"{adapter.folder} adapts {' and '.join(adapted)} of a model with tied embeddings.",
-        "neither of them among target_modules: merging adds the update to the one shared tensor, so it acts at both "
-        "ends and the merged model differs from the adapter.",
-        "train single tokens instead (adapter.train_tokens, or trainable_token_indices in PEFT), or keep it unmerged.",
+        "target_modules without embed_tokens and lm_head: merging adds the update to the one shared tensor, so the "
+        "merged model differs from the adapter.",
+        "train single tokens instead (adapter.train_tokens, or trainable_token_indices in PEFT), or do not merge it.",
     )
 
 
 def half_saved(adapter: AdapterFacts) -> Violation | None:
-    """Q07: a full copy of only one end of a tied pair, or of both without weight tying."""
+    """Q07: modules_to_save with one of two tied modules, or with both but untied."""
     saved = adapter.modules("modules_to_save") & {EMBEDDING, HEAD}
     if not adapter.tied or not saved or adapter.content.get("ensure_weight_tying"):
         return None
     what = f"only {saved.pop()}" if len(saved) == 1 else "both, without ensure_weight_tying"
     return Violation(
         "warning",
-        f"{adapter.folder} has modules_to_save with {what}, of a model with tied embeddings.",
-        "embed_tokens and lm_head with ensure_weight_tying: true, or neither; otherwise the two drift apart.",
-        "train the adapter again with both and ensure_weight_tying, or with single tokens only.",
+        f"modules_to_save of {adapter.folder} has {what}, and the model has tied embeddings.",
+        "embed_tokens and lm_head with ensure_weight_tying: true, or neither; otherwise the two diverge.",
+        "train the adapter again with both and ensure_weight_tying, or with single tokens (adapter.train_tokens).",
     )
 
 
@@ -83,15 +84,15 @@ def only_input_tokens(adapter: AdapterFacts) -> Violation | None:
         return None
     return Violation(
         "error",
-        f"{adapter.folder} has trainable_token_indices {indices} of a model with a separate head.",
-        f"the tokens under both {EMBEDDING} and {HEAD}; a list trains the embedding alone, so the model learns to read "
+        f"{adapter.folder} has trainable_token_indices {indices}, and the model has a separate head.",
+        f"the tokens under both {EMBEDDING} and {HEAD}; a list trains only the embedding, so the model learns to read "
         "the tokens but not to write them.",
-        "train it again with {embed_tokens: [...], lm_head: [...]}; Trivium's adapter.train_tokens does.",
+        "train it again with {embed_tokens: [...], lm_head: [...]}, or in Trivium with adapter.train_tokens.",
     )
 
 
 def of_given(check: Callable[[AdapterFacts], Violation | None]) -> Callable[[Run], Violation | None]:
-    """The check, applied to the adapter that the run names as its model, if it names one."""
+    """The check, applied to the adapter that the run names as its model, if any."""
     return lambda run: None if (adapter := given_adapter(run)) is None else check(adapter)
 
 

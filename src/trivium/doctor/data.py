@@ -1,6 +1,6 @@
-"""Rules about the data: templates, messages that did not fit, reasoning, tool calls, control tokens in text.
+"""Rules about the data: chat templates, sequence length, reasoning, tool calls, control tokens in text.
 
-They read the token stores' reports, the chat template, and the first conversations of each source.
+They read the reports of the token stores, the chat template, and the first conversations of each source.
 """
 
 import unicodedata
@@ -23,7 +23,7 @@ SMALL_CORPUS_TOKENS = 10_000_000
 
 
 def too_long(prepared: PreparedRun) -> Violation | None:
-    """Q03: answers that were dropped, cut or rejected because they are longer than a packed sequence."""
+    """Q03: answers that were rejected, dropped or cut because they are longer than a packed sequence."""
     reports = [built.report for built in prepared.job.built if built.report.get("conversations")]
     records = sum(report["records"] for report in reports)
     rejected = sum(report["rejected_by_reason"].get(Reason.LONGER_THAN_SEQ_LEN.value, 0) for report in reports)
@@ -32,36 +32,35 @@ def too_long(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "warning",
-        f"of {records:,} records {rejected:,} were left out, {dropped:,} answers of the others were dropped, and "
+        f"{rejected:,} of {records:,} records were rejected, {dropped:,} answers of the others were dropped, and "
         f"{cut:,} answers were cut, because they are longer than data.seq_len {prepared.run.data.seq_len:,}.",
-        f"at most {SHORTENED_SHARE:.0%} of them; a cut answer teaches the model to stop too early.",
-        "raise data.seq_len, or set data.overlong: split, which keeps the answers and shortens what comes before.",
+        f"at most {SHORTENED_SHARE:.0%} of the records; otherwise the model rarely sees long answers.",
+        "raise data.seq_len, or set data.overlong: split, which keeps the answers and shortens their prompts.",
     )
 
 
 def unknown_template(prepared: PreparedRun) -> Violation | None:
-    """Q12: a chat template that is not a known one."""
+    """Q12: an unknown chat template."""
     template = prepared.template
     if not prepared.job.has_conversations or template is None or template.known_as:
         return None
     return Violation(
         "warning",
-        f"the chat template of {prepared.job.tokenizer_folder} (SHA-256 {template.sha256[:12]}) is not a known one.",
-        "a template that Qwen has published, or Trivium's own. Every answer was still checked against the prompt that "
-        "this template makes.",
-        "look at some samples with trivium data inspect, and serve with this template; the result includes it.",
+        f"the chat template of {prepared.job.tokenizer_folder} (SHA-256 {template.sha256[:12]}) is unknown.",
+        "a template of Qwen or Trivium. Every answer was still checked against the generation prompt of this template.",
+        "look at some samples with trivium data inspect, and serve with this template, which is saved with the model.",
     )
 
 
 def reasoning_of(turn: Turn) -> str:
-    """The reasoning of a message, from its own field or from inside the content; empty without any."""
+    """The reasoning of a message, from its reasoning field or its content; may be empty."""
     if turn.reasoning is not None:
         return turn.reasoning.strip()
     return turn.content.partition("</think>")[0].replace("<think>", "", 1).strip() if turn.thinks else ""
 
 
 def reasoning_lost(prepared: PreparedRun) -> Violation | None:
-    """Q15: reasoning that the template leaves out, so that the model never learns it."""
+    """Q15: reasoning that the template leaves out."""
     if prepared.run.loss_tokens == "all":
         lost, what = reasoning_lost_whole(prepared), "sampled answers"
     else:
@@ -71,23 +70,21 @@ def reasoning_lost(prepared: PreparedRun) -> Violation | None:
     return Violation(
         "warning",
         f"the chat template strips the reasoning of {lost:,} {what}, so the model never learns it.",
-        "every reasoning in some sample; with loss_tokens: assistant an answer gets a separate sample where needed.",
-        "set loss_tokens: assistant. If it is set, the template does not support reasoning: use a Qwen3 model and its "
-        "template, or remove the reasoning from the records.",
+        "all reasoning in the samples.",
+        "set loss_tokens: assistant, which makes a separate sample of such an answer. If it is set already, the "
+        "template does not support reasoning: use a Qwen3 model, or remove the reasoning from the records.",
     )
 
 
 def reasoning_lost_whole(prepared: PreparedRun) -> int:
-    """Number of answers in the first conversations whose reasoning is lost when a conversation is rendered once."""
-    encoder = (
-        ChatEncoder(prepared.job.tokenizer, prepared.run.data.seq_len, all_tokens=True)
-        if prepared.conversations
-        else None
-    )
+    """Number of answers in the first conversations whose reasoning is lost if each is rendered once."""
+    if not prepared.conversations:
+        return 0
+    encoder = ChatEncoder(prepared.job.tokenizer, prepared.run.data.seq_len, all_tokens=True)
     lost = 0
     for conversation in prepared.conversations:
         wanted = [text for turn in conversation.turns if turn.weight and (text := reasoning_of(turn))]
-        if wanted and encoder is not None:
+        if wanted:
             with suppress(RecordError):
                 ids = np.concatenate([sample.ids for sample in encoder.encode(conversation).samples])
                 rendered = _normal(str(prepared.job.tokenizer.decode(ids.tolist())))
@@ -100,11 +97,12 @@ def _normal(text: str) -> str:
 
 
 def tool_calls_garbled(prepared: PreparedRun) -> Violation | None:
-    """Q16: tool calls that the template leaves out or encodes twice."""
+    """Q16: tool calls that the template omits or JSON-encodes twice."""
     called = [one for one in prepared.conversations if any(turn.tool_calls for turn in one.turns)]
     if not called or prepared.template is None:
         return None
-    texts = [(one, _rendered(prepared, one)) for one in called]
+    render = prepared.job.tokenizer.apply_chat_template
+    texts = [(one, str(render(one.messages(), tools=list(one.tools) or None, tokenize=False))) for one in called]
     missing = sum(any(name not in text for name, _ in _calls(one)) for one, text in texts)
     twice = sum(any(f'\\"{key}\\"' in text for _, keys in _calls(one) for key in keys[:1]) for one, text in texts)
     if not missing and not twice:
@@ -113,14 +111,9 @@ def tool_calls_garbled(prepared: PreparedRun) -> Violation | None:
         "error",
         f"of {len(called):,} sampled conversations with tool calls, the chat template leaves the calls out of "
         f"{missing:,} and writes the arguments of {twice:,} as JSON inside a JSON string.",
-        "each call in the form that servers parse.",
+        "tool calls in the form that servers parse.",
         "use a template that supports tools, for example Qwen2.5's or Qwen3's, or remove these conversations.",
     )
-
-
-def _rendered(prepared: PreparedRun, conversation: Conversation) -> str:
-    tools = list(conversation.tools) or None
-    return str(prepared.job.tokenizer.apply_chat_template(conversation.messages(), tools=tools, tokenize=False))
 
 
 def _calls(conversation: Conversation) -> list[tuple[str, list[str]]]:
@@ -130,7 +123,7 @@ def _calls(conversation: Conversation) -> list[tuple[str, list[str]]]:
 
 
 def control_tokens_in_text(prepared: PreparedRun) -> Violation | None:
-    """Q17: conversations whose text spells out control tokens."""
+    """Q17: control tokens spelled out in the text of conversations."""
     reports = [built.report for built in prepared.job.built if built.report.get("conversations")]
     taken = sum(report["control_token_records"] for report in reports)
     rejected = sum(report["rejected_by_reason"].get(Reason.CONTROL_TOKEN.value, 0) for report in reports)
@@ -138,44 +131,43 @@ def control_tokens_in_text(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "warning",
-        f"{taken:,} records spell out a token like <think> or <tool_call> in their text, which tokenizes to the token "
-        f"itself, and {rejected:,} were rejected for one like <|im_end|>.",
-        "text that cannot be mistaken for a message, reasoning or a tool call.",
-        "see them in rejects.jsonl of the store and with trivium data inspect; escape such text in untrusted input.",
+        f"{taken:,} records contain text like <think> or <tool_call>, which becomes the control token, and "
+        f"{rejected:,} records were rejected because they contain text like <|im_end|>.",
+        "text without control tokens.",
+        "find the records in rejects.jsonl of the token store and with trivium data inspect; escape untrusted input.",
     )
 
 
 def tokens_wrapped(prepared: PreparedRun) -> Violation | None:
-    """Q27: a store of 16-bit tokens for a vocabulary of more than 65,536."""
+    """Q27: 16-bit tokens for a vocabulary of more than 65,536."""
     num_tokens = len(prepared.job.tokenizer)
     narrow = [built.name for built in prepared.job.built if built.open().dtype.itemsize < 4]
     if num_tokens <= UINT16_TOKENS or not narrow:
         return None
     return Violation(
         "error",
-        f"{', '.join(narrow)} stores 16-bit tokens, and the tokenizer has {num_tokens:,}.",
-        "32-bit tokens: either larger ids wrapped around, or the store was made with another tokenizer.",
-        "build the store again from its text with the run's own tokenizer.",
+        f"{', '.join(narrow)} stores 16-bit tokens, and the tokenizer has {num_tokens:,} tokens.",
+        "32-bit tokens. Either larger ids overflowed, or the store was made with another tokenizer.",
+        "build the token store again from its text with the tokenizer of this run.",
     )
 
 
 def documents_on_chat_model(prepared: PreparedRun) -> Violation | None:
-    """Q28: only documents, for a chat model."""
-    is_tuned = prepared.template is not None and prepared.template.end_of_turn_id in prepared.model_stop_ids
-    if prepared.job.has_conversations or not is_tuned:
+    """Q28: a chat model trained only on documents."""
+    template = prepared.template
+    if prepared.job.has_conversations or template is None or template.end_of_turn_id not in prepared.model_stop_ids:
         return None
-    assert prepared.template is not None
     return Violation(
         "warning",
-        f"the data is documents, and {prepared.job.weights_folder} is a chat model: it stops at "
-        f"{prepared.template.end_of_turn}.",
-        "a base model, since training a chat model on documents shifts the way it answers.",
-        "start from the base model, add a source of conversations, or fine-tune for chat again afterwards.",
+        f"the data has only documents, and {prepared.job.weights_folder} is a chat model (it stops at "
+        f"{template.end_of_turn}).",
+        "a base model, since training a chat model on documents changes how it answers.",
+        "start from the base model, add conversations to the data, or fine-tune for chat afterwards.",
     )
 
 
 def default_system(prepared: PreparedRun) -> Violation | None:
-    """Q30: a system prompt in every conversation, which serving must then send too."""
+    """Q30: a system prompt in every conversation, so that serving must send one too."""
     if not prepared.conversations or prepared.template is None:
         return None
     given = [one.turns[0].content for one in prepared.conversations if one.turns[0].role == "system"]
@@ -188,23 +180,23 @@ def default_system(prepared: PreparedRun) -> Violation | None:
         "info",
         f"all {len(given):,} sampled conversations start with a system prompt ({what}); without one the template "
         f"writes {default}, which the model never sees in training.",
-        "the same start in training and in serving.",
-        "send such a system prompt in serving, or remove it from some of the records.",
+        "the same start of a conversation in training and in serving.",
+        "send the system prompt in serving too, or remove it from some of the records.",
     )
 
 
 def small_corpus(prepared: PreparedRun) -> Violation | None:
-    """Q33: few documents for a pretrained model."""
+    """Q33: a pretrained model trained on few documents."""
     num_tokens = sum(int(np.asarray(part.store.lengths).sum(dtype=np.int64)) for part in prepared.job.mixture)
     if prepared.run.weights == "random" or prepared.job.has_conversations or num_tokens >= SMALL_CORPUS_TOKENS:
         return None
     epochs = prepared.job.batches.epoch(prepared.job.num_steps)
     return Violation(
         "info",
-        f"{num_tokens:,} tokens of documents are read {epochs:.1f} times.",
-        "gains in style and vocabulary of a domain; new knowledge takes far more text.",
-        "watch the held-out loss, and train an adapter (method: continue with trainable: adapter) or mix in general "
-        "text, so that the model forgets less.",
+        f"the data has only {num_tokens:,} tokens of documents, which are read {epochs:.1f} times.",
+        f"at least {SMALL_CORPUS_TOKENS:,} tokens; fewer teach a domain's style and vocabulary, but little knowledge.",
+        "watch the held-out loss. To forget less, train an adapter (method: continue with trainable: adapter) or mix "
+        "in general text.",
     )
 
 

@@ -22,7 +22,7 @@ MOMENT_BYTES = {"fp32": 4, "8bit": 1, "paged-8bit": 1}
 
 
 def needed_packages(run: Run) -> dict[str, str]:
-    """Optional packages that the run needs, with the setting that needs each."""
+    """Optional packages that the run needs, each with the setting that needs it."""
     needed: dict[str, str] = {tracker: f"log.trackers: [{tracker}]" for tracker in run.log.trackers}
     if run.trainable == "adapter":
         needed["peft"] = "trainable: adapter"
@@ -38,7 +38,7 @@ def installed_versions(run: Run) -> Violation | None:
     from packaging.requirements import Requirement
 
     found = [
-        f"{package}, which {setting} needs, is not installed"
+        f"{package} is not installed ({setting} needs it)"
         for package, setting in needed_packages(run).items()
         if _installed(package) is None
     ]
@@ -49,7 +49,7 @@ def installed_versions(run: Run) -> Violation | None:
         version = _installed(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
             state = "is not installed" if version is None else f"{version} is installed"
-            found.append(f"{requirement.name} {state}, Trivium needs {requirement.specifier}")
+            found.append(f"{requirement.name} {state} (Trivium needs {requirement.specifier})")
     if not found:
         return None
     return Violation(
@@ -68,35 +68,34 @@ def _installed(package: str) -> str | None:
 
 
 def several_processes(run: Run) -> Violation | None:
-    """Q23: started by a launcher, once per GPU, while this version trains on one device."""
+    """Q23: a launcher started one process per GPU, but Trivium trains on one device."""
     num_processes = os.environ.get("WORLD_SIZE", "1")
     if num_processes == "1":
         return None
     return Violation(
         "error",
-        f"WORLD_SIZE is {num_processes}: a launcher like torchrun has started this process as one of several.",
+        f"WORLD_SIZE is {num_processes}: a launcher like torchrun started several processes.",
         "one process, since this version trains on one device; the others would train the same run again.",
-        "start it without the launcher: trivium train RUN.yaml.",
+        "start the run without the launcher: trivium train RUN.yaml.",
     )
 
 
 def may_write(run: Run) -> Violation | None:
-    """M03: folders in which nothing can be created."""
+    """M03: folders that are not writable."""
     found = []
     for key, folder in (("runs_dir", Path(run.runs_dir) / run.name), ("data.cache_dir", cache_folder(run))):
         there = _existing_parent(folder)
         try:
-            with tempfile.TemporaryFile(dir=there):
-                pass
+            tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
-            found.append(f"{key}: nothing can be written in {there} ({error.strerror})")
+            found.append(f"{key}: cannot write in {there} ({error.strerror})")
     if not found:
         return None
     return Violation(
         "error",
         f"{'; '.join(found)}.",
-        "folders where the run and its token stores can be written.",
-        "set runs_dir and data.cache_dir to writable folders, or fix their permissions.",
+        "writable folders for the run and its token stores.",
+        "set runs_dir and data.cache_dir to other folders, or fix their permissions.",
     )
 
 
@@ -107,7 +106,7 @@ def _existing_parent(folder: Path) -> Path:
 
 
 def memory(prepared: PreparedRun) -> Violation | None:
-    """Q21: a step needs more memory than the device has, or leaves less than the planner's margin."""
+    """Q21: a step needs more memory than the device has, or less than the planner's margin is left."""
     needed, there = peak_memory(prepared.workload), prepared.machine.memory_bytes
     if fits(needed, there):
         return None
@@ -117,8 +116,8 @@ def memory(prepared: PreparedRun) -> Violation | None:
         "error" if needed.total > there else "warning",
         f"a step needs {needed.total / GIB:,.2f} GiB at its peak, {needed.instant} ({table}), and "
         f"{prepared.machine.device} has {there / GIB:,.2f} GiB.",
-        f"at most {FIT_SHARE:.0%} of the memory; the rest is a margin for what the prediction does not cover.",
-        f"one of the cheapest changes that fit: {suggest_fixes(prepared.workload, prepared.machine, there)}.",
+        f"at most {FIT_SHARE:.0%} of the memory; the rest is the planner's safety margin.",
+        f"one of these changes: {suggest_fixes(prepared.workload, prepared.machine, there)}.",
     )
 
 
@@ -135,7 +134,7 @@ def disk_parts(prepared: PreparedRun) -> dict[str, int]:
 
 
 def disk(prepared: PreparedRun) -> Violation | None:
-    """M02: checkpoints and result need more than the free disk space. The token stores exist at this point."""
+    """M02: checkpoints and result need more than the free disk space. The token stores are built already."""
     folder = RunFolder(Path(prepared.run.runs_dir) / prepared.run.name)
     already = sum(path.stat().st_size for path in folder.checkpoints.rglob("*") if path.is_file())
     parts = disk_parts(prepared)
@@ -147,8 +146,8 @@ def disk(prepared: PreparedRun) -> Violation | None:
     table = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items())
     return Violation(
         "error",
-        f"the run will write {needed / MIB:,.0f} MiB in {there} ({table}), and {free / MIB:,.0f} MiB are free.",
-        "space for one checkpoint more than checkpoint.keep and for the result; the token stores exist already.",
+        f"the run will write {needed / MIB:,.0f} MiB to {there} ({table}), and {free / MIB:,.0f} MiB are free.",
+        "space for the result and one checkpoint more than checkpoint.keep.",
         "free some space, lower checkpoint.keep, or put runs_dir on a larger disk.",
     )
 

@@ -1,6 +1,4 @@
-"""Rules about the run's numbers: learning rate, adapter scaling, precision, sequence length, shape."""
-
-from typing import NamedTuple
+"""Rules about hyperparameters: learning rate, adapter scaling, precision, sequence length, model shape."""
 
 import torch
 
@@ -14,43 +12,38 @@ INTERMEDIATE_MULTIPLE = 64
 SCALING_RANGE = (0.25, 4.0)
 
 
-class RateRange(NamedTuple):
-    """Usual learning rates, both ends excluded."""
-
-    above: float
-    below: float
-    what: str
-
-
-def rate_range(prepared: PreparedRun) -> RateRange:
-    """The usual learning rates for what is trained and what it starts as."""
+def rate_range(prepared: PreparedRun) -> tuple[float, float, str]:
+    """The usual learning rates, both ends excluded, for what the run trains."""
     is_small = prepared.job.shape.num_params < SMALL_MODEL_PARAMS
     if prepared.run.trainable == "adapter":
         size = "under" if is_small else "with at least"
-        return RateRange(2e-5, 3e-3 if is_small else 1e-3, f"an adapter on a model {size} 3B parameters")
+        return (2e-5, 3e-3 if is_small else 1e-3, f"an adapter on a model {size} 3B parameters")
     if prepared.run.weights == "random":
-        return RateRange(2e-5, 2e-2, "random weights")
-    return RateRange(1e-7, 1e-4, "all weights of a pretrained model")
+        return (2e-5, 2e-2, "random weights")
+    return (1e-7, 1e-4, "all weights of a pretrained model")
 
 
 def learning_rate_range(prepared: PreparedRun) -> Violation | None:
-    """Q19: a learning rate that is unusual for this kind of training."""
-    rate, usual = prepared.run.optimizer.lr, rate_range(prepared)
-    if usual.above < rate < usual.below:
+    """Q19: an unusual learning rate."""
+    rate, (low, high, what) = prepared.run.optimizer.lr, rate_range(prepared)
+    if low < rate < high:
         return None
-    outcome = "the model is likely to forget what it knows" if rate >= usual.below else "the model will hardly learn"
-    if rate >= usual.below and prepared.run.weights == "random":
+    if rate <= low:
+        outcome = "the model will hardly learn"
+    elif prepared.run.weights == "random":
         outcome = "the loss is likely to diverge"
+    else:
+        outcome = "the model is likely to forget what it knows"
     return Violation(
         "warning",
         f"optimizer.lr is {rate:g}; {outcome}.",
-        f"between {usual.above:g} and {usual.below:g} for {usual.what}.",
-        "leave optimizer.lr out to use the method's default, or set one in that range.",
+        f"between {low:g} and {high:g} for {what}.",
+        "remove optimizer.lr to use the method's default, or set a value in that range.",
     )
 
 
 def adapter_scaling(prepared: PreparedRun) -> Violation | None:
-    """Q20: alpha and rank that make the adapter's update unusually small or large."""
+    """Q20: alpha and rank that scale the adapter's update unusually little or much."""
     adapter = prepared.run.adapter
     if adapter is None:
         return None
@@ -60,9 +53,9 @@ def adapter_scaling(prepared: PreparedRun) -> Violation | None:
     formula = "alpha / sqrt(rank)" if adapter.rslora else "alpha / rank"
     return Violation(
         "info" if adapter.scaling == low else "warning",
-        f"the adapter's update is scaled by {formula} = {adapter.scaling:g}, where the default is 2.",
+        f"the adapter's update is scaled by {formula} = {adapter.scaling:g}; the default is 2.",
         f"{low:g} to {high:g}, since the scaling acts like a second learning rate.",
-        "leave adapter.alpha out to use twice the rank; to learn faster or slower, change optimizer.lr.",
+        "remove adapter.alpha to use twice the rank; to learn faster or slower, change optimizer.lr.",
     )
 
 
@@ -76,15 +69,15 @@ def slow_precision(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "warning",
-        f"precision is bf16, and this device multiplies in bf16 at {machine.peak_flops / 1e9:,.0f} GFLOP/s, in fp32 at "
-        f"{fp32_flops / 1e9:,.0f}.",
-        "bf16 only where it is faster, since it is less precise.",
-        "set precision: auto, which measures and decides.",
+        f"precision is bf16, but this device reaches {machine.peak_flops / 1e9:,.0f} GFLOP/s in bf16 and "
+        f"{fp32_flops / 1e9:,.0f} in fp32.",
+        "fp32 if it is as fast, since it is more precise.",
+        "set precision: auto, which measures both.",
     )
 
 
 def unusual_shape(prepared: PreparedRun) -> Violation | None:
-    """Q26: values of a new network's shape that no Qwen model has."""
+    """Q26: a shape for a new model that no Qwen model has."""
     if prepared.run.weights != "random":
         return None
     shape = prepared.job.shape
@@ -93,29 +86,29 @@ def unusual_shape(prepared: PreparedRun) -> Violation | None:
             "warning",
             f"rope_theta is {shape.rope_theta:g}; 10,000 is the default of transformers.",
             f"{QWEN_ROPE_THETA:,.0f}, as in all Qwen2.5 and Qwen3 models.",
-            "leave model.shape.rope_theta out, unless you need another value.",
+            "remove model.shape.rope_theta, unless you need another value.",
         )
     if shape.intermediate_size % INTERMEDIATE_MULTIPLE:
         nearest = INTERMEDIATE_MULTIPLE * max(1, round(shape.intermediate_size / INTERMEDIATE_MULTIPLE))
         return Violation(
             "info",
-            f"intermediate_size is {shape.intermediate_size}, which is not a multiple of {INTERMEDIATE_MULTIPLE}.",
-            "a multiple, which matrix kernels and quantization are made for.",
+            f"intermediate_size is {shape.intermediate_size}.",
+            f"a multiple of {INTERMEDIATE_MULTIPLE}, for which matrix kernels are optimized.",
             f"set model.shape.intermediate_size={nearest} if speed matters.",
         )
     return None
 
 
 def longer_than_positions(prepared: PreparedRun) -> Violation | None:
-    """Q31: sequences longer than the model's positions. (The tokenizer's model_max_length is not reliable.)"""
+    """Q31: sequences longer than the model was trained on. (The tokenizer's model_max_length is not reliable.)"""
     longest, seq_len = prepared.job.shape.max_position_embeddings, prepared.run.data.seq_len
     if prepared.run.weights == "random" or seq_len <= longest:
         return None
     return Violation(
         "warning",
-        f"data.seq_len is {seq_len:,}, and the model's config.json says max_position_embeddings {longest:,}.",
-        "sequences within the positions that the model was trained on.",
-        f"set data.seq_len to at most {longest:,}, unless you want to teach the model longer texts.",
+        f"data.seq_len is {seq_len:,}, and max_position_embeddings in the model's config.json is {longest:,}.",
+        "sequences as long as the model was trained on.",
+        f"set data.seq_len to at most {longest:,}, unless you want to extend the context.",
     )
 
 

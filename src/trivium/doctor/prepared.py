@@ -1,7 +1,6 @@
-"""What the rules look at: a prepared run with the facts around it, and the run with its engine built.
+"""What the rules check: a prepared run, and a run with its engine.
 
-Gathers facts and judges nothing. Everything is read from where training reads it: the token stores, the tokenizer, the
-model's folder, the engine.
+The facts come from where training reads them: the token stores, the tokenizer, the model's folder, the engine.
 """
 
 from collections.abc import Iterator
@@ -40,9 +39,9 @@ class StoredSample(NamedTuple):
 
     ids: np.ndarray
     weights: np.ndarray
-    """uint8 [tokens], hundredths; the first token is never a label."""
+    """uint8 [tokens], in hundredths; the first token is never a label."""
     is_ready_made: bool
-    """Whether the user brought the store."""
+    """Whether the store was not built by Trivium."""
 
     @property
     def supervised(self) -> np.ndarray:
@@ -57,7 +56,7 @@ class PreparedRun:
     Attributes:
         job: the run with its tokenizer, token stores and model shape.
         machine: the device it would run on.
-        conversations: the first ones of each source, as they are in the files.
+        conversations: the first ones of each source.
     """
 
     job: Job
@@ -84,13 +83,13 @@ class PreparedRun:
 
     @cached_property
     def samples(self) -> list[StoredSample]:
-        """Samples spread evenly over the token stores, a bounded number whatever the stores' size."""
+        """At most MAX_SAMPLES samples, spread evenly over the token stores."""
         samples = []
         for built, source in zip(self.job.built, self.run.data.sources, strict=True):
             store, most = built.open(), self.run.data.seq_len
             mean_length = max(1.0, float(np.minimum(store.lengths, most).mean())) if len(store) else 1.0
             share = int(min(MAX_SAMPLES, MAX_SAMPLE_TOKENS / mean_length)) // len(self.job.built)
-            for document in evenly_spaced(len(store), max(1, share)):
+            for document in np.linspace(0, len(store) - 1, min(len(store), max(1, share))).astype(int).tolist():
                 length = int(store.lengths[document])
                 ids = store.tokens(document, max(0, length - most), length)
                 weights = loss_weights(store, document, max(0, length - most), length)
@@ -115,15 +114,8 @@ class PreparedRun:
         return str(self.job.tokenizer.convert_ids_to_tokens(int(token)))
 
 
-def evenly_spaced(num_items: int, num_chosen: int) -> list[int]:
-    """At most `num_chosen` of the numbers below `num_items`, evenly spaced."""
-    if num_items <= num_chosen:
-        return list(range(num_items))
-    return np.linspace(0, num_items - 1, num_chosen).astype(int).tolist()
-
-
 def prepare_checks(job: Job, machine: Machine, with_hub: bool) -> PreparedRun:
-    """A prepared run with the first conversations of its sources; of Hub data sets only `with_hub` (needs network).
+    """The prepared run with the first conversations of its sources; from Hub data sets only `with_hub` (needs network).
 
     Raises: BadData or ConfigError when a source cannot be read.
     """
@@ -146,7 +138,7 @@ def _conversations(run: Run, source: Source) -> Iterator[Conversation]:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A prepared run with its own engine, which is thrown away after the checks; training builds another."""
+    """A prepared run with an engine for the checks; training builds another one."""
 
     prepared: PreparedRun
     engine: Engine

@@ -1,4 +1,4 @@
-"""Rules about token ids: which tokens are supervised, where samples end, and whether the model knows the tokens.
+"""Rules about tokens: which are supervised, where samples end, and whether the model was trained on them.
 
 They read the token stores, the tokenizer and a few rows of the model's embedding.
 """
@@ -28,18 +28,18 @@ def end_not_supervised(prepared: PreparedRun) -> Violation | None:
     ready_made = all(sample.is_ready_made for sample in endless)
     return Violation(
         "warning" if ready_made and not prepared.job.has_conversations else "error",
-        f"{len(endless):,} of {len(supervised):,} sampled samples do not teach the model to stop; one ends with "
+        f"{len(endless):,} of {len(supervised):,} checked samples do not teach the model to stop; one ends with "
         f"{prepared.show(_last_supervised(prepared, endless[0]))!r}.",
         f"{' or '.join(map(prepared.show, prepared.job.stop_ids))} as the last supervised token of at least "
         f"{MIN_ENDED_SHARE:.0%} of the samples.",
-        "build the store with an end after each document (Megatron's --append-eod)."
+        "build the token store with an end token after each document (Megatron's --append-eod)."
         if ready_made
-        else "use the chat template that belongs to the model, and the model's own tokenizer.",
+        else "use the model's own tokenizer and chat template.",
     )
 
 
 def _last_supervised(prepared: PreparedRun, sample: StoredSample) -> int:
-    """The last supervised token; the line break that a template writes after a turn does not count."""
+    """The last supervised token, ignoring the line break that a template writes after a turn."""
     *before, last = [int(token) for token in sample.ids[sample.supervised[-2:]]]
     if last in prepared.job.stop_ids or not before or not str(prepared.job.tokenizer.decode([last])).isspace():
         return last
@@ -47,10 +47,10 @@ def _last_supervised(prepared: PreparedRun, sample: StoredSample) -> int:
 
 
 def untrained_and_frozen(prepared: PreparedRun) -> Violation | None:
-    """Q04: control tokens in the data whose embedding rows were never trained, and that this run keeps frozen."""
+    """Q04: control tokens in the data with untrained embedding rows that this run keeps frozen."""
     adapter, folder = prepared.run.adapter, prepared.job.weights_folder
     if adapter is None or adapter.train_tokens is None or folder is None:
-        return None  # all rows are trained, or the run finds the untrained ones itself
+        return None  # the run trains all rows, or finds the untrained ones itself
     named = set(prepared.job.tokenizer.convert_tokens_to_ids(adapter.train_tokens))
     used = set(np.unique(np.concatenate([sample.ids for sample in prepared.samples])).tolist())
     frozen = [token for token in untrained_tokens(prepared.job, used) if token not in named]
@@ -58,15 +58,15 @@ def untrained_and_frozen(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "error",
-        f"the data uses {', '.join(map(prepared.show, frozen))}. Their embedding rows in {folder} are zero or equal "
-        "another unused token's, so they were never trained, and adapter.train_tokens leaves them frozen.",
-        "trained rows; otherwise the result can neither read nor write these tokens, so it would never stop.",
-        "leave adapter.train_tokens out, or add these tokens to it.",
+        f"the data uses {', '.join(map(prepared.show, frozen))}. Their embedding rows in {folder} were never trained "
+        "(they are zero or equal another unused token's), and adapter.train_tokens leaves them frozen.",
+        "trained rows; otherwise the model cannot use these tokens, and may never stop.",
+        "remove adapter.train_tokens, or add these tokens to it.",
     )
 
 
 def generation_never_ends(prepared: PreparedRun) -> Violation | None:
-    """Q05: an adapter whose base, which servers read, does not stop at the end of a turn."""
+    """Q05: an adapter of a base model whose generation_config.json does not stop at the end of a turn."""
     template = prepared.template
     if not prepared.job.has_conversations or template is None:
         return None
@@ -74,39 +74,38 @@ def generation_never_ends(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "warning",
-        "the base's generation_config.json stops at "
+        "the base model's generation_config.json stops at "
         f"{', '.join(map(prepared.show, prepared.model_stop_ids)) or 'nothing'}, not at {template.end_of_turn}. The "
-        "adapter's own file does, but a server that loads an adapter on its base reads the base's.",
-        f"{template.end_of_turn} among the tokens that generation stops at.",
+        "adapter's file does, but servers that load an adapter read the base model's.",
+        f"{template.end_of_turn} among the stop tokens.",
         "serve the merged model (trivium export --merge), or give the server the adapter's generation_config.json or "
-        f"the stop token {template.end_of_turn_id}. trivium chat and eval read the adapter's.",
+        f"the stop token {template.end_of_turn_id}. trivium chat and eval read the adapter's file.",
     )
 
 
 def fewer_rows(prepared: PreparedRun) -> Violation | None:
-    """Q10: an embedding with fewer rows than the published one."""
+    """Q10: an embedding with fewer rows than the published model's."""
     published = prepared.model_config.get("vocab_size")
     if not isinstance(published, int) or prepared.job.shape.vocab_size >= published:
         return None
     return Violation(
         "error",
-        f"the run's embedding has {prepared.job.shape.vocab_size:,} rows and the model's {published:,}: "
-        f"{published - prepared.job.shape.vocab_size:,} would be deleted.",
+        f"the run's embedding has {prepared.job.shape.vocab_size:,} rows, and the model's has {published:,}.",
         "the published number of rows; those after the tokenizer's last token are reserved for new tokens.",
-        "leave model.vocab_size out.",
+        "remove model.vocab_size.",
     )
 
 
 def foreign_tokenizer(prepared: PreparedRun) -> Violation | None:
-    """Q11: token ids beyond the embedding, or a tokenizer that the model was not trained with."""
+    """Q11: token ids beyond the embedding, or another tokenizer than the model was trained with."""
     job, num_tokens = prepared.job, len(prepared.job.tokenizer)
     largest = max(int(sample.ids.max()) for sample in prepared.samples if len(sample.ids))
     if largest >= job.shape.vocab_size:
         return Violation(
             "error",
-            f"the data holds token {largest:,}, and the model's embedding has {job.shape.vocab_size:,} rows.",
-            "ids below the number of rows.",
-            "build the store with the model's own tokenizer.",
+            f"the data has token {largest:,}, and the model's embedding has {job.shape.vocab_size:,} rows.",
+            "token ids below the number of rows.",
+            "build the token store with the model's own tokenizer.",
         )
     foreign = [token for token in prepared.model_stop_ids if token not in job.tokenizer.added_tokens_decoder]
     is_odd = job.weights_folder is not None and job.shape.vocab_size in QWEN_ROWS and num_tokens not in QWEN_TOKENS
@@ -118,12 +117,12 @@ def foreign_tokenizer(prepared: PreparedRun) -> Violation | None:
         "warning",
         f"{size}." if is_odd else f"the model stops at {shown}, which is not a control token of the run's tokenizer.",
         "the tokenizer that the model was trained with.",
-        "leave tokenizer out to use the model's own; if you added tokens yourself, ignore this.",
+        "remove tokenizer to use the model's own. If you added tokens yourself, ignore this.",
     )
 
 
 def not_after_prompt(prepared: PreparedRun) -> Violation | None:
-    """Q13: supervised answers that do not follow the prompt that serving sends before an answer."""
+    """Q13: supervised answers that do not follow the generation prompt."""
     masked = [sample for sample in prepared.samples if len(sample.weights) and not sample.weights[0]]
     if not masked or prepared.template is None:
         return None
@@ -138,7 +137,7 @@ def not_after_prompt(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "error" if prepared.template.known_as else "warning",
-        f"{len(wrong):,} supervised answers do not start where the model starts to write in serving, for example in "
+        f"{len(wrong):,} supervised answers do not follow the prompt after which a served model writes, for example in "
         f"{prepared.job.tokenizer.decode(wrong[0])!r}.",
         "answers that follow the template's generation prompt, "
         f"{' or '.join(repr(prepared.job.tokenizer.decode(prompt)) for prompt in prompts)}.",
@@ -147,7 +146,7 @@ def not_after_prompt(prepared: PreparedRun) -> Violation | None:
 
 
 def answer_prompts(tokenizer: Any) -> list[list[int]]:
-    """The token ids of the generation prompt; two where the template has a thinking switch."""
+    """The token ids of the generation prompt; two if the template has a thinking switch."""
     question = [{"role": "user", "content": "?"}]
     prompts = []
     for thinking in (False, True):
@@ -162,12 +161,12 @@ def answer_prompts(tokenizer: Any) -> list[list[int]]:
 
 
 def supervised_starts(sample: StoredSample) -> list[int]:
-    """Positions at which a stretch of supervised tokens starts."""
+    """Positions at which consecutive supervised tokens start."""
     return np.flatnonzero(np.diff(np.concatenate([[0], sample.weights > 0]).astype(np.int8)) == 1).tolist()
 
 
 def empty_think_supervised(prepared: PreparedRun) -> Violation | None:
-    """Q14: the empty think block of answers without reasoning among the supervised tokens."""
+    """Q14: a supervised empty think block before answers without reasoning."""
     control = prepared.job.tokenizer.get_added_vocab()
     if prepared.template is None or not prepared.template.has_thinking_switch or THINK not in control:
         return None
@@ -176,10 +175,10 @@ def empty_think_supervised(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "warning",
-        f"{count:,} of {len(prepared.samples):,} sampled samples teach the model to write an empty think block.",
-        "the block in the prompt, where serving with enable_thinking=False puts it; when it is supervised, the model "
-        "unlearns to think.",
-        "set loss_tokens: assistant, which leaves it in the prompt; or add conversations with reasoning.",
+        f"{count:,} of {len(prepared.samples):,} checked samples teach the model to write an empty think block.",
+        "the block in the prompt, where serving with enable_thinking=False puts it; otherwise the model unlearns to "
+        "reason.",
+        "set loss_tokens: assistant, which leaves the block in the prompt, or add conversations with reasoning.",
     )
 
 
@@ -193,14 +192,14 @@ def _supervises_empty_think(prepared: PreparedRun, sample: StoredSample, begin: 
 
 
 def nothing_or_all_supervised(prepared: PreparedRun) -> Violation | None:
-    """Q18: samples without a supervised token, or conversations in which the user's messages are supervised too."""
+    """Q18: samples without supervised tokens, or conversations with supervised user messages."""
     nothing = [sample for sample in prepared.samples if not len(sample.supervised)]
     if nothing:
         return Violation(
             "warning" if all(sample.is_ready_made for sample in nothing) else "error",
-            f"{len(nothing):,} of {len(prepared.samples):,} sampled samples have no supervised token.",
-            "at least one in each; the others cost time and teach nothing.",
-            "remove documents of a single token, and give an answer of each conversation a weight above 0.",
+            f"{len(nothing):,} of {len(prepared.samples):,} checked samples have no supervised token.",
+            "at least one in each sample; others cost time and teach nothing.",
+            "remove documents of a single token, and give at least one answer of each conversation a weight above 0.",
         )
     if prepared.run.loss_tokens == "all" or prepared.template is None:
         return None
@@ -210,10 +209,10 @@ def nothing_or_all_supervised(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "warning",
-        f"in {whole:,} of {len(prepared.samples):,} sampled samples, which look like conversations "
-        f"({prepared.template.end_of_turn}), every token is supervised, the user's messages included.",
+        f"{whole:,} of {len(prepared.samples):,} checked samples look like conversations "
+        f"({prepared.template.end_of_turn}), and all of their tokens are supervised, user messages included.",
         "supervised answers only, since loss_tokens is assistant.",
-        "use the file of conversations as the source instead of a ready store, or set loss_tokens: all if intended.",
+        "use the file of conversations as the source instead of a ready store, or set loss_tokens: all.",
     )
 
 

@@ -1,8 +1,7 @@
-"""A seeded grammar that generates short stories and knows the exact probability of each.
+"""A seeded grammar that generates short stories, and computes the exact probability of a story.
 
-So a language model trained on them can be compared with the lowest possible loss: the grammar's entropy. Generating a
-story and scoring a text walk the same tables (`tales.py`): the writer draws each choice at random, the reader follows
-the text.
+The entropy of the grammar is the lowest possible loss of a language model trained on the stories. Generating and
+scoring use the same tables (`tales.py`): the writer draws each choice at random, the reader follows the text.
 """
 
 import json
@@ -24,7 +23,7 @@ ZIPF_SHIFT = 8
 
 @dataclass(frozen=True)
 class Story:
-    """A story, its exact cost -ln p(text) in nats, and the facts it was told from (hero, thing, problem, ...)."""
+    """A story, its cost -ln p in nats, and its facts (hero, thing, problem, ...)."""
 
     text: str
     nats: float
@@ -32,7 +31,7 @@ class Story:
 
 
 class _Teller:
-    """The walk through the tables that writer and reader share."""
+    """What writer and reader share: walking through the tables."""
 
     def __init__(self) -> None:
         self.nats = 0.0
@@ -47,14 +46,14 @@ class _Teller:
         raise NotImplementedError
 
     def choose(self, table: Table) -> str:
-        """The only place where choices are made, so that their costs add up to -ln p."""
+        """Choose from a table. All choices are made here, so that their costs add up to -ln p."""
         options = table.options[tuple(self.facts[fact] for fact in table.facts)] if isinstance(table, By) else table
         index = self.pick(options)
         self.nats += _costs(len(options))[index]
         return options[index]
 
     def tell(self, template: str) -> None:
-        """Emit a template from left to right; a fact is chosen at the moment its words are first needed."""
+        """Emit a template from left to right; a fact is chosen when it is first needed."""
         for words, slot in _pieces(template):
             self.emit(words)
             name = slot.lower()
@@ -86,9 +85,9 @@ class _Mismatch(Exception):
 
 
 class _Reader(_Teller):
-    """Follows a text. If several options match the next words, it takes one and remembers the others.
+    """Follows a text. If several options match the next words, it takes one and records the others.
 
-    `script` replays the earlier open decisions; `branches` are the scripts of the derivations not yet tried.
+    `script` holds the earlier choices among several matches; `branches` holds the scripts that are left to try.
     """
 
     def __init__(self, text: str, script: list[int]) -> None:
@@ -115,7 +114,7 @@ class _Reader(_Teller):
         self.position += len(words)
 
     def _could_begin(self, option: str) -> bool:
-        """Whether the next words may be the option's, as far as they are known; never wrongly false."""
+        """Whether the text may continue with this option, judging by the words known so far; never wrongly False."""
         position = self.position
         for words, slot in _pieces(option):
             for known in (words, self.facts.get(slot.lower(), "")):
@@ -136,13 +135,13 @@ def _pieces(template: str) -> list[tuple[str, str]]:
 
 @cache
 def _like(slot: str, words: str) -> str:
-    """The words with a capital where the slot has one."""
+    """The words, capitalized if the slot is."""
     return words[0].upper() + words[1:] if slot[0].isupper() else words
 
 
 @cache
 def _probabilities(num_options: int) -> list[float]:
-    """Zipf's law, as in real language: p is proportional to 1 / (rank + 8)."""
+    """Zipf's law, as in natural language: p is proportional to 1 / (rank + 8)."""
     weights = [1 / (rank + ZIPF_SHIFT) for rank in range(1, num_options + 1)]
     return [weight / math.fsum(weights) for weight in weights]
 
@@ -155,21 +154,21 @@ def _costs(num_options: int) -> list[float]:
 
 @cache
 def _cumulative(num_options: int) -> list[float]:
-    """Upper edges of the options' shares of [0, 1); the last one is 1 whatever the rounding says."""
+    """Cumulative probabilities of the options; the last one is exactly 1."""
     return [*accumulate(_probabilities(num_options)[:-1]), 1.0]
 
 
 def story(rng: Random) -> Story:
-    """Tell one story; the same generator state tells the same story on every machine."""
+    """Generate one story; the same generator state gives the same story on every machine."""
     writer = _Writer(rng)
     writer.tell("{story}")
     return Story("".join(writer.words), writer.nats, writer.facts)
 
 
 def derivations(text: str) -> list[float]:
-    """The cost in nats of every way in which the grammar can tell exactly this text; empty when it cannot.
+    """The cost in nats of every derivation of this text; empty if the grammar cannot generate it.
 
-    A depth-first search by replay: it drops only what contradicts the text, so no derivation is missed.
+    Depth-first search by replay. Only derivations that contradict the text are dropped, so none is missed.
     """
     costs: list[float] = []
     scripts: list[list[int]] = [[]]
@@ -186,7 +185,7 @@ def derivations(text: str) -> list[float]:
 
 
 def score(text: str) -> float:
-    """-ln p(text) in nats under the grammar, summed over all derivations; infinite for what it cannot tell."""
+    """-ln p(text) in nats, with p summed over all derivations; infinite if the grammar cannot generate the text."""
     costs = derivations(text)
     if not costs:
         return math.inf
@@ -195,17 +194,16 @@ def score(text: str) -> float:
 
 
 def floor_nats_per_token(texts: Iterable[str], tokens_per_text: Iterable[int]) -> float:
-    """The loss, in nats per predicted token, of the best possible model on these very stories.
+    """The loss of the best possible model on these stories, in nats per predicted token.
 
-    `tokens_per_text` counts each story's tokens with its end-of-document token; the first token of a document is
-    never predicted, so n tokens are n - 1 predictions.
+    `tokens_per_text` counts each story's tokens, including its end-of-document token; the first token of a document is
+    not predicted, so n tokens are n - 1 predictions.
 
-    Why this is the floor. A tokenizer turns each text into one sequence of tokens, so a model's loss summed over
-    a story is -ln q(tokens after the first | the first). The first token is the same in every story ("Once" begins
-    them all), so being given it is worth nothing, and where a story ends is part of its text: for the grammar itself
-    the sum is exactly -ln p(text). By Gibbs' inequality no q has a smaller expected -ln q over stories drawn from p
-    than q = p. Stories are drawn one by one, so the training stories say nothing about the choices made in the
-    held-out ones, and a model gets below this number on them only by the luck of the draw.
+    A tokenizer maps each text to one sequence of tokens, so a model's loss summed over a story is
+    -ln q(tokens after the first | the first). Every story starts with the same token ("Once"), and the text determines
+    where a story ends, so for the grammar itself this sum is -ln p(text). By Gibbs' inequality, no q has a smaller
+    expected -ln q over stories drawn from p than q = p. Stories are drawn independently, so the training stories tell
+    nothing about the held-out ones, and a model can only be below this loss by chance.
 
     Source: Cover and Thomas, Elements of Information Theory, theorem 2.6.3.
     """
@@ -214,7 +212,7 @@ def floor_nats_per_token(texts: Iterable[str], tokens_per_text: Iterable[int]) -
 
 
 def write_corpus(path: Path, num_stories: int, seed: int | str) -> None:
-    """Write `num_stories` stories as JSON lines `{"text": ...}`; the same seed writes the same bytes."""
+    """Write stories as JSON lines `{"text": ...}`; the same seed writes the same bytes."""
     rng = Random(seed)
     lines = [json.dumps({"text": story(rng).text}) + "\n" for _ in range(num_stories)]
     atomic_write(path, "".join(lines))

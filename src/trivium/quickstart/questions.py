@@ -1,8 +1,8 @@
-"""Questions about the quickstart's stories, each with one exact answer taken from the facts the story was told from.
+"""Questions about generated stories, each with one exact answer from the story's facts.
 
-The stories come from a separate random stream, so the model has not seen them, and each story is in one record only.
-Nothing can be answered without the story. Answers start with "It was", because the model knows words with a space
-before them; at the start of an answer a word would be an unknown sequence of tokens.
+The stories come from a separate random stream, so the model was not trained on them, and each is in only one record.
+No question can be answered without its story. Answers start with "It was" because the model knows words with a space
+in front; at the start of an answer, a word would be an unknown sequence of tokens.
 """
 
 import json
@@ -18,7 +18,7 @@ from trivium.files import atomic_write
 from trivium.quickstart.grammar import Story, story
 from trivium.quickstart.tales import PHRASES
 
-# For each fact, the question and the answer, from easy to hard for a small model: a thing directly follows its color, a
+# The question and answer about each fact, from easy to hard for a small model: a thing directly follows its color, a
 # remedy can be anywhere.
 QUESTIONS = {
     "thing": ("What was {colour}?", "It was the {thing}."),
@@ -31,10 +31,7 @@ STORIES_TO_CHOOSE_FROM = 4
 
 
 def facts_of(told: Story) -> dict[str, str]:
-    """The facts of a story, and the color of its thing, which is not a fact of the grammar.
-
-    A color occurs only once, before the thing, so questions about it are never ambiguous.
-    """
+    """The facts of a story, and the color of its thing. A color occurs only once, so its question is not ambiguous."""
     before_thing = re.findall(rf"(\w+) {told.facts['thing']}\b", told.text)
     colours = PHRASES["colour"]
     assert isinstance(colours, list)
@@ -46,11 +43,11 @@ def question_rows(seed: int, questions_per_story: int = 1) -> Iterator[dict[str,
     """Endless records `{"messages": [user, assistant, ...]}`, deterministic in the seed, without repeated stories.
 
     Args:
-        seed: of a random stream that differs from every corpus's.
-        questions_per_story: the story precedes the first question; further ones are separate messages.
+        seed: of a random stream that differs from those of the corpora.
+        questions_per_story: the story is in the message of the first question; the other questions follow.
 
-    All kinds are asked equally often. Of a few stories, the one with the least used answers is chosen, so that rare
-    words are asked for nearly as often as common ones.
+    All kinds of questions are equally frequent. Of a few stories, the one with the rarest answers so far is chosen, so
+    that rare words are nearly as frequent as common ones.
     """
     assert 1 <= questions_per_story <= len(QUESTIONS)
     rng = Random(f"questions {seed}")
@@ -71,7 +68,7 @@ def question_rows(seed: int, questions_per_story: int = 1) -> Iterator[dict[str,
 
 
 def _turns(told: Story, kinds: Iterable[str]) -> list[dict[str, str]]:
-    """The story with the first question, its answer, then the other questions and answers."""
+    """The messages: the story with the first question, its answer, then the other questions and answers."""
     facts = facts_of(told)
     turns = []
     for kind in kinds:

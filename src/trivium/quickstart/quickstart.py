@@ -1,9 +1,8 @@
 """The quickstart: trains small models with every method and compares them, offline, in minutes.
 
-Generates stories of known entropy (or uses the user's text), trains a tokenizer and a model of about a million
-parameters from scratch, and reports the distance to the lowest possible loss. Then LoRA, QLoRA and full fine-tuning
-teach the model to answer questions about stories, and a comparison shows quality and cost. Uses the code of `trivium
-train` and `compare`.
+Trains a tokenizer and a model of about a million parameters from scratch on generated stories of known entropy, and
+reports the distance to the lowest possible loss. The model is then fine-tuned to answer questions about stories with
+LoRA, QLoRA and full fine-tuning. Uses the code of `trivium train` and `trivium compare`.
 """
 
 import re
@@ -36,8 +35,8 @@ def train_all(runs_dir: Path, overrides: tuple[str, ...], note: Note) -> list[Ru
 
     Args:
         runs_dir: folder of the data and run folders.
-        overrides: `key=value` for the run file of the first model.
-        note: called with what comes next.
+        overrides: `key=value` for the first run.
+        note: called before each run.
     """
     runs_dir.mkdir(parents=True, exist_ok=True)
     stories, questions = runs_dir / "stories.jsonl", runs_dir / "questions.jsonl"
@@ -57,15 +56,15 @@ def train_all(runs_dir: Path, overrides: tuple[str, ...], note: Note) -> list[Ru
     settings = tuple(f"{key}={quote(str(path))}" for key, path in places.items())
     for way in WAYS:
         if way == "qlora" and find_spec("bitsandbytes") is None:
-            note("QLoRA is skipped: it needs bitsandbytes (pip install 'trivium[gpu]'), which also works on a CPU")
+            note("QLoRA is skipped because bitsandbytes is not installed: pip install 'trivium[gpu]' (CPU works too)")
             continue
-        note(f"\nnext, {way}: fine-tune the model on questions about stories")
+        note(f"\nfine-tuning on questions about stories: {way}")
         folders.append(train(run_of(way, runs_dir, settings)))
     return folders
 
 
 def compare_all(folders: Sequence[RunFolder], runs_dir: Path, note: Note, bar: Bar) -> tuple[Comparison, Path]:
-    """Compare the quickstart's models on unseen questions and stories, and write the page."""
+    """Compare the models on unseen questions and stories, and write the report."""
     write_corpus(runs_dir / OTHER_STORIES, NUM_GENERAL_STORIES, "other stories")
     comparison = compare(
         [str(folder.path) for folder in folders],
@@ -73,7 +72,6 @@ def compare_all(folders: Sequence[RunFolder], runs_dir: Path, note: Note, bar: B
         held_out=runs_dir / HELD_OUT_QUESTIONS,
         general=runs_dir / OTHER_STORIES,
         max_new_tokens=MAX_ANSWER_TOKENS,
-        thinking=False,
         note=note,
         bar=bar,
     )
@@ -81,15 +79,17 @@ def compare_all(folders: Sequence[RunFolder], runs_dir: Path, note: Note, bar: B
 
 
 def run_of(way: str, runs_dir: Path, settings: tuple[str, ...]) -> ResolvedRun:
-    """One of the quickstart's run files, with the user's folder and settings."""
+    """Load one of the quickstart's run files."""
     with as_file(files("trivium.quickstart") / f"{way}.yaml") as run_file:
         return load_run(run_file, (f"runs_dir={quote(str(runs_dir))}", *settings))
 
 
 def train_on_text(text_file: Path, runs_dir: Path, overrides: tuple[str, ...]) -> RunFolder:
-    """Train the first model on the user's text; there are no questions about it."""
+    """Train only a model from scratch, on the user's text."""
     if not text_file.is_file():
-        raise ConfigError(f"{text_file} does not exist. Give a text file, or none to train on generated stories.")
+        raise ConfigError(
+            f"{text_file} does not exist. Give the path of a text file, or none to train on generated stories."
+        )
     name = f"quickstart-{re.sub(r'[^A-Za-z0-9._-]+', '-', text_file.stem)}"
     settings = [f"name={name}", f"data.sources.0.path={quote(str(text_file))}"]
     if text_file.suffix in (".txt", ".md"):
@@ -98,9 +98,9 @@ def train_on_text(text_file: Path, runs_dir: Path, overrides: tuple[str, ...]) -
 
 
 def write_floor(resolved: ResolvedRun) -> None:
-    """Write floor.json to the run folder: the grammar's entropy on exactly the stories of the evaluation.
+    """Write floor.json to the run folder: the grammar's entropy on the held-out stories.
 
-    Not written if `seq_len` is too short for a story, since a model cannot predict the rest of a story it has not seen.
+    Not written if `seq_len` splits a story, since the model then lacks its beginning.
     """
     folder = RunFolder(Path(resolved.run.runs_dir) / resolved.run.name)
     if folder.read("floor.json") is not None:
@@ -124,7 +124,7 @@ def write_floor(resolved: ResolvedRun) -> None:
 
 
 def summary(folder: RunFolder) -> str:
-    """The result of the first model, in words."""
+    """The results of the first run as text."""
     losses = [record["eval/loss"] for record in folder.metrics if "eval/loss" in record]
     samples = list(folder.samples)
     floor = folder.read("floor.json")
@@ -137,7 +137,7 @@ def summary(folder: RunFolder) -> str:
     if losses and floor:
         best = floor["nats_per_token"]
         above = losses[-1] / best - 1
-        lines.append(f"The lowest possible loss is {best:.4f}, {floor['what']}: the model is {above:.1%} above it.")
+        lines.append(f"The lowest possible loss is {best:.4f} ({floor['what']}). The model is {above:.1%} above it.")
     lines.append(f"Model: {folder.model}\nReport: {folder.path / 'report.html'}")
     lines.append(f"Next: trivium chat {folder.path}    trivium verify {folder.path}")
     return "\n".join(lines)

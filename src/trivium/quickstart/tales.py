@@ -1,8 +1,7 @@
-"""The tables of the quickstart's stories: the words of `tales.yaml`, and which table depends on which fact.
+"""The tables of the grammar: the words of `tales.yaml`, and the facts that each table depends on.
 
-`{slot}` in a phrase stands for another table. A FACT is chosen where it is first written and then stays for the whole
-story (`{hero}`, `{thing}`); a PHRASE is chosen every time. `By` makes a table depend on facts already written, so that
-the problem fits the thing and the place, the remedy fits the problem, the moral fits the character.
+`{slot}` in a phrase refers to another table. A fact (`{hero}`, `{thing}`) is chosen once a story, a phrase every time.
+`By` makes a table depend on earlier facts: the problem fits the thing and the place, the remedy fits the problem.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import yaml
 
 @dataclass(frozen=True)
 class By:
-    """A table that depends on facts: their values, as a tuple, name the list to choose from."""
+    """A table that depends on facts: `options` maps their values to the list to choose from."""
 
     facts: tuple[str, ...]
     options: dict[tuple[str, ...], list[str]]
@@ -26,7 +25,7 @@ WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("tales.yaml").re
 
 
 def mixed(*lists: list[str]) -> list[str]:
-    """Entries of all lists in turn, so that frequent and rare entries of each are mixed."""
+    """The entries of the lists in turn, so that frequent and rare entries of each are mixed."""
     return [entry for group in zip_longest(*lists) for entry in group if entry is not None]
 
 
@@ -35,7 +34,7 @@ def by_one(fact: str, options: dict[str, list[str]]) -> By:
     return By((fact,), {(value,): entries for value, entries in options.items()})
 
 
-# Hero and friend have different names and kinds, so that a reader never confuses them.
+# Hero and friend have different names and kinds, so that a text has few derivations.
 GIRLS, BOYS, KINDS = WORDS["girls"], WORDS["boys"], WORDS["kinds"]
 FRIENDLY_GIRLS, FRIENDLY_BOYS = WORDS["friendly_girls"], WORDS["friendly_boys"]
 THINGS: dict[str, list[str]] = WORDS["things"]
@@ -46,13 +45,13 @@ TRAITS = CARELESS | SELFISH | KIND
 
 
 def by_name(fact: str, she: str, he: str) -> By:
-    """The pronoun of a name; it is certain, so it adds no entropy."""
+    """The pronoun of a name, which adds no entropy."""
     girls, boys = GIRLS + FRIENDLY_GIRLS, BOYS + FRIENDLY_BOYS
     return by_one(fact, {name: [she] for name in girls} | {name: [he] for name in boys})
 
 
 def problem_of(trait: str, made: str, ground: str) -> list[str]:
-    """What can happen to a thing, by what it is made of: two who pull at it break it, whatever the place."""
+    """What can happen to a thing, by its material and the place; a selfish hero breaks it at any place."""
     return [WORDS["damage"][made]] if trait in SELFISH else WORDS["problems"][made][ground]
 
 

@@ -1,6 +1,6 @@
-"""A comparison as a table, and as `report.html` with its figures, bars and answers side by side.
+"""A comparison as a table and as `report.html`, which also shows the answers side by side.
 
-The page is self-contained, without scripts. Model output is escaped.
+The page is self-contained and has no scripts. Model output is escaped.
 """
 
 import json
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from trivium.files import atomic_write
-from trivium.report.style import CSS
+from trivium.plan.speed import hours
+from trivium.report.style import facts, page
 from trivium.use.answers import EvalPrompt, ModelAnswer, matches
 from trivium.use.compare import ComparedModel, Comparison
 
@@ -55,7 +56,7 @@ class TableRow:
         group: `Quality`, `Forgetting` or `Cost`.
         values: one per model, None if unknown.
         form: a format for str.format, or `bytes` or `seconds`.
-        better: which value is better; None for costs.
+        better: whether low or high values are better; None for costs.
     """
 
     group: str
@@ -80,12 +81,12 @@ class TableRow:
             unit, size = next(((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20)) if value >= s), ("KiB", 2**10))
             return f"{value / size:,.1f} {unit}"
         if self.form == "seconds":
-            return f"{value:,.1f} s" if value < 60 else f"{value // 60:,.0f} min {value % 60:.0f} s"
+            return hours(value / 3600)
         return self.form.format(value)
 
 
 def table(comparison: Comparison) -> list[TableRow]:
-    """The rows of the table, without those that have no value."""
+    """The rows of the table; rows without any value are left out."""
     models = comparison.models
 
     def of(part: str, figure: str) -> list[float | None]:
@@ -104,14 +105,14 @@ def table(comparison: Comparison) -> list[TableRow]:
         TableRow("Cost", "peak memory, GiB", [m.peak_memory_gib for m in models], "{:.2f}"),
         TableRow("Cost", "size on disk", [m.size_bytes for m in models], "bytes"),
     ]
-    if not comparison.one_language:
+    if not comparison.same_tokenizer:
         bits = of("held_out", "bits_per_byte")
         rows.insert(1, TableRow("Quality", "held-out bits per byte", bits, "{:.4f}", "low"))
     return [row for row in rows if any(value is not None for value in row.values)]
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
-    """Write comparison.json and report.html into a folder, and return the page's path."""
+    """Write comparison.json and report.html into a folder, and return the path of report.html."""
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "comparison.json", as_json(comparison))
     atomic_write(folder / "report.html", render(comparison))
@@ -128,36 +129,27 @@ def as_json(comparison: Comparison) -> str:
 
 def render(comparison: Comparison) -> str:
     """The whole page."""
-    title = _title(comparison)
-    sections = [_header(comparison), _summary(comparison), _figures(comparison), _answers(comparison)]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)} - Trivium</title>\n<style>{CSS}{TABLE_CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    sections = (_header(comparison), _summary(comparison), _figures(comparison), _answers(comparison))
+    return page(_title(comparison), sections, TABLE_CSS)
 
 
 def _title(comparison: Comparison) -> str:
     """The names of the runs."""
     bases = {model.base for model in comparison.models}
     names = [model.name for model in comparison.models if model.name not in bases]
-    return ", ".join(names) + (" and base" if bases - {None} else "")
+    return ", ".join(names) + (" and base model" if bases - {None} else "")
 
 
 def _header(comparison: Comparison) -> str:
     return (
-        f"<header>\n<h1>{escape(_title(comparison))}</h1>\n<p>Every model gets the same prompts and held-out sets, "
-        "with greedy decoding. Costs come from each run's records.</p>\n</header>"
+        f"<header>\n<h1>{escape(_title(comparison))}</h1>\n<p>All models were evaluated on the same prompts (with "
+        "greedy decoding) and the same held-out data. Costs were recorded during training.</p>\n</header>"
     )
 
 
 def _summary(comparison: Comparison) -> str:
-    rows = "\n".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in _facts(comparison))
     notes = "\n".join(f'<p class="note">{escape(note)}</p>' for note in comparison.notes)
-    return f"<section>\n<h2>Summary</h2>\n<dl>\n{rows}\n</dl>\n{notes}</section>"
+    return f"<section>\n<h2>Summary</h2>\n{facts(_facts(comparison))}{notes}</section>"
 
 
 def _facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
@@ -177,7 +169,7 @@ def _facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
 
 
 def _figures(comparison: Comparison) -> str:
-    """The table, with a column per model."""
+    """The table, with one column per model."""
     columns = "".join(f'<th scope="col">{_heading(model, comparison)}</th>' for model in comparison.models)
     body = []
     for group, rows in groupby(table(comparison), key=lambda row: row.group):
@@ -189,19 +181,19 @@ def _figures(comparison: Comparison) -> str:
         f"<tr><th></th>{columns}</tr>\n</thead>\n<tbody>\n"
         + "\n".join(body)
         + '\n</tbody>\n</table>\n</div>\n<p class="note">Losses are nats per token. The best value of a row is '
-        "colored, except for costs. A dash: not recorded or not measured.</p>\n</section>"
+        "colored, except for costs. A dash means not measured.</p>\n</section>"
     )
 
 
 def _heading(model: ComparedModel, comparison: Comparison) -> str:
-    """A model's name, its method, and whether it is a base."""
+    """A model's name, its method, and whether it is the base model of another."""
     is_base = any(other.base == model.name for other in comparison.models)
-    kind = ", ".join(word for word in (model.method or "", "the base" if is_base else "") if word)
+    kind = ", ".join(word for word in (model.method or "", "base model" if is_base else "") if word)
     return f"{escape(model.name)}<small>{escape(kind) or '&nbsp;'}</small>"
 
 
 def _cells(row: TableRow) -> Iterator[str]:
-    """Values with a bar relative to the row's largest; differences have none."""
+    """The values, with bars relative to the largest; differences have no bars."""
     largest = max(abs(value) for value in row.values if value is not None) or 1
     for value in row.values:
         best = ' class="best"' if value is not None and value == row.best else ""
@@ -225,10 +217,10 @@ def _answers(comparison: Comparison) -> str:
         parts.append(f'{_prompt(question)}\n<div class="strip" tabindex="0">\n{"".join(cards)}</div>')
     more = len(comparison.questions) - SHOWN_QUESTIONS
     if more > 0:
-        parts.append(f'<p class="note">{more:,} more prompts and answers are in comparison.json.</p>')
+        parts.append(f'<p class="note">comparison.json has {more:,} more prompts with their answers.</p>')
     against = "the expected answer" if comparison.questions[0].answer is not None else "the first model's answer"
     return (
-        f'<section>\n<h2>Answers</h2>\n<p class="note">Marked: the first difference to {against}.</p>\n'
+        f'<section>\n<h2>Answers</h2>\n<p class="note">The first difference from {against} is marked.</p>\n'
         + "\n".join(parts)
         + "\n</section>"
     )
@@ -236,21 +228,17 @@ def _answers(comparison: Comparison) -> str:
 
 def _prompt(question: EvalPrompt) -> str:
     """The messages, with roles if there are several."""
-    if len(question.turns) == 1:
-        return f'<p class="prompt">{escape(question.text)}</p>'
-    lines = [
-        f"<small>{escape(str(turn.get('role')))}</small>{escape(str(turn.get('content') or ''))}"
-        for turn in question.turns
-    ]
-    return f'<p class="prompt">{"".join(lines)}</p>'
+    html = ""
+    for turn in question.turns:
+        role = f"<small>{escape(str(turn.get('role')))}</small>" if len(question.turns) > 1 else ""
+        html += role + escape(str(turn.get("content") or ""))
+    return f'<p class="prompt">{html}</p>'
 
 
 def _card(name: str, question: EvalPrompt, answer: ModelAnswer, reference: str) -> str:
-    state = ""
+    state = "" if answer.stopped else "<span>cut off</span>"
     if matches(question, answer):
         state = '<span class="right">exact</span>'
-    elif not answer.stopped:
-        state = "<span>cut off</span>"
     text = _marked(answer.text.strip(), reference.strip()) or '<span class="absent">nothing</span>'
     return (
         f"<figure>\n<figcaption><b>{escape(name)}</b>{state}</figcaption>\n<blockquote>{text}</blockquote>\n</figure>\n"
@@ -258,7 +246,7 @@ def _card(name: str, question: EvalPrompt, answer: ModelAnswer, reference: str) 
 
 
 def _marked(text: str, reference: str) -> str:
-    """A text as HTML, with the first word marked that differs from the reference, or the end if it is too short."""
+    """A text as HTML, with the first word marked that differs from the reference; the end if the text is too short."""
     if text == reference:
         return escape(text)
     words, others = re.findall(r"\s+|\S+", text), re.findall(r"\s+|\S+", reference)

@@ -1,22 +1,23 @@
-"""`report.html`: a self-contained page about one run, without scripts. Everything from the run folder is escaped."""
+"""`report.html`: a self-contained page about one run, without scripts. Content of the run folder is escaped."""
 
 from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from trivium.engine.metrics import MFU_FORMULA
 from trivium.engine.record import Record, read_record
-from trivium.files import atomic_write
+from trivium.files import GIB, atomic_write
 from trivium.plan.check import Figure
-from trivium.plan.devices import GIB
+from trivium.plan.speed import hours
 from trivium.report import plots
-from trivium.report.style import CSS
+from trivium.report.style import facts, page
 
 STATUS_MEANS = {
-    "finished": "The run is finished and its result was written.",
-    "failed": "The run failed. Its records so far are below.",
-    "running": "The run is in progress; this page shows its records at the time it was written.",
-    "stopped": "The run is not finished and no process is running it. Run the same command again to resume.",
+    "finished": "The run is finished.",
+    "failed": "The run failed.",
+    "running": "The run is in progress; this page shows its state at the time the page was written.",
+    "stopped": "The run is not finished, and no process is running it. Run the same command again to resume.",
 }
 SMALL_PLOTS = {
     "train/learning_rate": "learning rate",
@@ -40,20 +41,12 @@ def write_report(run_folder: Path) -> Path:
 
 def render(record: Record) -> str:
     """The whole page."""
-    parts = (_header, _failure, _summary, _plan, _curves, _samples, _origin)
-    sections = [part(record) for part in parts]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(record.name)} - Trivium</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    sections = (_header, _failure, _summary, _plan, _curves, _samples, _origin)
+    return page(record.name, (section(record) for section in sections))
 
 
 def floor_note(record: Record) -> str:
-    """The distance of the last held-out loss from the floor in words; empty without a floor."""
+    """The distance of the last held-out loss from the floor; empty without a floor."""
     if record.floor is None:
         return ""
     if record.above_floor is None:
@@ -80,34 +73,32 @@ def _failure(record: Record) -> str:
 
 
 def _summary(record: Record) -> str:
-    rows = "\n".join(f"<div><dt>{label}</dt><dd>{value or ABSENT}</dd></div>" for label, value in _facts(record))
-    return f"<section>\n<h2>Summary</h2>\n<dl>\n{rows}\n</dl>\n{_mfu_note(record)}</section>"
+    rows = facts((label, value or ABSENT) for label, value in _facts(record))
+    note = f'<p class="note">MFU = {escape(MFU_FORMULA)}</p>\n' if record.curve("train/mfu").values else ""
+    return f"<section>\n<h2>Summary</h2>\n{rows}{note}</section>"
 
 
 def _facts(record: Record) -> Iterator[tuple[str, str]]:
     """The summary's labels and values as HTML; an empty value was not recorded."""
-    model = record.provenance.get("model")
-    model = model if isinstance(model, dict) else {}
-    hardware = record.provenance.get("hardware")
-    hardware = hardware if isinstance(hardware, dict) else {}
+    model, hardware = (_mapping(record.provenance.get(name)) for name in ("model", "hardware"))
     yield "Method", escape(str(record.config.get("method", "")))
     yield "Model", escape(_model_name(record.config.get("model"), model))
     yield "Parameters", _number(model.get("num_params"), "{:,.0f}")
     if model.get("num_trained_params") not in (None, model.get("num_params")):
         yield "Parameters trained", _number(model.get("num_trained_params"), "{:,.0f}")
-    yield "Steps", _steps(record)
-    yield "Tokens seen", _number(record.curve("train/num_tokens").last, "{:,.0f}")
+    planned = record.provenance.get("num_steps")
+    yield "Steps", f"{record.step:,} of {planned:,}" if isinstance(planned, int) else f"{record.step:,}"
+    yield "Training tokens", _number(record.curve("train/num_tokens").last, "{:,.0f}")
     yield "Training loss", _number(record.curve("train/loss").last, "{:.4f} <small>nats per token</small>")
     yield "Held-out loss", _number(record.curve("eval/loss").last, "{:.4f} <small>nats per token</small>")
     if record.floor is not None:
-        what = escape(str(record.floor.get("what", "the least loss possible")))
+        what = escape(str(record.floor.get("what", "the lowest possible loss")))
         yield "Floor", f"{_number(record.floor['nats_per_token'], '{:.4f}')} <small>{what}</small>"
-        yield "Distance", escape(floor_note(record).removeprefix("held-out loss is "))
-    yield "Training time", _duration(record.curve("train/seconds").last)
-    yield (
-        "Speed",
-        _number(record.curve("train/tokens_per_second").typical, "{:,.0f} tokens/s <small>median</small>"),
-    )
+        yield "Distance from floor", escape(floor_note(record).removeprefix("held-out loss is "))
+    seconds = record.curve("train/seconds").last
+    yield "Training time", "" if seconds is None else hours(seconds / 3600)
+    speed = record.curve("train/tokens_per_second").typical
+    yield "Speed", _number(speed, "{:,.0f} tokens/s <small>median</small>")
     yield "MFU", _number(record.curve("train/mfu").typical, "{:.1%} <small>median</small>")
     yield "Peak memory", _number(record.curve("train/peak_memory_gib").highest, "{:.2f} <small>GiB</small>")
     yield "Device", escape(", ".join(str(hardware[key]) for key in ("device", "compute_dtype") if key in hardware))
@@ -116,71 +107,45 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
 
 def _model_name(asked: object, shape: dict[str, Any]) -> str:
     """The model's name in the run file, then its shape."""
-    named = asked if isinstance(asked, str) else ""
-    if isinstance(asked, dict):
-        named = str(asked.get("name") or "")
-    built = ""
-    if {"family", "num_hidden_layers", "hidden_size", "vocab_size"} <= shape.keys():
-        built = (
-            f"{shape['family']}, {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, "
-            f"vocabulary {shape['vocab_size']}"
-        )
-    return ": ".join(part for part in (named, built) if part)
-
-
-def _steps(record: Record) -> str:
-    planned = record.provenance.get("num_steps")
-    return f"{record.step:,} of {planned:,}" if isinstance(planned, int) else f"{record.step:,}"
+    named = asked if isinstance(asked, str) else str(_mapping(asked).get("name") or "")
+    if not {"family", "num_hidden_layers", "hidden_size", "vocab_size"} <= shape.keys():
+        return named
+    size = "{family}, {num_hidden_layers} layers of width {hidden_size}, vocabulary {vocab_size}".format_map(shape)
+    return f"{named}: {size}" if named else size
 
 
 def _number(value: object, pattern: str) -> str:
     return pattern.format(value) if isinstance(value, int | float) else ""
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.1f} s"
-
-
-def _mfu_note(record: Record) -> str:
-    """The formula of the MFU, if it was recorded."""
-    if not record.curve("train/mfu").values:
-        return ""
-    from trivium.engine.metrics import MFU_FORMULA
-
-    return f'<p class="note">MFU = {escape(MFU_FORMULA)}</p>\n'
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _plan(record: Record) -> str:
-    """What the planner promised at the start, and what was measured."""
+    """The planner's predictions at the first start, and the measurements."""
     plan = record.plan
     if plan.status == "no plan":
         return ""
-    figures = {
-        "Peak memory": (plan.peak_bytes, lambda size: f"{size / GIB:,.2f} GiB"),
-        "Speed": (plan.tokens_per_second, lambda rate: f"{rate:,.0f} tokens a second"),
-        "Training time": (plan.hours, lambda hours: _duration(3600 * hours)),
+    rows = {
+        "Peak memory": _prediction(plan.peak_bytes, lambda size: f"{size / GIB:,.2f} GiB"),
+        "Speed": _prediction(plan.tokens_per_second, lambda rate: f"{rate:,.0f} tokens/s"),
+        "Training time": _prediction(plan.hours, hours),
     }
-    rows = "\n".join(
-        f"<div><dt>{label}</dt><dd>{_promise(figure, show)}</dd></div>" for label, (figure, show) in figures.items()
-    )
     items = sorted((plan.memory_items or {}).items(), key=lambda item: -item[1])
-    table = ", ".join(f"{name} {size / GIB:,.2f}" for name, size in items)
-    rates = "rates measured on this machine" if plan.is_calibrated else "rates of a data sheet, not measured"
+    table = ", ".join(f"{name} {size / GIB:,.2f}" for name, size in items if size >= GIB / 100)
+    rates = "speeds measured on this machine" if plan.is_calibrated else "speeds of a data sheet"
     return (
-        f"<section>\n<h2>Plan</h2>\n<dl>\n{rows}\n</dl>\n"
-        f'<p class="note">Predicted at the first start for {escape(plan.device)}, with {rates}; in brackets the bounds '
-        "of the prediction, and by how much it was over or under what was measured. Memory is "
-        f"{escape(plan.measured_how)}; predicted {escape(plan.instant)}, in GiB: {escape(table)}.</p>\n</section>"
+        f"<section>\n<h2>Plan</h2>\n{facts(rows.items())}"
+        f'<p class="note">Predicted at the first start for {escape(plan.device)}, with {rates}. In parentheses: the '
+        "bounds of a prediction, and its error relative to the measurement. Memory is "
+        f"{escape(plan.measured_how)}. The predicted peak is {escape(plan.instant)}; its parts in GiB: "
+        f"{escape(table)}.</p>\n</section>"
     )
 
 
-def _promise(figure: Figure | None, show: Callable[[float], str]) -> str:
-    """A prediction with its bounds, then the measured value with the error."""
+def _prediction(figure: Figure | None, show: Callable[[float], str]) -> str:
+    """A prediction with its bounds, and the measured value with the error of the prediction."""
     if figure is None:
         return ABSENT
     predicted = f"{show(figure.predicted)} <small>predicted ({show(figure.low)} to {show(figure.high)})</small>"
@@ -210,7 +175,7 @@ def _curves(record: Record) -> str:
 
 
 def _samples(record: Record) -> str:
-    """For each prompt, its completions side by side, oldest first."""
+    """The completions of each prompt side by side, oldest first."""
     by_prompt: dict[str, list[str]] = {}
     for line in record.samples:
         prompt, text = str(line.get("prompt", "")), str(line.get("text", ""))

@@ -1,11 +1,7 @@
-"""Watching a run: a live panel on a terminal, plain lines elsewhere. Both write to stderr only.
-
-`watch()` picks one; both implement the loop's Observer.
-"""
+"""Shows a run on stderr: as a live panel on a terminal, otherwise as plain lines. Both are Observers of the loop."""
 
 import time
 from itertools import pairwise
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -15,23 +11,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from trivium.plan.speed import hours
+
 BARS = "".join(chr(0x2581 + level) for level in range(8))
 CURVE_COLUMNS = 60
 CURVE_ROWS = 5
 
 
-def duration(seconds: float) -> str:
-    """Seconds as text: 42s, 3m10s, 5h02m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
 def curve(values: list[float], columns: int = CURVE_COLUMNS, rows: int = CURVE_ROWS) -> list[str]:
-    """A bar chart in text, `rows` lines high: the means of at most `columns` equal parts."""
+    """A bar chart of `rows` lines of text; each of at most `columns` bars is the mean of equally many values."""
     if not values:
         return []
     columns = min(columns, len(values))
@@ -47,7 +35,7 @@ def curve(values: list[float], columns: int = CURVE_COLUMNS, rows: int = CURVE_R
 
 
 class PlainLines:
-    """One line per record, for logs and pipes."""
+    """Prints one line per record, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -56,10 +44,8 @@ class PlainLines:
     def __enter__(self) -> "PlainLines":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def note(self, text: str) -> None:
         """Print one line."""
@@ -70,7 +56,7 @@ class PlainLines:
         self.num_steps = num_steps
 
     def step(self, step: int, loss: float) -> None:
-        """Nothing; one line per step is too much for a log."""
+        """Print nothing; one line per step is too much for a log."""
 
     def record(self, record: dict[str, Any]) -> None:
         """A line of metrics or a sample was written."""
@@ -78,21 +64,21 @@ class PlainLines:
 
 
 def describe(record: dict[str, Any], num_steps: int) -> str:
-    """A record of metrics or a sample in one line."""
-    place = f"step {record['step']:,}" + (f"/{num_steps:,}" if num_steps else "")
+    """A record of metrics or a sample as one line."""
+    step = f"step {record['step']:,}" + (f"/{num_steps:,}" if num_steps else "")
     if "train/loss" in record:
         return (
-            f"{place}  loss {record['train/loss']:.4f}  lr {record['train/learning_rate']:.2e}  "
+            f"{step}  loss {record['train/loss']:.4f}  lr {record['train/learning_rate']:.2e}  "
             f"grad {record['train/grad_norm']:.2f}  {record['train/tokens_per_second']:,.0f} tokens/s  "
             f"MFU {record['train/mfu']:.0%}  {record['train/peak_memory_gib']:.2f} GiB"
         )
     if "eval/loss" in record:
-        return f"{place}  held-out loss {record['eval/loss']:.4f} over {record['eval/num_tokens']:,} tokens"
-    return f"{place}  sample: {record['prompt']}{record['text']}".replace("\n", " ")
+        return f"{step}  held-out loss {record['eval/loss']:.4f} over {record['eval/num_tokens']:,} tokens"
+    return f"{step}  sample: {record['prompt']}{record['text']}".replace("\n", " ")
 
 
 class LivePanel:
-    """Loss curve, speed, memory and the time left, redrawn in place."""
+    """Shows the loss curve, speed, memory and time left, redrawn in place."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -108,9 +94,7 @@ class LivePanel:
     def __enter__(self) -> "LivePanel":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.begun:
             self.live.stop()
 
@@ -146,7 +130,7 @@ class LivePanel:
         left = (time.monotonic() - self.start) / taken * (self.num_steps - self.current_step) if taken else None
         cells = [
             ("step", f"{self.current_step:,} of {self.num_steps:,}"),
-            ("left", duration(left) if left is not None else "?"),
+            ("left", hours(left / 3600) if left is not None else "?"),
             ("loss", self._figure("train/loss", ".4f")),
             ("held-out", self._figure("eval/loss", ".4f")),
             ("tokens/s", self._figure("train/tokens_per_second", ",.0f")),

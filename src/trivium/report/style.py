@@ -1,4 +1,7 @@
-"""The page's style sheet: one column, system type, light or dark as the reader's system is. Used by `html` only."""
+"""What the HTML pages share: the style sheet (light and dark) and the frame of a page."""
+
+from collections.abc import Iterable
+from html import escape
 
 CSS = """
 :root {
@@ -63,3 +66,20 @@ pre {
   border: 1px solid var(--grid); border-radius: 0.5rem; font: 0.82rem/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 """
+
+
+def page(title: str, sections: Iterable[str], css: str = "") -> str:
+    """A whole page; empty sections are left out. `title` is text, the sections are HTML."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)} - Trivium</title>\n<style>{CSS}{css}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(filter(None, sections))
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """A list of labels and values, both HTML."""
+    return "<dl>\n" + "\n".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in rows) + "\n</dl>\n"

@@ -1,34 +1,32 @@
-"""Greedy answers to a file of prompts, and their scores: exact match, valid JSON, stop rate.
-
-All models get the same prompts and the same stop tokens, with greedy decoding in batches.
-"""
+"""Answers a file of prompts with greedy decoding, and scores the answers: exact match, valid JSON, stop rate."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from trivium.errors import BadData, ConfigError
 from trivium.use.load import Loaded
 
-BATCH_ROWS = 32
+BATCH_SIZE = 32
 END_OF_REASONING = "</think>"
-PROMPT_ROWS = (
-    'Each line is {"prompt": "...", "answer": "..."} or {"messages": [...]}, the answer then being the last assistant '
-    "turn; without an answer nothing is compared. A .txt file holds one prompt a line."
+PROMPT_FORMAT = (
+    'Each line must be {"prompt": "...", "answer": "..."} or {"messages": [...]}, whose last assistant message is the '
+    "expected answer; answers are optional. A .txt file has one prompt per line."
 )
 
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """One prompt and the answer it should get.
+    """A prompt and its expected answer.
 
     Attributes:
-        turns: chat messages, the last one a user's (or a tool's).
-        answer: the expected answer without reasoning; None if there is none.
+        turns: chat messages; the last one is from the user or a tool.
+        answer: the expected answer without reasoning; may be None.
         tools: functions for the chat template.
     """
 
@@ -38,12 +36,12 @@ class EvalPrompt:
 
     @property
     def text(self) -> str:
-        """The contents of the messages, a line each: the prompt of a model without a chat template."""
+        """The contents of the messages joined by newlines: the prompt for a model without a chat template."""
         return "\n".join(str(turn.get("content") or "") for turn in self.turns)
 
     @property
     def wants_json(self) -> bool:
-        """Whether the answer should be a JSON object or list."""
+        """Whether the expected answer is a JSON object or list."""
         return self.answer is not None and is_json(self.answer)
 
 
@@ -54,8 +52,8 @@ class ModelAnswer:
     Attributes:
         text: the answer without its reasoning.
         reasoning: the text before the end of reasoning; may be empty.
-        stopped: whether the model ended it with a stop token.
-        num_tokens: number of tokens, the stop token included.
+        stopped: whether it ended with a stop token.
+        num_tokens: number of tokens, including the stop token.
     """
 
     text: str
@@ -66,13 +64,13 @@ class ModelAnswer:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of the answers to a set of prompts; a share is None if no prompt asks for it.
+    """Scores of a set of answers, from 0 to 1; None if no prompt has such an expected answer.
 
     Attributes:
         num_questions: number of answers.
-        exact_match: share that equals the expected answer, without surrounding whitespace.
-        json_valid: share that is JSON, of those that should be a JSON object or list.
-        stop_rate: share that ended with a stop token.
+        exact_match: share of answers that equal the expected one, ignoring surrounding whitespace.
+        json_valid: share of valid JSON among the answers that should be a JSON object or list.
+        stop_rate: share of answers that ended with a stop token.
     """
 
     num_questions: int
@@ -84,10 +82,10 @@ class Scores:
 def read_questions(path: Path) -> list[EvalPrompt]:
     """The prompts of a .jsonl or .txt file.
 
-    Raises: ConfigError when there is no such file, BadData naming the first line that cannot be used.
+    Raises: ConfigError when the file does not exist, BadData that names the first line that cannot be used.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist. {PROMPT_ROWS}")
+        raise ConfigError(f"{path} does not exist. {PROMPT_FORMAT}")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -101,29 +99,30 @@ def read_questions(path: Path) -> list[EvalPrompt]:
                 EvalPrompt([_turn("user", line.strip())]) if path.suffix == ".txt" else question_of(json.loads(line))
             )
         except ValueError as error:
-            raise BadData(f"{path}:{number}: {error}. {PROMPT_ROWS}") from None
+            raise BadData(f"{path}:{number}: {error}. {PROMPT_FORMAT}") from None
     if not questions:
-        raise BadData(f"{path} contains no prompt. {PROMPT_ROWS}")
+        raise BadData(f"{path} contains no prompt. {PROMPT_FORMAT}")
     return questions
 
 
-def question_of(row: object) -> EvalPrompt:
-    """One row of a file of prompts.
+def question_of(record: object) -> EvalPrompt:
+    """The prompt in one record of a file of prompts.
 
-    Raises: ValueError saying what is wrong with it.
+    Raises: ValueError that says what is wrong with the record.
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"found a {type(row).__name__} instead of an object")
-    if "messages" in row:
-        turns = row["messages"]
+    if not isinstance(record, dict):
+        raise ValueError(f"found a {type(record).__name__} instead of an object")
+    if "messages" in record:
+        turns = record["messages"]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
             raise ValueError("messages is not a list of objects with a role")
-        answer = turns[-1].get("content") if turns and turns[-1]["role"] == "assistant" else None
-        asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+        answer, asked = None, turns
+        if turns and turns[-1]["role"] == "assistant":
+            answer, asked = turns[-1].get("content"), turns[:-1]
         if not asked or asked[-1]["role"] not in ("user", "tool"):
             raise ValueError("messages must end with a user message, optionally followed by an assistant message")
-        return EvalPrompt(asked, split_reasoning(answer)[1] if isinstance(answer, str) else None, row.get("tools"))
-    prompt, answer, system = row.get("prompt"), row.get("answer"), row.get("system")
+        return EvalPrompt(asked, split_reasoning(answer)[1] if isinstance(answer, str) else None, record.get("tools"))
+    prompt, answer, system = record.get("prompt"), record.get("answer"), record.get("system")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError("prompt is missing or empty")
     if not isinstance(answer, str | None) or not isinstance(system, str | None):
@@ -136,7 +135,7 @@ def _turn(role: str, content: str) -> dict[str, Any]:
 
 
 def prompt_text(tokenizer: Any, question: EvalPrompt, as_chat: bool, thinking: bool | None) -> str:
-    """The text given to a model: the messages through its chat template with the generation prompt, or as plain text.
+    """The text that a model gets: the messages in its chat template with the generation prompt, or as plain text.
 
     `thinking` is the template's `enable_thinking`; None leaves it to the template.
 
@@ -153,8 +152,8 @@ def prompt_text(tokenizer: Any, question: EvalPrompt, as_chat: bool, thinking: b
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise BadData(
-            f"The chat template cannot render these turns: {error}. Found {json.dumps(question.turns)[:200]}; expected "
-            "roles and contents that the model's template knows."
+            f"The chat template cannot render these messages: {error}. Found {json.dumps(question.turns)[:200]}; "
+            "expected roles and contents that the template supports."
         ) from error
 
 
@@ -169,16 +168,16 @@ def answers(
     thinking: bool = False,
     every: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ModelAnswer]:
-    """A model's greedy answer to each question, in the order of the questions.
+    """A model's greedy answer to each prompt, in the order of the prompts.
 
     Args:
         loaded: the model.
-        questions: what is asked.
-        as_chat: use the chat template; None if the model is a chat model.
-        stop_ids: the tokens that end an answer; None for the model's own.
-        max_new_tokens: maximum length of an answer.
+        questions: the prompts.
+        as_chat: whether to use the chat template; by default, if the model is a chat model.
+        stop_ids: the tokens that end an answer; by default the model's own.
+        max_new_tokens: maximum tokens of an answer.
         thinking: the template's `enable_thinking`.
-        every: called with (answers so far, number of questions).
+        every: called with (answers so far, number of prompts).
 
     Raises: ConfigError when `as_chat` is set and there is no chat template.
     """
@@ -194,44 +193,32 @@ def answers(
     prompts = tokenizer(texts, add_special_tokens=not as_chat).input_ids if texts else []
     given: dict[int, ModelAnswer] = {}
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(by_length), BATCH_ROWS):
-        rows = by_length[start : start + BATCH_ROWS]
-        outputs = generate(loaded, [prompts[row] for row in rows], stops, max_new_tokens)
-        for row, ids in zip(rows, outputs, strict=True):
-            given[row] = _answer(tokenizer, ids, stops)
+    for start in range(0, len(by_length), BATCH_SIZE):
+        batch = by_length[start : start + BATCH_SIZE]
+        outputs = generate(loaded, [prompts[index] for index in batch], stops, max_new_tokens)
+        for index, ids in zip(batch, outputs, strict=True):
+            stopped = bool(ids) and ids[-1] in stops
+            text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+            reasoning, text = split_reasoning(text)
+            given[index] = ModelAnswer(text, reasoning, stopped, len(ids))
         every(len(given), len(questions))
-    return [given[row] for row in range(len(prompts))]
+    return [given[index] for index in range(len(prompts))]
 
 
 def generate(
     loaded: Loaded, prompts: Sequence[list[int]], stop_ids: Sequence[int], max_new_tokens: int
 ) -> Iterator[list[int]]:
-    """The greedy continuation of each prompt, in one batch: up to and including its stop token, if one came.
+    """The greedy continuation of each prompt, up to and including its stop token if it has one.
 
     Shorter prompts are left-padded, with an attention mask.
     """
-    longest = max(len(ids) for ids in prompts)
-    inputs = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(inputs)
-    for row, ids in enumerate(prompts):
-        inputs[row, longest - len(ids) :] = torch.tensor(ids)
-        mask[row, longest - len(ids) :] = 1
-    device = loaded.network.device
-    outputs = loaded.network.generate(
-        input_ids=inputs.to(device),
-        attention_mask=mask.to(device),
-        generation_config=_greedy(stop_ids, max_new_tokens),
-    )
-    for ids in outputs[:, longest:].tolist():
-        end = next((place + 1 for place, token in enumerate(ids) if token in stop_ids), len(ids))
-        yield ids[:end]
-
-
-def _greedy(stop_ids: Sequence[int], max_new_tokens: int) -> Any:
-    """Greedy decoding for every model; penalties and temperatures in a folder's generation_config.json are ignored."""
     from transformers import GenerationConfig
 
-    return GenerationConfig(
+    tensors = [torch.tensor(ids, device=loaded.network.device) for ids in prompts]
+    inputs = pad_sequence(tensors, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(ids) for ids in tensors], batch_first=True, padding_side="left")
+    # All settings are given, so that penalties and temperatures in generation_config.json have no effect.
+    greedy = GenerationConfig(
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
@@ -242,16 +229,14 @@ def _greedy(stop_ids: Sequence[int], max_new_tokens: int) -> Any:
         eos_token_id=list(stop_ids),
         pad_token_id=stop_ids[0],
     )
-
-
-def _answer(tokenizer: Any, ids: list[int], stop_ids: Sequence[int]) -> ModelAnswer:
-    stopped = bool(ids) and ids[-1] in stop_ids
-    reasoning, text = split_reasoning(tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True))
-    return ModelAnswer(text, reasoning, stopped, len(ids))
+    outputs = loaded.network.generate(input_ids=inputs, attention_mask=mask, generation_config=greedy)
+    for ids in outputs[:, inputs.shape[1] :].tolist():
+        end = next((index + 1 for index, token in enumerate(ids) if token in stop_ids), len(ids))
+        yield ids[:end]
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, answer) of what a model wrote; unfinished reasoning leaves no answer."""
+    """(reasoning, answer) of a model's output; the answer is empty if the reasoning is unfinished."""
     before, mark, after = text.partition(END_OF_REASONING)
     if mark or before.lstrip().startswith("<think>"):
         return before.split("<think>")[-1].strip("\n"), after.lstrip("\n")
@@ -270,7 +255,7 @@ def score(questions: Sequence[EvalPrompt], given: Sequence[ModelAnswer]) -> Scor
 
 
 def matches(question: EvalPrompt, answer: ModelAnswer) -> bool:
-    """Whether the answer equals the expected one, without surrounding whitespace."""
+    """Whether the answer equals the expected one, ignoring surrounding whitespace."""
     return question.answer is not None and answer.text.strip() == question.answer.strip()
 
 
@@ -282,6 +267,6 @@ def is_json(text: str) -> bool:
         return False
 
 
-def _share(outcomes: Iterator[bool] | Any) -> float | None:
+def _share(outcomes: Iterable[bool]) -> float | None:
     found = list(outcomes)
     return sum(found) / len(found) if found else None

@@ -1,14 +1,11 @@
-"""Chat with a model through its chat template, or complete a text; the output is streamed.
-
-Generation is transformers' own. A conversation can be saved as a training record.
-"""
+"""Chats with a model through its chat template, or completes texts, with streamed output."""
 
 import json
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -25,9 +22,9 @@ class Writer:
 
     Attributes:
         loaded: the model.
-        max_new_tokens: maximum length.
+        max_new_tokens: maximum tokens of a text.
         temperature: 0 is greedy.
-        is_whole: whether the last text ended with a stop token, not at the limit or by an interruption.
+        is_whole: whether the last text ended with a stop token, not at the limit or by interruption.
     """
 
     loaded: Loaded
@@ -36,18 +33,18 @@ class Writer:
     is_whole: bool = False
 
     def write(self, prompt: str) -> Generator[str]:
-        """The continuation of a prompt in pieces; closing the generator ends the generation."""
+        """Yield the continuation of a prompt in pieces; closing the generator stops the generation."""
         from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-        class Left(StoppingCriteria):
-            """Stops the generation when the reader is gone."""
+        class Cancelled(StoppingCriteria):
+            """Stops the generation when the generator is closed."""
 
             is_set = False
 
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> Any:
                 return torch.full((len(input_ids),), self.is_set, device=input_ids.device)
 
-        left, network, tokenizer = Left(), self.loaded.network, self.loaded.tokenizer
+        cancelled, network, tokenizer = Cancelled(), self.loaded.network, self.loaded.tokenizer
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         arguments = {
@@ -56,38 +53,27 @@ class Writer:
             "max_new_tokens": self.max_new_tokens,
             "eos_token_id": self.loaded.stop_ids,
             "streamer": streamer,
-            "stopping_criteria": StoppingCriteriaList([left]),
+            "stopping_criteria": StoppingCriteriaList([cancelled]),
         }
-        outcome: list[Any] = []
-
-        def generate() -> None:
-            try:
-                outcome.append(network.generate(**arguments))
-            except Exception as error:
-                outcome.append(error)
-                streamer.end()
-
         self.is_whole = False
-        thread = Thread(target=generate, daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:
-            left.is_set = True
-            thread.join()
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        self.is_whole = int(outcome[0][0, -1]) in self.loaded.stop_ids
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(network.generate, **arguments)
+            future.add_done_callback(lambda done: streamer.end() if done.exception() else None)
+            try:
+                yield from streamer
+            finally:
+                cancelled.is_set = True
+        self.is_whole = int(future.result()[0, -1]) in self.loaded.stop_ids
 
 
 @dataclass
 class Dialogue:
-    """A conversation with a model, turn by turn.
+    """A conversation with a model.
 
     Attributes:
         writer: the model that answers.
-        system: the system prompt; empty for none.
-        thinking: whether the template asks for reasoning; None leaves it to the template.
+        system: the system prompt; may be empty.
+        thinking: the template's `enable_thinking`; None leaves it to the template.
         turns: the chat messages so far; an answer that was cut off has `train: false`.
     """
 
@@ -98,18 +84,18 @@ class Dialogue:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The system prompt and all turns."""
+        """The system prompt and all messages."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
     def say(self, text: str) -> Generator[str]:
-        """Send a user message; the answer comes in pieces."""
+        """Send a user message, and yield the answer in pieces."""
         self.turns.append({"role": "user", "content": text})
         yield from self._answer()
 
     def retry(self) -> Generator[str]:
-        """Replace the last answer by another one.
+        """Replace the last answer.
 
-        Raises: ConfigError when there is no message yet.
+        Raises: ConfigError when there is no message.
         """
         while self.turns and self.turns[-1]["role"] == "assistant":
             self.turns.pop()
@@ -118,7 +104,7 @@ class Dialogue:
         yield from self._answer()
 
     def _answer(self) -> Generator[str]:
-        """The answer in pieces; what was written becomes a message, complete or not."""
+        """Yield the answer in pieces; it becomes a message even if it is incomplete."""
         question = EvalPrompt([{k: v for k, v in turn.items() if k != "train"} for turn in self.messages])
         prompt = prompt_text(self.writer.loaded.tokenizer, question, as_chat=True, thinking=self.thinking)
         pieces: list[str] = []
@@ -140,7 +126,7 @@ class Dialogue:
         Raises: ConfigError when no answer is complete.
         """
         if all("train" in turn for turn in self.turns if turn["role"] == "assistant"):
-            raise ConfigError("No answer is complete, so there is nothing to train on. Ask something, or use /retry.")
+            raise ConfigError("No answer is complete, so there is nothing to save. Ask something, or use /retry.")
         kept: list[dict[str, Any]] = []
         for turn in self.messages:
             if turn["role"] == "assistant" and not turn["content"].strip():

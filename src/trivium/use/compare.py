@@ -1,10 +1,10 @@
-"""Compares runs and their base models on the same prompts and held-out sets, with the cost of each run.
+"""Compares runs and their base models: quality on the same prompts and held-out sets, and the cost of each run.
 
-Quality is computed here, one model in memory at a time; costs come from the runs' records.
+Only one model is in memory at a time. Costs come from the records of the runs.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from trivium.data.tokenizer import document_encoding
 from trivium.engine.record import read_record
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError, TriviumError
-from trivium.model import hf
 from trivium.use.answers import EvalPrompt, ModelAnswer, Scores, answers, read_questions, score
 from trivium.use.held_out import HeldOut, Passage, measure, passages_of_file, passages_of_run
-from trivium.use.load import FoundModel, Loaded, find, load, read_template, read_tokenizer
+from trivium.use.load import FoundModel, Loaded, find, load, read_chat
 
 Note = Callable[[str], None]
 Bar = Callable[[str], Callable[[int, int], None]]
@@ -28,14 +27,13 @@ class ComparedModel:
 
     Attributes:
         name: its name in the comparison.
-        base: name of its base model, if that is compared too; None for a base and for scratch.
+        base: name of its base model in the comparison; None for base models and for scratch.
         method: from its run file; None for a model without a run.
         folder: its folder.
         size_bytes: of the model or adapter on disk.
-        num_trained_params, train_seconds, tokens_per_second, peak_memory_gib: from its run's records.
-        held_out, general: losses on the held-out set, and on the general set, which shows forgetting.
-        scores: of its answers.
-        answers: one per prompt.
+        num_trained_params, train_seconds, tokens_per_second, peak_memory_gib: from the records of its run.
+        held_out, general: losses on the held-out set, and on general text.
+        scores, answers: answers to the prompts, and their scores.
     """
 
     name: str
@@ -58,10 +56,10 @@ class Comparison:
     """The result of a comparison.
 
     Attributes:
-        models: bases first, then the runs in the order given.
+        models: base models first, then the others in the order given.
         questions: the prompts; may be empty.
-        held_out, general: sources of the two sets; None for none.
-        one_language: whether all models have the same tokens, so that losses per token can be compared.
+        held_out, general: what the two losses were measured on; may be None.
+        same_tokenizer: whether all tokenizers are equal, so that losses per token can be compared.
         notes: remarks for the reader.
     """
 
@@ -69,70 +67,36 @@ class Comparison:
     questions: list[EvalPrompt]
     held_out: str | None
     general: str | None
-    one_language: bool
+    same_tokenizer: bool
     notes: list[str]
 
     def forgotten(self, model: ComparedModel) -> float | None:
-        """The rise of the general loss over the base's; None if either is missing."""
+        """How much the general loss is above the base model's; None if either is missing."""
         before = next((other.general for other in self.models if other.name == model.base), None)
         return None if before is None or model.general is None else model.general.loss - before.loss
 
 
-@dataclass(frozen=True)
-class Language:
-    """A model's tokenizer and chat settings, read without its weights.
-
-    Attributes:
-        tokenizer: a transformers tokenizer.
-        converses: whether it is a chat model, see `Loaded.converses`.
-        stops: its stop tokens, as text.
-        tokens: fingerprint, equal for tokenizers that encode every document to the same ids.
-    """
-
-    tokenizer: Any
-    converses: bool
-    stops: list[str]
-    tokens: str
-
-    @classmethod
-    def of(cls, place: FoundModel) -> "Language":
-        """The language of a model."""
-        tokenizer = read_tokenizer(place)
-        template = read_template(tokenizer)
-        stop_ids = hf.read_stop_ids(place.folder, place.model_folder) or [tokenizer.eos_token_id]
-        converses = template is not None and template.end_of_turn_id in stop_ids
-        stops = tokenizer.convert_ids_to_tokens(stop_ids)
-        return cls(tokenizer, converses, stops, document_encoding(tokenizer).fingerprint)
-
-
 @dataclass
 class Evaluation:
-    """The evaluation that every model gets.
-
-    Attributes:
-        questions: the prompts.
-        as_chat: whether to use the chat template: if any of the models is a chat model.
-        stops: tokens that end an answer: the stop tokens of all models.
-        max_new_tokens, thinking: see `answers`.
-        held_out, general: files; None for none.
-        own: the held-out set of a run, if there is no file.
-        note, bar: see `compare`.
-    """
+    """How every model is evaluated; for the fields, see `compare` and `answers`."""
 
     questions: list[EvalPrompt]
     as_chat: bool
+    """Whether any of the models is a chat model."""
     stops: list[str]
+    """The stop tokens of all models."""
     max_new_tokens: int
     thinking: bool
     held_out: Path | None
     general: Path | None
     own: list[Passage] | None
+    """The held-out set of a run, used without a `held_out` file."""
     note: Note
     bar: Bar
     _passages: dict[Any, list[Passage]] = field(default_factory=dict)
 
     def examine(self, model: ComparedModel, place: FoundModel) -> ComparedModel:
-        """The model with its losses, answers and scores; its weights are released."""
+        """The model with its losses, answers and scores; its weights are freed."""
         loaded = load(place, self.note)
         held_out = self._read(self.held_out, loaded) if self.held_out else self.own
         general = self._read(self.general, loaded) if self.general else None
@@ -142,7 +106,16 @@ class Evaluation:
             general=measure(loaded, general, self.bar(f"{model.name}: general loss")) if general else None,
         )
         if self.questions:
-            given = self._ask(loaded, self.bar(f"{model.name}: answers"))
+            vocabulary = loaded.tokenizer.get_vocab()
+            given = answers(
+                loaded,
+                self.questions,
+                as_chat=self.as_chat and loaded.template is not None,
+                stop_ids=[vocabulary[token] for token in self.stops if token in vocabulary],
+                max_new_tokens=self.max_new_tokens,
+                thinking=self.thinking,
+                every=self.bar(f"{model.name}: answers"),
+            )
             result = replace(result, scores=score(self.questions, given), answers=given)
         del loaded
         gc.collect()
@@ -154,18 +127,6 @@ class Evaluation:
         if key not in self._passages:
             self._passages[key] = passages_of_file(path, loaded.tokenizer, note=self.note)
         return self._passages[key]
-
-    def _ask(self, loaded: Loaded, every: Callable[[int, int], None]) -> list[ModelAnswer]:
-        vocabulary = loaded.tokenizer.get_vocab()
-        return answers(
-            loaded,
-            self.questions,
-            as_chat=self.as_chat and loaded.template is not None,
-            stop_ids=[vocabulary[token] for token in self.stops if token in vocabulary],
-            max_new_tokens=self.max_new_tokens,
-            thinking=self.thinking,
-            every=every,
-        )
 
 
 def compare(
@@ -179,14 +140,14 @@ def compare(
     note: Note = lambda text: None,
     bar: Bar = lambda name: lambda done, total: None,
 ) -> Comparison:
-    """Compare models, including the bases of runs.
+    """Compare models, including the base models of runs and adapters.
 
     Args:
         names: runs, or any other name that `find` accepts.
-        prompts: a file of prompts, with or without answers.
-        held_out: a file to measure the loss on; None uses the held-out set of the first run.
-        general: a file of other text, whose loss shows forgetting.
-        max_new_tokens: of an answer.
+        prompts: a file of prompts, with or without expected answers.
+        held_out: a file to measure the loss on; by default, the held-out set of the first run.
+        general: a file of general text, to measure forgetting.
+        max_new_tokens: maximum tokens of an answer.
         thinking: the template's `enable_thinking`.
         note: called with a remark for the reader.
         bar: starts a progress bar with a name, and returns what to call with (done, total).
@@ -201,13 +162,12 @@ def compare(
             note(text)
 
     entries = find_models(names, remember)
-    languages = [Language.of(place) for _, place in entries]
-    one_language = len({language.tokens for language in languages}) == 1
-    own, own_name = (None, None) if held_out else own_held_out(entries, one_language, remember)
-    examination = Evaluation(
+    same_tokenizer, as_chat, stops = _shared_chat(place for _, place in entries)
+    own, own_name = (None, None) if held_out else own_held_out(entries, same_tokenizer, remember)
+    evaluation = Evaluation(
         questions=read_questions(prompts) if prompts else [],
-        as_chat=any(language.converses for language in languages),
-        stops=list(dict.fromkeys(token for language in languages for token in language.stops)),
+        as_chat=as_chat,
+        stops=stops,
         max_new_tokens=max_new_tokens,
         thinking=thinking,
         held_out=held_out,
@@ -216,21 +176,34 @@ def compare(
         note=remember,
         bar=bar,
     )
-    if examination.questions:
-        how = "through the chat template" if examination.as_chat else "as plain text"
-        notes.append(f"Prompts are given {how}. Answers of every model end at {' or '.join(examination.stops)}.")
+    if evaluation.questions:
+        how = "with the chat template" if as_chat else "as plain text"
+        notes.append(f"Prompts are given {how}. Answers end at {' or '.join(stops)}.")
     return Comparison(
-        models=[examination.examine(model, place) for model, place in entries],
-        questions=examination.questions,
+        models=[evaluation.examine(model, place) for model, place in entries],
+        questions=evaluation.questions,
         held_out=str(held_out) if held_out else own_name,
         general=str(general) if general else None,
-        one_language=one_language,
+        same_tokenizer=same_tokenizer,
         notes=notes,
     )
 
 
+def _shared_chat(places: Iterable[FoundModel]) -> tuple[bool, bool, list[str]]:
+    """Whether all tokenizers are equal, whether any model is a chat model, and the stop tokens of all models."""
+    encodings: set[str] = set()
+    stops: dict[str, None] = {}
+    as_chat = False
+    for place in places:
+        tokenizer, template, stop_ids = read_chat(place)
+        encodings.add(document_encoding(tokenizer).fingerprint)
+        stops |= dict.fromkeys(tokenizer.convert_ids_to_tokens(stop_ids))
+        as_chat |= template is not None and template.end_of_turn_id in stop_ids
+    return len(encodings) == 1, as_chat, list(stops)
+
+
 def find_models(names: Sequence[str], note: Note) -> list[tuple[ComparedModel, FoundModel]]:
-    """The bases of the named models, then the models, each once; a run that is another's base comes first.
+    """The base models of the named models, then the other named models, each once.
 
     Raises: ConfigError when one cannot be found.
     """
@@ -252,7 +225,7 @@ def find_models(names: Sequence[str], note: Note) -> list[tuple[ComparedModel, F
 
 
 def _base_of(place: FoundModel, note: Note) -> FoundModel | None:
-    """The base model of a run or adapter; None for scratch, for published models, and if it is missing."""
+    """The base model of a run or adapter; None for scratch, for published models, and if it cannot be found."""
     if place.base_folder is not None:
         return find(str(place.base_folder))
     config = read_record(place.run_folder).config if place.run_folder is not None else {}
@@ -263,12 +236,12 @@ def _base_of(place: FoundModel, note: Note) -> FoundModel | None:
     try:
         return find(name)
     except ConfigError as error:
-        note(f"{place.run_folder} is compared without its base: {error}")
+        note(f"{place.run_folder} is compared without its base model: {error}")
         return None
 
 
 def _base_name(base: FoundModel, taken: dict[str, FoundModel]) -> str:
-    """A base's run name or folder name, or its Hub id."""
+    """The run name, folder name or Hub id of a base model."""
     folder = (base.run_folder or base.folder).resolve()
     snapshot = next((part for part in folder.parts if part.startswith("models--")), None)
     name = snapshot.removeprefix("models--").replace("--", "/") if snapshot else folder.name
@@ -276,7 +249,7 @@ def _base_name(base: FoundModel, taken: dict[str, FoundModel]) -> str:
 
 
 def _known_of(name: str, base: str | None, place: FoundModel) -> ComparedModel:
-    """The facts about a model before it is loaded."""
+    """What is known about a model without loading it."""
     size_bytes = sum(file.stat().st_size for file in place.folder.iterdir() if file.is_file())
     model = ComparedModel(name, base, None, str(place.folder), size_bytes)
     if place.run_folder is None:
@@ -295,19 +268,19 @@ def _known_of(name: str, base: str | None, place: FoundModel) -> ComparedModel:
 
 
 def own_held_out(
-    entries: Sequence[tuple[ComparedModel, FoundModel]], one_language: bool, note: Note
+    entries: Sequence[tuple[ComparedModel, FoundModel]], same_tokenizer: bool, note: Note
 ) -> tuple[list[Passage] | None, str | None]:
-    """The held-out set of the first run that is not a base of another, and its name; (None, None) without one."""
+    """The held-out set of the first run that is not a base model, and its name; (None, None) without one."""
     bases = {model.base for model, _ in entries}
     runs = [(one.name, place.run_folder) for one, place in entries if place.run_folder and one.name not in bases]
     if not runs:
         return None, None
-    if not one_language:
-        note("The models' tokenizers differ, so they cannot share a run's held-out set. Give a file: --held-out FILE.")
+    if not same_tokenizer:
+        note("No held-out loss, because the tokenizers of the models differ. Add --held-out FILE to measure one.")
         return None, None
     name, run_folder = runs[0]
     try:
         return passages_of_run(run_folder, note), f"held-out set of {name}"
     except (TriviumError, OSError) as error:
-        note(f"No held-out loss, because the set of {name} cannot be read: {error}")
+        note(f"No held-out loss, because the held-out set of {name} cannot be read: {error}")
         return None, None

@@ -1,7 +1,6 @@
-"""Exports the result of a run to a folder, and verifies it by loading it with stock transformers (and PEFT).
+"""Exports a model or adapter, optionally merged, and verifies the export with transformers (and PEFT).
 
-An adapter is merged into its base in fp32 or copied, a model is copied. The folder is written under another name and
-renamed only after its logits were compared.
+Merging is done in fp32. The folder is written under a temporary name and renamed after its logits were compared.
 """
 
 import gc
@@ -27,7 +26,7 @@ from trivium.use.held_out import Passage, passages_of_run
 from trivium.use.load import FoundModel, Loaded, find, load, load_network
 
 MAX_DIFFERENCE = 1e-4
-# All logits of a prompt are kept to be compared: 8 prompts of 128 tokens are 0.6 GB with Qwen's vocabulary.
+# The logits of all prompts are kept: 8 prompts of 128 tokens are 0.6 GB with Qwen's vocabulary.
 NUM_PROMPTS, MAX_PROMPT_TOKENS = 8, 128
 BUILT_IN_PROMPTS = (
     "What is the capital of France, and which river flows through it?",
@@ -42,18 +41,18 @@ Logits = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and the differences of its logits.
+    """An export, and how much its logits differ from the original's.
 
     Attributes:
         folder: the written folder.
-        num_prompts: number of prompts compared.
+        num_prompts: number of prompts that logits were compared on.
         prompts_from: `held-out documents`, `sample prompts` or `built-in prompts`.
         dtype: of the written weights.
-        max_difference: largest difference of a logit between the reloaded model and the expected one.
+        max_difference: largest difference of a logit after reloading.
         rounding: largest difference of a logit from rounding to `dtype`; None without rounding.
-        quantized_difference: largest difference of a logit to the adapter on the NF4 base; None if it was not trained
-            on one.
-        quantized_loss, loss: mean loss on the prompts on the NF4 base, and of the written model; None likewise.
+        quantized_difference: largest difference of a logit from the adapter on its NF4 base model; None if it was not
+            trained on one.
+        quantized_loss, loss: mean loss on the prompts with the NF4 base model, and of the export; None likewise.
     """
 
     folder: str
@@ -68,60 +67,58 @@ class Export:
 
 
 def export(name: str, out: Path, merge: bool, dtype: torch.dtype | None, note: Note) -> Export:
-    """Write a model or adapter and verify it.
+    """Export a model or adapter and verify the export.
 
     Args:
         name: a run folder, or the folder of a model or an adapter.
         out: the folder to create; it must not contain files.
-        merge: merge an adapter into its base.
-        dtype: of the merged weights; None for the base's.
-        note: called with a line about the progress.
+        merge: merge an adapter into its base model.
+        dtype: of the merged weights; None for the base model's.
+        note: called with lines about the progress.
 
-    Raises: ConfigError when there is nothing to export or `out` is in use; TriviumError when the written model does
-        not compute the same. Nothing is left behind then.
+    Raises: ConfigError when there is nothing to export or `out` is in use; TriviumError when the logits differ.
+        Nothing is left behind then.
     """
     place = find(name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists, and an export never overwrites. Choose another folder.")
+        raise ConfigError(f"{out} exists, and export never overwrites. Choose another --out.")
     if merge and place.kind != "adapter":
-        raise ConfigError(
-            f"{place.folder} is not an adapter, so there is nothing to merge. Leave out --merge to copy it."
-        )
+        raise ConfigError(f"{place.folder} is not an adapter, so there is nothing to merge. Remove --merge to copy it.")
     if dtype is not None and not merge:
-        raise ConfigError(
-            "--dtype applies to merged weights; a copy keeps its dtype. Add --merge, or leave --dtype out."
-        )
+        raise ConfigError("--dtype only works with --merge; a copy keeps its dtype. Add --merge, or remove --dtype.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
+    staging = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        done = _merged(place, beside, dtype, note) if merge else _copied(place, beside, note)
-        _sync(beside)
+        done = _merged(place, staging, dtype, note) if merge else _copied(place, staging, note)
+        _sync(staging)
         if out.exists():
             out.rmdir()
-        os.rename(beside, out)
+        os.rename(staging, out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     fsync_directory(out.parent)
     return Export(folder=str(out), **done)
 
 
-def _merged(place: FoundModel, beside: Path, dtype: torch.dtype | None, note: Note) -> dict[str, Any]:
-    """Base plus adapter in fp32, rounded to `dtype`, written and compared."""
+def _merged(place: FoundModel, staging: Path, dtype: torch.dtype | None, note: Note) -> dict[str, Any]:
+    """Merge in fp32, round to `dtype`, write and compare."""
     config = hf.read_json(place.model_folder / "config.json")
     dtype = dtype or getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     loaded = load(place, dtype=torch.float32)
-    require_free_space(beside.parent, loaded.network.num_parameters() * dtype.itemsize + (64 << 20), "the merged model")
+    require_free_space(
+        staging.parent, loaded.network.num_parameters() * dtype.itemsize + (64 << 20), "the merged model"
+    )
     prompts, prompts_from = check_prompts(loaded, note)
     adapted = logits_of(loaded.network, prompts)
     network = _cast(loaded.model.merge_and_unload(safe_merge=True), dtype)
-    network.save_pretrained(beside)
-    _copy_tokenizer(place, beside)
-    # The written model must compute what the one in memory does: the same rounded weights in the same fp32 arithmetic.
+    network.save_pretrained(staging)
+    _copy_tokenizer(place, staging)
+    # Compare like with like: the same rounded weights in fp32 arithmetic.
     rounded = adapted if dtype == torch.float32 else logits_of(_cast(network, torch.float32), prompts)
     del loaded, network
     gc.collect()
-    reloaded = logits_of(load_network(beside, torch.float32), prompts)
+    reloaded = logits_of(load_network(staging, torch.float32), prompts)
     done = {
         "num_prompts": len(prompts),
         "prompts_from": prompts_from,
@@ -133,19 +130,19 @@ def _merged(place: FoundModel, beside: Path, dtype: torch.dtype | None, note: No
 
 
 def _cast(network: Any, dtype: torch.dtype) -> Any:
-    """Parameters only: `network.to` would round the rotary frequencies too, which no folder holds."""
+    """Cast only the parameters: `network.to` would also round the rotary frequencies, which are not saved."""
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
     return network
 
 
 def _against_quantized(place: FoundModel, prompts: list[Passage], merged: Logits, note: Note) -> dict[str, Any]:
-    """The difference of the merged model from what was trained: the adapter on its NF4 base."""
-    note(f"{place.folder} was trained on its base in NF4, unlike the merged model; measuring the difference")
+    """How much the merged model differs from the adapter on its NF4 base model, which is what was trained."""
+    note(f"{place.folder} was trained on its base model in NF4; measuring how much the merged model differs")
     try:
         trained = logits_of(load(place, dtype=torch.float32, nf4=True).network, prompts)
     except ConfigError as error:
-        note(f"the difference to the NF4 base was not measured: {error}")
+        note(f"the difference could not be measured: {error}")
         return {}
     return {
         "quantized_difference": difference(trained, merged),
@@ -154,8 +151,8 @@ def _against_quantized(place: FoundModel, prompts: list[Passage], merged: Logits
     }
 
 
-def _copied(place: FoundModel, beside: Path, note: Note) -> dict[str, Any]:
-    """The folder's known files, reloaded and compared."""
+def _copied(place: FoundModel, staging: Path, note: Note) -> dict[str, Any]:
+    """Copy the known files of the folder, reload and compare."""
     loaded = load(place)
     prompts, prompts_from = check_prompts(loaded, note)
     original = logits_of(loaded.network, prompts)
@@ -164,11 +161,11 @@ def _copied(place: FoundModel, beside: Path, note: Note) -> dict[str, Any]:
     gc.collect()
     names = [*hf.MODEL_FILES, *hf.TOKENIZER_FILES, *hf.WEIGHT_FILES, *hf.ADAPTER_FILES]
     files = sorted({file for name in names for file in place.folder.glob(name)})
-    require_free_space(beside.parent, sum(file.stat().st_size for file in files) + (64 << 20), "the copy")
-    beside.mkdir()
+    require_free_space(staging.parent, sum(file.stat().st_size for file in files) + (64 << 20), "the copy")
+    staging.mkdir()
     for file in files:
-        shutil.copyfile(file, beside / file.name)
-    again = FoundModel(place.kind, beside, place.base_folder, None, False)
+        shutil.copyfile(file, staging / file.name)
+    again = FoundModel(place.kind, staging, place.base_folder, None, False)
     reloaded = logits_of(load(again).network, prompts)
     return {
         "num_prompts": len(prompts),
@@ -178,20 +175,20 @@ def _copied(place: FoundModel, beside: Path, note: Note) -> dict[str, Any]:
     }
 
 
-def _copy_tokenizer(place: FoundModel, beside: Path) -> None:
-    """Tokenizer, chat template and generation defaults, byte for byte: the adapter's own before its base's."""
+def _copy_tokenizer(place: FoundModel, staging: Path) -> None:
+    """Copy the tokenizer, chat template and generation defaults; the adapter's are preferred over its base model's."""
     owner = place.folder if (place.folder / "tokenizer.json").is_file() else place.model_folder
     for name in hf.TOKENIZER_FILES:
         if (owner / name).is_file():
-            shutil.copyfile(owner / name, beside / name)
+            shutil.copyfile(owner / name, staging / name)
     for folder in (place.folder, place.model_folder):
         if (folder / "generation_config.json").is_file():
-            shutil.copyfile(folder / "generation_config.json", beside / "generation_config.json")
+            shutil.copyfile(folder / "generation_config.json", staging / "generation_config.json")
             return
 
 
 def check_prompts(loaded: Loaded, note: Note) -> tuple[list[Passage], str]:
-    """Prompts to compare logits on: held-out documents if available, else sample prompts, else built-in ones."""
+    """Prompts to compare logits on: held-out documents, else the run's sample prompts, else built-in prompts."""
     run_folder = loaded.place.run_folder
     if run_folder is not None:
         with suppress(TriviumError, OSError):  # a run without its data can still be exported
@@ -208,7 +205,7 @@ def check_prompts(loaded: Loaded, note: Note) -> tuple[list[Passage], str]:
 
 @torch.inference_mode()
 def logits_of(network: Any, prompts: Sequence[Passage]) -> Logits:
-    """Logits [tokens, vocabulary] of each prompt, fp32, on the host."""
+    """Logits [tokens, vocabulary] of each prompt, fp32, on the CPU."""
     found = []
     for prompt in prompts:
         inputs = torch.from_numpy(prompt.ids)[None].to(network.device)
@@ -217,12 +214,12 @@ def logits_of(network: Any, prompts: Sequence[Passage]) -> Logits:
 
 
 def difference(left: Logits, right: Logits) -> float:
-    """The largest difference of a logit; NaN where one of them is."""
+    """The largest difference of a logit; NaN if any logit is."""
     return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
 
 
 def mean_loss(logits: Logits, prompts: Sequence[Passage]) -> float:
-    """Mean loss of the prompts' supervised tokens, nats a token."""
+    """Mean loss of the prompts' supervised tokens, in nats per token."""
     labels = [torch.from_numpy(prompt.labels) for prompt in prompts]
     losses = [cross_entropy(each, label, reduction="sum") for each, label in zip(logits, labels, strict=True)]
     return float(sum(losses)) / max(1, sum(int((label != NO_LABEL).sum()) for label in labels))
@@ -236,9 +233,8 @@ def _require_equal(expected: Logits, reloaded: Logits, what: str) -> float:
     found = difference(expected, reloaded)
     if math.isnan(found) or found > MAX_DIFFERENCE:
         raise TriviumError(
-            f"{what} do not compute the same: their logits differ by up to {found:.3g} on {len(expected)} prompts, and "
-            f"{MAX_DIFFERENCE:g} is allowed. Nothing was kept. An adapter of tied embeddings cannot be merged; serve "
-            "it unmerged instead."
+            f"The logits of {what} differ by up to {found:.3g} on {len(expected)} prompts; at most {MAX_DIFFERENCE:g} "
+            "is allowed. The export was deleted. An adapter on tied embeddings cannot be merged; serve it unmerged."
         )
     return found
 

@@ -1,7 +1,6 @@
-"""Loss on documents and conversations that were kept out of training, over the tokens that training supervises.
+"""Measures the loss on held-out documents and conversations, over the tokens that training would supervise.
 
-A file is tokenized by the code that builds training data; the losses come from the transformers model in plain padded
-batches, independent of the engine.
+Files are tokenized as for training; the losses come from transformers in padded batches, independent of the engine.
 """
 
 import math
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from trivium.config.inputs import Data, Source
 from trivium.config.load import load_run
@@ -38,7 +38,7 @@ class Passage:
 
     Attributes:
         ids: int64 [T].
-        labels: int64 [T], the token that follows each, NO_LABEL where it is not supervised.
+        labels: int64 [T], the next token, or NO_LABEL if that is not supervised.
         weights: float32 [T], the loss weight of each label.
     """
 
@@ -48,12 +48,12 @@ class Passage:
 
     @classmethod
     def of(cls, ids: Sequence[int]) -> "Passage":
-        """A text with all tokens supervised."""
+        """A text whose tokens are all supervised."""
         whole = np.array(ids, dtype=np.int64)
         return cls(whole, np.append(whole[1:], NO_LABEL), np.ones(len(whole), dtype=np.float32))
 
     def end(self, num_tokens: int) -> "Passage":
-        """Its last tokens, which hold the answer of a conversation."""
+        """The last tokens; in a conversation, these are the answer."""
         return Passage(self.ids[-num_tokens:], self.labels[-num_tokens:], self.weights[-num_tokens:])
 
 
@@ -64,8 +64,8 @@ class HeldOut:
     Attributes:
         loss: weighted mean, nats per supervised token.
         perplexity: exp(loss).
-        bits_per_byte: the same loss over the bytes of the supervised text, comparable between tokenizers.
-        num_tokens: supervised tokens.
+        bits_per_byte: the loss per byte of the supervised text, comparable between tokenizers.
+        num_tokens: number of supervised tokens.
     """
 
     loss: float
@@ -75,30 +75,28 @@ class HeldOut:
 
 
 def passages_of_run(path: Path, note: Callable[[str], None]) -> list[Passage]:
-    """The held-out set of a run's own evaluations.
+    """The held-out set of a run.
 
-    Raises: ConfigError when it is empty; what `prepare` raises when the run's data is missing.
+    Raises: ConfigError when it is empty; see `prepare` for missing data.
     """
     folder = RunFolder.existing(path)
     job = prepare(load_run(folder.run_yaml, []).run, note)
     passages = _passages(job.held_out)
     if not passages:
-        raise ConfigError(
-            f"The run {path} has no held-out documents. Give a file to measure the loss on: --held-out FILE."
-        )
+        raise ConfigError(f"The run {path} has no held-out documents. Add --held-out FILE.")
     return passages
 
 
 def passages_of_file(
     path: Path, tokenizer: Any, seq_len: int = DEFAULT_SEQ_LEN, note: Callable[[str], None] = lambda text: None
 ) -> list[Passage]:
-    """The usable records of a file of documents or conversations, as training reads them.
+    """The records of a file of documents or conversations, as training reads them; rejects are left out.
 
     Args:
         path: a file or folder in any format that training reads.
         tokenizer: with its chat template.
-        seq_len: longer documents are cut into pieces of this length; longer conversations keep the messages that fit.
-        note: called with what could not be used.
+        seq_len: longer documents are split; longer conversations keep the messages that fit.
+        note: called with the number of records that were left out.
 
     Raises: ConfigError or BadData when the file is missing or has no supervised token.
     """
@@ -117,12 +115,12 @@ def passages_of_file(
         store = built.open()
         passages = _passages(sequential_batches(store, seq_len, seq_len, store.num_tokens))
     if not passages:
-        raise BadData(f"{path} has no supervised token. Give a file with documents or answers.")
+        raise BadData(f"{path} has no supervised token. Give a file of documents, or of conversations with answers.")
     return passages
 
 
 def _passages(batches: Sequence[Batch]) -> list[Passage]:
-    """The pieces of packed batches that have labels."""
+    """The pieces of packed batches that have supervised tokens."""
     passages = []
     for batch in batches:
         weights = torch.ones(len(batch.tokens))
@@ -139,12 +137,12 @@ def _passages(batches: Sequence[Batch]) -> list[Passage]:
 def measure(
     loaded: Loaded, passages: Sequence[Passage], every: Callable[[int, int], None] = lambda done, total: None
 ) -> HeldOut:
-    """The loss of a model on a held-out set, each passage separately.
+    """The loss of a model on a held-out set; no passage attends to another.
 
     Args:
         loaded: the model.
-        passages: with ids of its tokenizer.
-        every: called with (passages done, all passages).
+        passages: tokens of its tokenizer.
+        every: called with (passages done, number of passages).
     """
     network, head = loaded.network.model, loaded.network.get_output_embeddings()
     sum_losses = sum_weights = 0.0
@@ -173,7 +171,7 @@ def measure(
 
 
 def _batches(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
-    """Passages of similar length, at most BATCH_TOKENS including padding."""
+    """Batches of passages of similar length, at most BATCH_TOKENS with padding."""
     batch: list[Passage] = []
     for passage in sorted(passages, key=lambda passage: len(passage.ids)):
         if batch and (len(batch) + 1) * len(passage.ids) > BATCH_TOKENS:
@@ -186,12 +184,6 @@ def _batches(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
 
 def _padded(batch: Sequence[Passage]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids, labels and weights, each [passages, longest], right-padded."""
-    size = (len(batch), max(len(passage.ids) for passage in batch))
-    ids, labels = torch.zeros(size, dtype=torch.int64), torch.full(size, NO_LABEL)
-    weights = torch.zeros(size)
-    for row, passage in enumerate(batch):
-        length = len(passage.ids)
-        ids[row, :length] = torch.from_numpy(passage.ids)
-        labels[row, :length] = torch.from_numpy(passage.labels)
-        weights[row, :length] = torch.from_numpy(passage.weights)
-    return ids, labels, weights
+    ids = pad_sequence([torch.from_numpy(passage.ids) for passage in batch], batch_first=True)
+    labels = pad_sequence([torch.from_numpy(passage.labels) for passage in batch], True, NO_LABEL)
+    return ids, labels, pad_sequence([torch.from_numpy(passage.weights) for passage in batch], batch_first=True)

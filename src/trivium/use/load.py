@@ -1,22 +1,23 @@
 """Finds and loads a model by name: a run folder, a model or adapter folder, or a Hub id.
 
-Loads with stock transformers and PEFT: safetensors only, no code from the folder, and missing weights are an error.
+Uses transformers and PEFT, reads only safetensors and no code from the folder, and refuses missing weights.
 """
 
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 
 from trivium.data.chat.template import ChatTemplate, describe_template
 from trivium.data.tokenizer import load_tokenizer
+from trivium.engine.record import read_record
 from trivium.engine.runfolder import RunFolder
-from trivium.errors import ConfigError, TriviumError
+from trivium.errors import ConfigError, TriviumError, first_lines
 from trivium.model import hf
 from trivium.model.quantize import quantize_projections
 
@@ -28,11 +29,11 @@ class FoundModel:
     """The folders of a model.
 
     Attributes:
-        kind: `base` is a published model, `model` the full result of a run, `adapter` an adapter of a base.
+        kind: `base` is a published model, `model` the result of a run, `adapter` an adapter.
         folder: the Hugging Face or PEFT folder.
-        base_folder: the folder of an adapter's base.
-        run_folder: the run that made it, if known.
-        was_quantized: whether it was trained against its base in NF4.
+        base_folder: the folder of an adapter's base model.
+        run_folder: the run that trained it, if known.
+        was_quantized: whether an adapter was trained on its base model in NF4.
     """
 
     kind: Literal["base", "model", "adapter"]
@@ -43,7 +44,7 @@ class FoundModel:
 
     @property
     def model_folder(self) -> Path:
-        """The folder with config.json: the base's for an adapter."""
+        """The folder with config.json: for an adapter, its base model's."""
         return self.base_folder or self.folder
 
 
@@ -53,8 +54,8 @@ class Loaded:
 
     Attributes:
         model: a transformers model, or a PeftModel around one, on its device and in evaluation mode.
-        tokenizer: a transformers tokenizer; an adapter's own, else its base's.
-        place: where it came from.
+        tokenizer: a transformers tokenizer.
+        place: its folders.
         template: its chat template; None without a usable one.
         stop_ids: the token ids at which generation stops.
     """
@@ -66,18 +67,13 @@ class Loaded:
     stop_ids: list[int]
 
     @property
-    def kind(self) -> str:
-        """`base`, `model` or `adapter`."""
-        return self.place.kind
-
-    @property
     def network(self) -> Any:
         """The transformers model, with the adapter's layers inside."""
-        return self.model.get_base_model() if self.kind == "adapter" else self.model
+        return self.model.get_base_model() if self.place.kind == "adapter" else self.model
 
     @property
     def converses(self) -> bool:
-        """Whether it is a chat model: it has a chat template, and generation stops at the end of a turn."""
+        """Whether it is a chat model: it has a chat template and stops at the end of a turn."""
         return self.template is not None and self.template.end_of_turn_id in self.stop_ids
 
 
@@ -87,13 +83,13 @@ def find(name: str) -> FoundModel:
     Args:
         name: a run folder, the folder of a model or an adapter, or a Hub id, which is downloaded once.
 
-    Raises: ConfigError when there is no model, the run is not finished, or an adapter's base is missing.
+    Raises: ConfigError when there is no model, the run is not finished, or an adapter's base model is missing.
     """
     path = Path(name).expanduser()
     if not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ConfigError(
-            f"{name} is not a model: there is no such folder, and it is not a Hub id of the form owner/name. Give the "
-            "folder of a finished run, of a Hugging Face model or of an adapter."
+            f"{name} is not a model: there is no such folder, and a Hub id has the form owner/name. Give a run folder, "
+            "or the folder of a Hugging Face model or PEFT adapter."
         )
     folder = path if path.is_dir() else hf.find_folder(name)
     run_folder = next((place for place in (folder, folder.resolve().parent) if (place / "run.yaml").is_file()), None)
@@ -102,14 +98,20 @@ def find(name: str) -> FoundModel:
     if (folder / hf.ADAPTER_CONFIG).is_file():
         if not (folder / hf.ADAPTER_WEIGHTS).is_file():
             raise ConfigError(
-                f"{folder} has no {hf.ADAPTER_WEIGHTS}. Expected an adapter in safetensors; other formats are not "
-                "read because they can run code. Save the adapter again with safetensors."
+                f"{folder} has no {hf.ADAPTER_WEIGHTS}. Other formats are refused because they can run code. Save the "
+                "adapter again with safetensors."
             )
-        return FoundModel("adapter", folder, _base_of(folder), run_folder, _weights_of(run_folder) == "nf4")
+        return FoundModel(
+            "adapter",
+            folder,
+            _base_of(folder),
+            run_folder,
+            run_folder is not None and read_record(run_folder).config.get("weights") == "nf4",
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"{name} is not a model: {folder} has neither a config.json nor an {hf.ADAPTER_CONFIG}. Give the folder of "
-            "a finished run, of a Hugging Face model or of an adapter."
+            f"{name} is not a model: {folder} has neither config.json nor {hf.ADAPTER_CONFIG}. Give a run folder, or "
+            "the folder of a Hugging Face model or PEFT adapter."
         )
     return FoundModel("model" if run_folder else "base", folder, None, run_folder, False)
 
@@ -121,7 +123,7 @@ def _result_of(run_folder: Path) -> Path:
             return run_folder / name
     raise ConfigError(
         f"The run {run_folder} is not finished, so it has no model yet. Resume it with: "
-        f"trivium train {run_folder / 'run.yaml'}."
+        f"trivium train {run_folder / 'run.yaml'}"
     )
 
 
@@ -130,27 +132,16 @@ def _base_of(adapter_folder: Path) -> Path:
     name = hf.read_json(adapter_folder / hf.ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ConfigError(
-            f"{adapter_folder / hf.ADAPTER_CONFIG} does not say which model the adapter belongs to. Set its "
+            f"{adapter_folder / hf.ADAPTER_CONFIG} does not name the adapter's base model. Set its "
             "base_model_name_or_path to that model's folder or Hub id."
         )
     try:
         return hf.find_folder(name)
     except ConfigError as error:
         raise ConfigError(
-            f"The adapter {adapter_folder} belongs to the model {name}, which cannot be loaded: {error} If the model "
-            f"was moved, set base_model_name_or_path in {adapter_folder / hf.ADAPTER_CONFIG} to where it is now."
+            f"The base model of the adapter {adapter_folder} cannot be loaded: {error} If it was moved, correct "
+            f"base_model_name_or_path in {adapter_folder / hf.ADAPTER_CONFIG}."
         ) from error
-
-
-def _weights_of(run_folder: Path | None) -> str | None:
-    """The `weights` setting of a run."""
-    if run_folder is None:
-        return None
-    try:
-        content = yaml.safe_load((run_folder / "run.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return content.get("weights") if isinstance(content, dict) else None
 
 
 def load(
@@ -163,56 +154,64 @@ def load(
 
     Args:
         name: a name for `find`, or its result.
-        note: called with one line that the user should know about the model.
-        dtype: of the base's weights; `auto` as stored. An adapter's are fp32.
-        nf4: quantize the linear layers of an adapter's base to NF4, as in training.
+        note: called with a remark about the model.
+        dtype: of the (base) model's weights; `auto` keeps the stored one. An adapter's weights are fp32.
+        nf4: quantize the linear layers of an adapter's base model to NF4, as in training.
 
     Raises: ConfigError when the folder is damaged, incomplete or not a Qwen model.
     """
+    from transformers import GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     place = find(name) if isinstance(name, str) else name
     hf.read_shape(place.model_folder)  # refuses other models, and those that need their own code
-    tokenizer = read_tokenizer(place)
+    tokenizer, template, stop_ids = read_chat(place)
     model = load_network(place.model_folder, dtype, nf4)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise ConfigError(
-            f"The tokenizer of {place.folder} has {len(tokenizer):,} tokens and the model's embedding "
-            f"{model.get_input_embeddings().weight.shape[0]:,} rows. They do not belong together; use the "
-            "tokenizer that the model was trained with."
+            f"The tokenizer of {place.folder} has {len(tokenizer):,} tokens, more than the model's "
+            f"{model.get_input_embeddings().weight.shape[0]:,} embedding rows. Use the tokenizer that the model was "
+            "trained with."
         )
     if place.kind == "adapter":
         model = load_adapter(model, place)
         if place.was_quantized and not nf4:
             note(
-                f"{place.folder} was trained on its base in NF4; here it runs on the full-precision base, whose "
-                "weights differ slightly."
+                f"{place.folder} was trained on its base model in NF4; here it runs on the full-precision base model, "
+                "so its outputs differ slightly. --nf4 quantizes the base model."
             )
-    stop_ids = hf.read_stop_ids(place.folder, place.model_folder) or [tokenizer.eos_token_id]
-    _settle_generation(model, place, tokenizer, stop_ids)
-    return Loaded(model.eval(), tokenizer, place, read_template(tokenizer), stop_ids)
+    network = model.get_base_model() if place.kind == "adapter" else model
+    if (place.folder / "generation_config.json").is_file():  # an adapter's settings win over its base model's
+        network.generation_config = GenerationConfig.from_pretrained(place.folder)
+    network.generation_config.eos_token_id = stop_ids
+    if network.generation_config.pad_token_id is None:
+        network.generation_config.pad_token_id = tokenizer.pad_token_id
+    return Loaded(model.eval(), tokenizer, place, template, stop_ids)
 
 
-def read_tokenizer(place: FoundModel) -> Any:
-    """The adapter's or model's own tokenizer; for an adapter without one, its base's.
+def read_chat(place: FoundModel) -> tuple[Any, ChatTemplate | None, list[int]]:
+    """A model's tokenizer, chat template (None without a usable one) and stop token ids, without its weights.
 
-    Raises: ConfigError when neither has one.
+    Raises: ConfigError when neither the folder nor the base model's has a tokenizer.
     """
-    for folder in (place.folder, place.base_folder):
-        if folder is not None and (folder / "tokenizer.json").is_file():
-            return load_tokenizer(folder)
-    where = f"in {place.folder}" + (f" or in its base {place.base_folder}" if place.base_folder else "")
-    raise ConfigError(
-        f"There is no tokenizer.json {where}, so the model cannot be used. Copy the tokenizer's files "
-        "there from the model it was trained with."
-    )
+    folders = (place.folder, place.model_folder)
+    folder = next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
+    if folder is None:
+        raise ConfigError(
+            f"No tokenizer.json in {' or '.join(dict.fromkeys(map(str, folders)))}. Copy the tokenizer that the model "
+            "was trained with into it."
+        )
+    tokenizer, template = load_tokenizer(folder), None
+    with suppress(TriviumError):
+        template = describe_template(tokenizer)
+    return tokenizer, template, hf.read_stop_ids(*folders) or [tokenizer.eos_token_id]
 
 
 def load_network(folder: Path, dtype: torch.dtype | Literal["auto"] = "auto", nf4: bool = False) -> Any:
     """The transformers model of a folder, on its device.
 
-    Raises: ConfigError when it cannot be loaded or a weight is missing, which transformers would initialize at random.
+    Raises: ConfigError when it cannot be loaded or weights are missing (transformers would initialize them randomly).
     """
     from transformers import AutoModelForCausalLM
 
@@ -223,13 +222,13 @@ def load_network(folder: Path, dtype: torch.dtype | Literal["auto"] = "auto", nf
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"{folder} cannot be loaded: {_first_line(error)} Expected a Hugging Face folder with its weights in "
-            "safetensors. Download what is missing, or give a finished run."
+            f"{folder} cannot be loaded: {first_lines(error)} Expected a Hugging Face folder with weights in "
+            "safetensors. Download it again, or give a finished run."
         ) from error
     if missing := sorted(map(str, report["missing_keys"])):
         raise ConfigError(
-            f"{folder} cannot be loaded: {', '.join(missing[:3])} and perhaps more weights are missing from its "
-            "safetensors files. Fetch the folder again."
+            f"{folder} cannot be loaded: {len(missing)} weights are missing, for example {missing[0]}. Download the "
+            "folder again."
         )
     if nf4:
         quantize_projections(model, model.dtype)
@@ -237,9 +236,9 @@ def load_network(folder: Path, dtype: torch.dtype | Literal["auto"] = "auto", nf
 
 
 def load_adapter(model: Any, place: FoundModel) -> Any:
-    """The PeftModel of an adapter around its base.
+    """The PeftModel of an adapter and its base model.
 
-    Raises: ConfigError when the adapter does not fit, or lacks weights, which PEFT would initialize at random.
+    Raises: ConfigError when the adapter does not fit or weights are missing (PEFT would initialize them randomly).
     """
     from peft import PeftModel
 
@@ -249,37 +248,11 @@ def load_adapter(model: Any, place: FoundModel) -> Any:
             adapted = PeftModel.from_pretrained(model, str(place.folder), local_files_only=True)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"The adapter {place.folder} does not fit its base {place.base_folder}: {_first_line(error)} Set the "
-            f"base it was trained on in {hf.ADAPTER_CONFIG}."
+            f"The adapter {place.folder} does not fit its base model {place.base_folder}: {first_lines(error)} Set "
+            f"base_model_name_or_path in its {hf.ADAPTER_CONFIG} to the model it was trained on."
         ) from error
     if any("missing adapter keys" in str(warning.message) for warning in caught):
         raise ConfigError(
-            f"The adapter {place.folder} lacks weights that its {hf.ADAPTER_CONFIG} names. "
-            "Save or download the adapter again."
+            f"The adapter {place.folder} lacks weights that its {hf.ADAPTER_CONFIG} names. Save or download it again."
         )
     return adapted
-
-
-def read_template(tokenizer: Any) -> ChatTemplate | None:
-    """A description of a tokenizer's chat template; None without a usable one."""
-    try:
-        return describe_template(tokenizer)
-    except TriviumError:
-        return None
-
-
-def _settle_generation(model: Any, place: FoundModel, tokenizer: Any, stop_ids: list[int]) -> None:
-    """Use the adapter's generation settings before its base's."""
-    from transformers import GenerationConfig
-
-    network = model.get_base_model() if place.kind == "adapter" else model
-    if (place.folder / "generation_config.json").is_file():
-        network.generation_config = GenerationConfig.from_pretrained(place.folder)
-    network.generation_config.eos_token_id = stop_ids
-    if network.generation_config.pad_token_id is None:
-        network.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return " ".join(lines[:2]) if lines else type(error).__name__

@@ -1,7 +1,7 @@
-"""Verify that a run read every sample of its plan once and in order, and that its files are intact.
+"""Verifies that a run read every sample exactly once and in order, and that its files are intact.
 
-The order is recomputed from run.yaml and the token stores, and every step's digest from their tokens. Checkpoints and
-the result are checked byte by byte.
+The order of the samples is recomputed from run.yaml, and the digest of every step from the token stores. Checkpoints
+and the result are checked by their SHA-256.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Verification:
     """What was verified.
 
     Attributes:
-        num_steps: steps that read exactly their tokens.
+        num_steps: steps that read the expected tokens.
         num_tokens: tokens of those steps.
         is_finished: whether the run is finished.
         checkpoints: names of the intact checkpoints.
@@ -35,14 +35,14 @@ class Verification:
 
 
 def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], None]) -> Verification:
-    """Replay the ledger of a run against its data.
+    """Recompute the ledger of a run from its data.
 
     Args:
         path: the run folder.
         note: called with a line when something takes long.
-        every: called with (step, steps of the ledger).
+        every: called with (steps verified, steps in the ledger).
 
-    Raises: TriviumError naming the first step or checkpoint that differs.
+    Raises: TriviumError that names the first step or file that differs.
     """
     folder = RunFolder.existing(path)
     job = prepare(load_run(folder.run_yaml, []).run, note)
@@ -53,25 +53,29 @@ def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], 
     for index, record in enumerate(records):
         step = index + 1
         if record["step"] != step:
-            raise TriviumError(f"{folder.ledger.path}: found step {record['step']}, expected step {step}.")
+            raise TriviumError(
+                f"{folder.ledger.path}: found step {record['step']}, expected {step}. The ledger is damaged."
+            )
         batches = job.batches.step(index)
         digest = step_digest(digest, [batch.digests for batch in batches])
         num_tokens += sum(batch.num_tokens for batch in batches)
         if (record["digest"], record["num_tokens"]) != (digest, num_tokens):
             raise TriviumError(
-                f"Step {step:,} of {path} did not read its tokens: the ledger has {record['digest'][:12]} "
-                f"after {record['num_tokens']:,} tokens, the data gives {digest[:12]} after {num_tokens:,}. The "
-                "records or the data changed since."
+                f"Step {step:,} of {path} did not read the expected tokens: the ledger has {record['digest'][:12]} "
+                f"after {record['num_tokens']:,} tokens, and the data gives {digest[:12]} after {num_tokens:,}. Either "
+                "the ledger or the data was changed."
             )
         every(step, len(records))
     finished = folder.read("finished.json")
     if finished is not None and (finished["step"], finished["ledger"]) != (len(records), digest):
-        raise TriviumError(f"{path} says it finished after step {finished['step']}, its ledger ends at {len(records)}.")
+        raise TriviumError(
+            f"{path}: finished.json says step {finished['step']}, and the ledger ends at step {len(records)}."
+        )
     for name, expected in (finished or {}).get("model_sha256", {}).items():
         if sha256_file(folder.result / name) != expected:
-            raise TriviumError(f"{folder.result / name} changed after the run: its SHA-256 differs.")
+            raise TriviumError(f"{folder.result / name} was changed after the run: its SHA-256 differs.")
     if finished is not None and len(records) != job.num_steps:
-        raise TriviumError(f"{path} says it finished, after {len(records)} of {job.num_steps} steps.")
+        raise TriviumError(f"{path} is marked as finished after {len(records)} of {job.num_steps} steps.")
     verified = []
     for step in checkpoint.steps(folder.checkpoints):
         state = checkpoint.verify(checkpoint.step_folder(folder.checkpoints, step))
