@@ -10,7 +10,7 @@ from tests.doctor.cases import found_in, prepared_of, run_of, severity_of
 from trivium.config.load import dump_run, load_run
 from trivium.doctor.machine import disk_parts
 from trivium.doctor.prepared import load
-from trivium.engine.device import memory_bytes
+from trivium.engine.device import probe
 from trivium.engine.prepare import settle_batching
 from trivium.errors import ConfigError, DoesNotFit
 from trivium.model import quantize
@@ -145,7 +145,7 @@ def test_memory_is_that_of_the_machine():
     import torch
 
     lines = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
-    assert 0 < memory_bytes(torch.device("cpu")) <= 1024 * lines["MemTotal"]
+    assert 0 < probe("cpu", "fp32").memory_bytes <= 1024 * lines["MemTotal"]
 
 
 @pytest.mark.parametrize("parallel", [{"devices": 2}, {"offload": "optimizer"}])
