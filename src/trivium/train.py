@@ -57,7 +57,7 @@ def train(resolved: ResolvedRun, allowed: frozenset[str] = frozenset()) -> RunFo
         except ConfigError:
             raise  # the folder did not change, so its report is up to date
         except BaseException:
-            with suppress(OSError):  # a full disk must not hide the error
+            with suppress(OSError, MemoryError):  # a full disk or memory must not hide the error
                 if (path / "metrics.jsonl").is_file():
                     write_report(path)
             raise
