@@ -142,7 +142,6 @@ def test_weights_are_counted_as_the_engine_holds_them(method, base, chats, tmp_p
 
 
 def test_memory_is_that_of_the_machine():
-    import torch
 
     lines = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
     assert 0 < probe("cpu", "fp32").memory_bytes <= 1024 * lines["MemTotal"]
