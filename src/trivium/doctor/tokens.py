@@ -212,7 +212,7 @@ def nothing_or_all_supervised(prepared: PreparedRun) -> Violation | None:
         f"{whole:,} of {len(prepared.samples):,} checked samples look like conversations "
         f"({prepared.template.end_of_turn}), and all of their tokens are supervised, user messages included.",
         "supervised answers only, since loss_tokens is assistant.",
-        "use the file of conversations as the source instead of a ready store, or set loss_tokens: all.",
+        "use the file of conversations as the source instead of an external store, or set loss_tokens: all.",
     )
 
 

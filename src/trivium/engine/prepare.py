@@ -168,7 +168,7 @@ def settle_batching(run: Run, shape: QwenShape, facts: DataFacts, machine: Machi
 
 
 def count_facts(mixture: Sequence[MixtureComponent]) -> DataFacts:
-    """Statistics of the data from stores and build reports; all tokens of a prebuilt store count as supervised."""
+    """Statistics of the data from stores and build reports; all tokens of an external store count as supervised."""
     num_rows = sum(len(part.store.lengths) for part in mixture)
     tokens = [int(part.store.lengths.sum(dtype=np.int64)) for part in mixture]
     supervised = sum(supervised_share(part.built) * count for part, count in zip(mixture, tokens, strict=True))
@@ -223,7 +223,7 @@ def find_mixture(run: Run, built: Sequence[BuiltStore]) -> list[MixtureComponent
 def digest_inputs(
     run: Run, tokenizer_folder: Path, built: Sequence[BuiltStore], order: Order, frozen_folder: Path | None
 ) -> str:
-    """Hex digest of the tokenizer, the stores (for prebuilt stores their fingerprints), the order of the data, and an
+    """Hex digest of the tokenizer, the stores (for external stores their fingerprints), the order of the data, and an
     adapter's frozen base weights, which checkpoints do not contain."""
     stores = [store.manifest.get("sha256") or store.open().fingerprint for store in built]
     parts: list[Any] = [sha256_file(tokenizer_folder / "tokenizer.json"), stores, order.fingerprint()]

@@ -131,7 +131,7 @@ def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
         )
     if not job.held_out:
         yield (
-            "nothing is held out, so there is no evaluation: data.held_out is 0, every source is a prebuilt store, or "
+            "nothing is held out, so there is no evaluation: data.held_out is 0, every source is an external store, or "
             "there is only one document (a text file is one document unless data.sources.0.documents is paragraph)"
         )
 
