@@ -1,4 +1,4 @@
-"""Tokenizer, base model and data that most tests share; nobody writes into them."""
+"""Tokenizer, base model and data that most tests share and do not modify."""
 
 from pathlib import Path
 

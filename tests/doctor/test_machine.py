@@ -118,8 +118,8 @@ def test_q21_offers_what_then_fits(long, tmp_path):
     assert len(fixes) == 3 and all(f"({number}) {fix.text}" in found for number, fix in enumerate(fixes, start=1))
     (tmp_path / "run.yaml").write_text(dump_run(tight.run, {}))
     settings = [f"{key}={value}" for key, value in fixes[0].overrides.items()]
-    mended = replace(tight, job=replace(tight.job, run=load_run(tmp_path / "run.yaml", settings).run))
-    assert severity_of(mended, "Q21") is None
+    fixed = replace(tight, job=replace(tight.job, run=load_run(tmp_path / "run.yaml", settings).run))
+    assert severity_of(fixed, "Q21") is None
 
 
 def test_q21_uses_the_batching_of_the_planner(long):

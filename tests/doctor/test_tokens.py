@@ -77,7 +77,7 @@ def test_q02_allows_one_in_a_hundred(tmp_path, base):
 
 
 def copy_row(model) -> None:
-    """A head in which the end of a turn is like a token that nobody uses, while the embedding is sound."""
+    """A head in which the end of a turn is like an unused token, while the embedding is sound."""
     model.lm_head.weight[TURN_END] = model.lm_head.weight[300]
 
 
@@ -97,7 +97,7 @@ def test_q04_untrained_rows_that_stay_frozen(tie, tokenizer, chats, tmp_path):
 
 
 def test_q04_small_rows_are_trained_ones(tokenizer, chats, tmp_path):
-    """Chat models have rows of control tokens that are a hundred times smaller than the others, and learnt."""
+    """Chat models have rows of control tokens that are a hundred times smaller than the others, and trained."""
 
     def shrink(model):
         model.model.embed_tokens.weight[[TURN_START, TURN_END]] *= 0.01
@@ -147,7 +147,7 @@ def test_q11_a_tokenizer_of_another_size(tokenizer, texts, tmp_path):
 def test_q13_answers_that_start_at_the_wrong_token(tmp_path, base):
     ids, weights = chat_ids()
     late = weights.copy()
-    late[np.flatnonzero(weights)[0]] = 0  # the first letter of the answer is not learnt
+    late[np.flatnonzero(weights)[0]] = 0  # the first letter of the answer is not supervised
     prepared = ready_run(tmp_path, base, [ids] * 9, [late] * 9, method="full")
     found = found_in(prepared)["Q13"]
     assert found.severity == "error" and "<|im_start|>assistant" in found.expected

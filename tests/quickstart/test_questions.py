@@ -138,7 +138,7 @@ def test_write_questions_is_reproducible(files: Path, tmp_path: Path) -> None:
 
 
 def test_answers_use_tokens_of_the_stories(files: Path, tmp_path: Path) -> None:
-    """Each word of an answer is one token, the one that the story has, so that nothing is learnt but to find it."""
+    """Each word of an answer is one token, the one that the story has, so that nothing is learned but to find it."""
     texts = [row["text"] for row in lines(files / "stories.jsonl")]
     train_tokenizer(texts, "bpe", 2048, tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

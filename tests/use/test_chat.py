@@ -84,7 +84,7 @@ class Scripted(Writer):
         yield from (text[:3], text[3:])
 
 
-def learnt(path: Path, tokenizer) -> list[tuple[str, str]]:
+def supervised_answers(path: Path, tokenizer) -> list[tuple[str, str]]:
     """(prompt, answer) of everything that training would learn from a file, as text."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -105,11 +105,11 @@ def test_save_leaves_cut_off_answers_unsupervised(taught: Path, tmp_path: Path):
     dialogue.turns.append({"role": "user", "content": "Unanswered?"})
     for _ in range(2):
         dialogue.save(tmp_path / "saved.jsonl")
-    first, second = learnt(tmp_path / "saved.jsonl", loaded.tokenizer)[:2]
+    first, second = supervised_answers(tmp_path / "saved.jsonl", loaded.tokenizer)[:2]
     assert first == (writer.prompts[0], "One.<|im_end|>")
     assert second[1] == "Two.<|im_end|>" and "Cut o<|im_end|>" in second[0] and "Silence" not in second[0]
     assert len((tmp_path / "saved.jsonl").read_text().splitlines()) == 2
-    assert len(learnt(tmp_path / "saved.jsonl", loaded.tokenizer)) == 4
+    assert len(supervised_answers(tmp_path / "saved.jsonl", loaded.tokenizer)) == 4
 
 
 @needs_real
@@ -122,6 +122,6 @@ def test_reasoning_is_saved_so_that_training_sees_what_serving_sent(thinking, ta
     list(dialogue.say("First?"))
     list(dialogue.say("Second?"))
     dialogue.save(tmp_path / "saved.jsonl")
-    assert learnt(tmp_path / "saved.jsonl", tokenizer) == [
+    assert supervised_answers(tmp_path / "saved.jsonl", tokenizer) == [
         (prompt, written + "<|im_end|>") for prompt in writer.prompts
     ]
