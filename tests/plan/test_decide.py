@@ -1,22 +1,19 @@
-"""The choice of a method, its warnings and checklist, and the questions of `trivium plan`."""
+"""The choice of a method and its warnings."""
 
-import re
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivium.cli.main import VERBS
-from trivium.cli.plan_questions import ask, questions
 from trivium.config.run import METHOD_DEFAULTS
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.plan import devices
-from trivium.plan.checklist import checklist, warnings
 from trivium.plan.decide import decide
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.situation import Situation
+from trivium.plan.warnings import warnings
 from trivium.plan.workload import DataFacts, given_facts
 
 HEIGHTS = {"none": 0, "adapter": 1, "full": 2, "continue": 3, "scratch": 4}
@@ -104,7 +101,6 @@ def test_decide_full_7b_needs_several_a100():
     situation = Situation(pairs(50_000), False, DEVICES["a100-80"], model="Qwen2.5-7B-Instruct")
     alone, eight = decide(situation), decide(replace(situation, num_devices=8))
     assert alone.method == "lora" and any("GiB" in reason for reason in alone.reasons)
-    assert any("GiB or more" in change for change in alone.would_change)
     assert eight.method == "full"
 
 
@@ -185,10 +181,8 @@ def test_decide_any_situation(situation):
     decision = decide(situation)
     assert decision.method is None or decision.method in METHOD_DEFAULTS
     assert (decision.method is None) == (decision.name == "none") == (decision.model is None)
-    assert decision.reasons and all(line.endswith(".") for line in (*decision.reasons, *decision.would_change))
+    assert decision.reasons and all(line.endswith(".") for line in decision.reasons)
     warnings(situation, decision.method, decision.model)
-    points = checklist(situation, decision)
-    assert len(points) == 7 and all(point.answer for point in points)
     if situation.is_general:
         assert decision.name == "none"
     if situation.adapter_only:
@@ -216,72 +210,6 @@ def test_decide_more_data_never_lowers_approach(situation, times):
 def test_decide_more_money_never_lowers_approach(situation, times):
     richer = replace(situation, max_cost=situation.max_cost * times)
     assert HEIGHTS[decide(richer).name] >= HEIGHTS[decide(situation).name]
-
-
-def test_checklist_uses_plan_and_names_existing_commands():
-    situation = Situation(pairs(50_000), False, DEVICES["h100-80"])
-    decision = decide(situation)
-    points = {
-        point.question: point.answer for point in checklist(situation, decision, "12 GiB of 80", "3 hours, 12 USD")
-    }
-    assert points["Memory"] == "12 GiB of 80" and points["Training time"] == "3 hours, 12 USD"
-    assert "method=lora" in points["Comparison"]
-    named = re.findall(r"`trivium (\w+) ", points["Evaluation"] + points["Comparison"])
-    assert {"eval", "compare", "train"} <= set(named) <= set(VERBS)
-
-
-def answering(answers):
-    """A prompt that takes its answers from a list, then empty lines."""
-    left = iter(answers)
-    return lambda _text, default: next(left, "") or default
-
-
-def test_ask_five_questions():
-    assert len(questions()) <= 5
-    found, data = ask(answering(["no", "20K conversations", "8x h100-80", "yes", "50 USD, 36 hours"]))
-    assert data == given_facts("conversations", num_rows=20_000)
-    assert (found.is_general, found.adapter_only, found.max_cost, found.max_hours) == (False, True, 50.0, 36.0)
-    assert (found.device, found.num_devices, found.is_laptop) == (DEVICES["h100-80"], 8, False)
-
-
-def test_ask_empty_lines_take_defaults():
-    found, data = ask(lambda _text, default: default)
-    assert (found.is_general, data, found.adapter_only, found.max_cost, found.max_hours) == (
-        None,
-        None,
-        False,
-        None,
-        None,
-    )
-    assert found.is_laptop and found.num_devices == 1
-
-
-def test_ask_returns_path_as_typed(tmp_path):
-    path = tmp_path / "5K tokens"
-    path.touch()
-    assert ask(answering(["", str(path)]))[1] == str(path)
-    assert ask(answering(["", "2,000,000 tokens"]))[1] == given_facts("documents", num_tokens=2_000_000)
-
-
-def test_ask_repeats_and_then_refuses():
-    seen = []
-
-    def prompt(text, default):
-        seen.append(text)
-        return "5K apples" if len(seen) == 2 else default
-
-    ask(prompt)
-    assert len(seen) == 6 and "'5K apples'" in seen[2] and seen[2].endswith(seen[1])
-    for answers in (
-        ["perhaps"] * 3,
-        ["", "5K"] + ["0 pairs"] * 2,
-        ["", "", *["0x t4"] * 3],
-        ["", "", "", "", *["free"] * 3],
-    ):
-        with pytest.raises(ConfigError):
-            ask(answering(answers))
-    with pytest.raises(ConfigError, match="h100"):
-        ask(answering(["", "", *["h1000"] * 3]))
 
 
 @pytest.mark.parametrize(

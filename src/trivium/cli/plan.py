@@ -9,7 +9,6 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from trivium.errors import ConfigError
 if TYPE_CHECKING:
     from trivium.config.inputs import Source
     from trivium.model.shape import QwenShape
-    from trivium.plan.request import PlanRequest, ResolvedRequest
+    from trivium.plan.request import PlanRequest
     from trivium.plan.search import Plan
     from trivium.plan.workload import DataFacts
 
@@ -116,8 +115,8 @@ def plan(
     """Plan a training run: method, memory, time and cost.
 
     Plans a RUN_FILE, a MODEL (a name, a folder, or a size like 25M), or the model and method for the data. Keys that
-    are set are kept, all others are searched. Without arguments it asks questions on a terminal. Exit codes: 0 a plan,
-    or the advice not to train; 2 wrong usage; 3 nothing fits, with the cheapest changes that would fit.
+    are set are kept, all others are searched. Exit codes: 0 a plan, or the advice not to train; 2 wrong usage; 3
+    nothing fits, with the cheapest changes that would fit.
 
     \b
     Examples:
@@ -186,10 +185,7 @@ def _plan(request: "PlanRequest", run_file: Path | None, as_json: bool) -> None:
     from trivium.plan.advice import advise, as_record, write_run
     from trivium.plan.request import resolve_request
 
-    if request.target or request.sources or request.facts or request.is_general:
-        resolved = resolve_request(request, _survey, _read_hub)
-    else:
-        resolved = _ask(request)
+    resolved = resolve_request(request, _survey, _read_hub)
     advice = advise(resolved.situation, resolved.decision, resolved.goal)
     if run_file and advice.plan:
         write_run(advice.plan, run_file, _notes(advice.plan))
@@ -200,27 +196,6 @@ def _plan(request: "PlanRequest", run_file: Path | None, as_json: bool) -> None:
     from trivium.report.plan_page import print_page
 
     print_page(advice, _next_commands(advice.plan, request.target, run_file))
-
-
-def _ask(request: "PlanRequest") -> "ResolvedRequest":
-    """Ask the questions and resolve the answers. Raises: ConfigError without a terminal."""
-    from trivium.cli.plan_questions import ask
-    from trivium.config.inputs import Source
-    from trivium.plan.request import resolve_situation
-
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise ConfigError(
-            "There is nothing to plan. Expected a run file, a model (Qwen/Qwen3-0.6B), or data: --data FILE, or "
-            "--rows 5K --kind conversations, or --tokens 1B --kind documents. On a terminal, `trivium plan` asks."
-        )
-    situation, facts = ask(lambda text, default: click.prompt(text, default=default, err=True))
-    sources = ()
-    if isinstance(facts, str):
-        sources = (str(Path(facts).expanduser()),)
-        facts = _survey([Source(path=path) for path in sources])
-    limits = {"max_cost": situation.max_cost, "max_hours": situation.max_hours}
-    request = replace(request, sources=sources, num_devices=situation.num_devices, **limits)
-    return resolve_situation(replace(situation, facts=facts), request, _read_hub)
 
 
 def _notes(plan: "Plan") -> list[str]:

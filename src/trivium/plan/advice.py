@@ -14,13 +14,13 @@ from trivium.config.load import flatten, quote, to_yaml
 from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError
 from trivium.files import atomic_write
-from trivium.plan.checklist import ChecklistItem, checklist, warnings
 from trivium.plan.decide import Decision
 from trivium.plan.devices import GIB
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.search import Goal, Plan, search
 from trivium.plan.situation import Situation
 from trivium.plan.speed import time_and_money
+from trivium.plan.warnings import warnings
 
 FIRST_LINE = "Planned by `trivium plan`; the figures are predictions, each choice has its reason in a comment."
 ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
@@ -42,30 +42,23 @@ class Advice:
     Attributes:
         decision: which method and why; None if the data is unknown or the method was given.
         plan: None if the advice is not to train.
-        checklist: seven points to settle before training; empty without a decision.
         warnings: common pitfalls, one paragraph each.
     """
 
     decision: Decision | None
     plan: Plan | None
-    checklist: tuple[ChecklistItem, ...]
     warnings: tuple[str, ...]
 
 
 def advise(situation: Situation, decision: Decision | None, goal: Goal | None) -> Advice:
-    """Search for a plan and add the checklist and warnings.
+    """Search for a plan and add the warnings.
 
     Raises: DoesNotFit if no plan fits; see `search`.
     """
     plan = search(goal) if goal else None
     method, model = (plan.run.method, plan.run.model.name) if plan else (None, None)
-    memory = time = None
-    if plan:
-        memory = f"{plan.memory.total / GIB:.1f} GiB of {plan.device.memory_bytes / GIB:.1f} on {plan.device.title}"
-        time = time_and_money(plan.cost) if plan.cost else None
-    points = checklist(situation, decision, memory, time) if decision else []
     found = [*(_plan_warnings(plan) if plan else []), *warnings(situation, method, model)]
-    return Advice(decision, plan, tuple(points), tuple(found))
+    return Advice(decision, plan, tuple(found))
 
 
 def _plan_warnings(plan: Plan) -> list[str]:
@@ -85,7 +78,6 @@ def as_record(given: Advice) -> dict[str, Any]:
     return {
         "decision": asdict(given.decision) if given.decision else None,
         "plan": _plan_record(given.plan) if given.plan else None,
-        "checklist": [point._asdict() for point in given.checklist],
         "warnings": list(given.warnings),
     }
 

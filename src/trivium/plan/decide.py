@@ -1,8 +1,8 @@
 """Choose how to train: not at all, LoRA, full fine-tuning, continued pre-training, or from scratch.
 
 The amount of data selects one of an ordered list of approaches. If the license, the hardware, or the limits on time and
-cost rule it out, the next lower approach is tried. Every situation gets a decision with its reasons and with what would
-change it. Never imports torch.
+cost rule it out, the next lower approach is tried. Every situation gets a decision with its reasons. Never imports
+torch.
 """
 
 import math
@@ -30,7 +30,6 @@ class Approach:
         start: least data: conversations, or tokens of documents.
         stop: most data, None for no limit. No rule covers the gap up to the next approach.
         basis: source of `start` and `stop`.
-        other: a method that is about as good for the same data.
     """
 
     name: Literal["none", "adapter", "full", "continue", "scratch"]
@@ -39,7 +38,6 @@ class Approach:
     start: int
     stop: int | None
     basis: str
-    other: str | None = None
 
 
 COMMON = "a common rule of thumb"
@@ -48,8 +46,8 @@ GURURANGAN = f"{COMMON}; Gururangan et al. 2020, arXiv:2004.10964, gain from far
 APPROACHES: dict[str, tuple[Approach, ...]] = {
     "conversations": (
         Approach("none", "no training (prompt or retrieve)", (), 0, 100, COMMON),
-        Approach("adapter", "LoRA", ("lora", "qlora"), 100, 10_000, COMMON, other="full"),
-        Approach("full", "full fine-tuning", ("full",), 10_000, 1_000_000, f"{COMMON}; LoRA is common too", "lora"),
+        Approach("adapter", "LoRA", ("lora", "qlora"), 100, 10_000, COMMON),
+        Approach("full", "full fine-tuning", ("full",), 10_000, 1_000_000, f"{COMMON}; LoRA is common too"),
     ),
     "documents": (
         Approach("none", "no training (prompt or retrieve)", (), 0, 32_768, CONTEXT),
@@ -77,9 +75,7 @@ class Decision:
     Attributes:
         method, model: values for a run file; None for no training.
         budget_tokens: `budget.tokens` of a run file, if the limits do not allow all the data.
-        other_method: a method to compare with, if one is about as good.
         reasons: why, one line each.
-        would_change: what would lead to another decision, one line each.
     """
 
     name: str
@@ -87,9 +83,7 @@ class Decision:
     method: str | None
     model: str | None
     budget_tokens: int | None
-    other_method: str | None
     reasons: tuple[str, ...]
-    would_change: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -102,81 +96,37 @@ class ModelChoice:
     budget_tokens: int | None = None
 
 
-@dataclass(frozen=True)
-class Obstacle:
-    """What rules an approach out, and what would allow it."""
-
-    why: str
-    unless: str
-
-
 def decide(situation: Situation) -> Decision:
     """Decide whether to train, with which approach, and on which model."""
     if situation.is_general:
-        return _no_training(("A general model already does it: choose one, write a prompt, and measure it.",), ())
+        return _no_training(["A general model already does it: choose one, write a prompt, and measure it."])
     tried = (
-        "It is not known whether a general model already does this: try that first, it is free."
+        "It is not known whether a general model already does this: try that first, on a few dozen hard cases."
         if situation.is_general is None
         else "A general model was tried and is not good enough."
     )
     facts = situation.facts
     if facts is None or not situation.has_data:
-        return _no_training((tried, "There is no training data yet."), (_start_of(APPROACHES["conversations"][1]),))
+        first = APPROACHES["conversations"][1]
+        return _no_training([tried, f"There is no training data yet; {first.title} takes {first.start} conversations."])
     if (size := _size_below_published(situation)) is not None:
         return _small_from_scratch(size, facts, tried)
     approaches, amount = APPROACHES[facts.kind], _amount(facts)
     selected = max(index for index, approach in enumerate(approaches) if approach.start <= amount)
-    reasons, unless = [tried, _why_amount(facts, selected)], []
-    for index in range(selected, 0, -1):
-        found = _choose(situation, facts, approaches[index])
-        if isinstance(found, ModelChoice):
-            reasons.append(found.why)
-            if situation.is_general is None:
-                unless.insert(0, "If a general model answers a few dozen of your hardest cases well: no training.")
-            unless += map(_start_of, approaches[selected + 1 : selected + 2])
-            return _decision(situation, facts, index, found, reasons, unless)
-        reasons.append(found.why)
-        unless.append(found.unless)
-    return _no_training(tuple(reasons), (*unless, *map(_start_of, approaches[selected + 1 : selected + 2])))
+    reasons = [tried, _why_amount(facts, selected)]
+    for approach in approaches[selected:0:-1]:
+        choice = _choose(situation, facts, approach)
+        if isinstance(choice, ModelChoice):
+            title = "QLoRA" if choice.method == "qlora" else approach.title
+            reasons.append(choice.why)
+            return Decision(approach.name, title, choice.method, choice.model, choice.budget_tokens, tuple(reasons))
+        reasons.append(choice)
+    return _no_training(reasons)
 
 
-def _no_training(reasons: tuple[str, ...], would_change: tuple[str, ...]) -> Decision:
+def _no_training(reasons: list[str]) -> Decision:
     none = APPROACHES["conversations"][0]
-    return Decision(none.name, none.title, None, None, None, None, reasons, would_change)
-
-
-def _decision(
-    situation: Situation, facts: DataFacts, index: int, choice: ModelChoice, reasons: list[str], unless: list[str]
-) -> Decision:
-    """The decision for the approach at `index`, with what would lead elsewhere added to `unless`."""
-    approaches = APPROACHES[facts.kind]
-    approach = approaches[index]
-    unless.append(f"With fewer than {short(approach.start)} {UNITS[facts.kind]}: {approaches[index - 1].title}.")
-    other = next((other for other in approaches[1:] if other.methods[0] == approach.other), None)
-    other_choice = _choose(situation, facts, other) if other else None
-    if other is None or not isinstance(other_choice, ModelChoice):
-        other_choice = None
-    elif _num_params(other_choice.model) > _num_params(choice.model) > 0:
-        unless.append(f"If a larger model helps more than training all weights: {other.title} of {other_choice.model}.")
-    if situation.model is None:
-        unless.append(
-            f"If its answers are not good enough: improve the data first, then try a larger model than {choice.model}."
-        )
-    return Decision(
-        name=approach.name,
-        title="QLoRA" if choice.method == "qlora" else approach.title,
-        method=choice.method,
-        model=choice.model,
-        budget_tokens=choice.budget_tokens,
-        other_method=other_choice.method if other_choice else None,
-        reasons=tuple(reasons),
-        would_change=tuple(unless),
-    )
-
-
-def _num_params(model: str) -> int:
-    shape = published_shape(model)
-    return shape.num_params if shape else 0
+    return Decision(none.name, none.title, None, None, None, tuple(reasons))
 
 
 def _size_below_published(situation: Situation) -> int | None:
@@ -196,7 +146,6 @@ def _small_from_scratch(num_params: int, facts: DataFacts, tried: str) -> Decisi
         method="scratch",
         model=size if parse_count(size) == num_params else str(num_params),
         budget_tokens=None,
-        other_method=None,
         reasons=(
             tried,
             f"A model of {size} parameters was requested, and no published Qwen is that small.",
@@ -204,14 +153,13 @@ def _small_from_scratch(num_params: int, facts: DataFacts, tried: str) -> Decisi
             f"{TOKENS_PER_PARAM} are compute-optimal (Hoffmann et al. 2022, arXiv:2203.15556), which is {enough}. A "
             "small model keeps improving with more.",
         ),
-        would_change=("If a model of 0.5B parameters is small enough: adapt one with a few hundred examples.",),
     )
 
 
-def _choose(situation: Situation, facts: DataFacts, approach: Approach) -> ModelChoice | Obstacle:
+def _choose(situation: Situation, facts: DataFacts, approach: Approach) -> ModelChoice | str:
     """The first model that fits and can train on all the data within the limits, else the one that trains on the most.
 
-    Returns an obstacle if no model fits.
+    Returns what rules the approach out if no model fits.
     """
     if obstacle := _forbidden(situation, approach):
         return obstacle
@@ -234,28 +182,20 @@ def _choose(situation: Situation, facts: DataFacts, approach: Approach) -> Model
     if best or obstacles:
         return best or obstacles[0 if situation.starts_small else -1]
     most = short(facts.num_tokens / TOKENS_PER_PARAM)
-    return Obstacle(
-        f"Not {approach.title}: {short(facts.num_tokens)} tokens are enough for {most} parameters only.",
-        f"With a model of {most} parameters or less: {approach.title}.",
-    )
+    return f"Not {approach.title}: {short(facts.num_tokens)} tokens are enough for {most} parameters only."
 
 
-def _forbidden(situation: Situation, approach: Approach) -> Obstacle | None:
+def _forbidden(situation: Situation, approach: Approach) -> str | None:
     """What rules the approach out for every model."""
     is_adapter, model = approach.name == "adapter", situation.model
-    why, unless = [], []
+    why = []
     if situation.adapter_only and not is_adapter:
         why.append("only the adapter may be shared, and this changes the base weights")
-        unless.append("the whole model may be shared")
     if situation.is_laptop and not is_adapter:
         why.append("it has to run on a laptop, or a machine without a large GPU")
-        unless.append("it may run on a rented GPU")
     if model is not None and approach.name == "scratch":
         why.append(f"{model} was requested, and training from scratch does not use its weights")
-        unless.append("its weights are not needed")
-    if not why:
-        return None
-    return Obstacle(f"Not {approach.title}: {'; '.join(why)}.", f"If {' and '.join(unless)}: {approach.title}.")
+    return f"Not {approach.title}: {'; '.join(why)}." if why else None
 
 
 def _candidates(situation: Situation, facts: DataFacts, approach: Approach) -> Iterator[tuple[str, QwenShape | None]]:
@@ -313,17 +253,16 @@ def _model_choice(situation: Situation, facts: DataFacts, name: str, method: str
     return ModelChoice(name, method, why, budget_tokens)
 
 
-def _too_large(situation: Situation, approach: Approach, name: str, shape: QwenShape) -> Obstacle:
+def _too_large(situation: Situation, approach: Approach, name: str, shape: QwenShape) -> str:
     needed = min(situation.least_memory(shape, method).total for method in approach.methods)
     has = situation.device.memory_bytes if situation.device else 0
-    return Obstacle(
+    return (
         f"Not {approach.title}: {name} needs {needed / GIB:.1f} GiB on each device with the smallest micro-batch, and "
-        f"{FIT_SHARE:.0%} of {has / GIB:.1f} GiB may be used.",
-        f"With {needed / FIT_SHARE / GIB:.1f} GiB or more on each device: {approach.title} of {name}.",
+        f"{FIT_SHARE:.0%} of {has / GIB:.1f} GiB may be used."
     )
 
 
-def _too_expensive(situation: Situation, facts: DataFacts, approach: Approach, name: str, shape: QwenShape) -> Obstacle:
+def _too_expensive(situation: Situation, facts: DataFacts, approach: Approach, name: str, shape: QwenShape) -> str:
     """The time and cost of the least data the approach suits, and the limits."""
     method = approach.methods[0]
     tokens = round(_least_tokens(facts, approach) * num_epochs(method))
@@ -333,16 +272,10 @@ def _too_expensive(situation: Situation, facts: DataFacts, approach: Approach, n
         f"{hours / 24:,.3g} days" + (f" and {money:,.0f} USD" if money else "")
         for hours, money in ((needed.hours, needed.money), (situation.hours, situation.max_cost))
     )
-    return Obstacle(
+    return (
         f"Not {approach.title}: {short(tokens)} tokens, the least it suits, take {takes} with {name}, and the limit is "
-        f"{limit}.",
-        f"With {takes}: {approach.title} of {name}.",
+        f"{limit}."
     )
-
-
-def _start_of(approach: Approach) -> str:
-    unit = "conversations" if approach.name == "full" or approach.start < 10**4 else "tokens of raw text"
-    return f"With {short(approach.start)} {unit} or more: {approach.title}."
 
 
 def _why_amount(facts: DataFacts, selected: int) -> str:

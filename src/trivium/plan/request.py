@@ -102,26 +102,14 @@ def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> 
         decision = decide(situation)
         return ResolvedRequest(situation, decision, _goal_of_decision(request, decision, facts, read_hub))
     if request.target is None:
+        given = f"--method {request.method} without a model" if request.method else "no model and no data"
         raise ConfigError(
-            f"--method {request.method} was given without a model. Give a model too (Qwen/Qwen3-0.6B), or a run file."
+            f"There is nothing to plan: found {given}. Expected a run file, a model (Qwen/Qwen3-0.6B), or data: --data "
+            "FILE, or --rows 5K --kind conversations, or --tokens 1B --kind documents."
         )
-    if request.method:
-        methods = (request.method,)
-    else:
-        methods = (
-            ("scratch",)
-            if _is_size(request.target) or request.target.lower().startswith("ladder-")
-            else ("lora", "qlora")
-        )
+    is_new = _is_size(request.target) or request.target.lower().startswith("ladder-")
+    methods = (request.method,) if request.method else ("scratch",) if is_new else ("lora", "qlora")
     return ResolvedRequest(situation, None, _goal(request, _runs(request, methods, request.target), facts, read_hub))
-
-
-def resolve_situation(situation: Situation, request: PlanRequest, read_hub: ReadHub) -> ResolvedRequest:
-    """Resolve a situation with one device and no model or run file."""
-    decision = decide(situation)
-    goal = _goal_of_decision(request, decision, situation.facts, read_hub)
-    device = situation.device
-    return ResolvedRequest(situation, decision, replace(goal, devices=(device,)) if goal and device else goal)
 
 
 def _of_run_file(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> ResolvedRequest:

@@ -34,7 +34,6 @@ def print_page(advice: Advice, next_commands: Iterable[str]) -> None:
     parts = [*_decision(advice.decision)] if advice.decision else []
     if plan:
         parts += [_title(plan), *_memory(plan), *_speed(plan), *_choices(plan)]
-    parts += _section("Settle before training", [(point.question, point.answer) for point in advice.checklist])
     parts += _section("Warnings", [("!", text) for text in advice.warnings])
     parts += _section("Next", [("$", command) for command in next_commands])
     with console.capture() as capture:
@@ -62,11 +61,8 @@ def _section(title: str, rows: Iterable[tuple[str, ...]]) -> list[Any]:
 
 
 def _decision(decision: Decision) -> list[Any]:
-    rows = [("why", reason) for reason in decision.reasons]
-    rows += [("would change", text) for text in decision.would_change]
-    seen: set[str] = set()
-    labelled = [("" if label in seen or seen.add(label) else label, text) for label, text in rows]
-    return _section(f"Method: {decision.title}", labelled)
+    labels = ["why", *[""] * (len(decision.reasons) - 1)]
+    return _section(f"Method: {decision.title}", zip(labels, decision.reasons, strict=True))
 
 
 def _title(plan: Plan) -> Text:

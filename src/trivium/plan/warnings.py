@@ -1,9 +1,4 @@
-"""Warnings about common pitfalls of a method, and a checklist of seven points to settle before training.
-
-Never imports torch.
-"""
-
-from typing import NamedTuple
+"""Warnings about common pitfalls of a training method. Never imports torch."""
 
 from trivium.config.inputs import TrainTokenizer, parse_count
 from trivium.config.run import METHOD_DEFAULTS
@@ -11,19 +6,13 @@ from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.resolve import published_shape
 from trivium.model.shape import QwenShape
-from trivium.plan.decide import TOKENS_PER_PARAM, Decision, short
-from trivium.plan.devices import GIB
+from trivium.plan.decide import TOKENS_PER_PARAM, short
 from trivium.plan.fit import is_base
-from trivium.plan.situation import Situation, num_epochs
+from trivium.plan.situation import Situation
 from trivium.plan.speed import hours
 from trivium.plan.workload import DataFacts
 
 FEW_CONVERSATIONS, FEW_TOKENS, LARGE_RANK, LOW_REASONING_SHARE = 10_000, 10**9, 64, 0.5
-
-
-class ChecklistItem(NamedTuple):
-    question: str
-    answer: str
 
 
 def warnings(situation: Situation, method: str | None, model: str | None) -> tuple[str, ...]:
@@ -108,45 +97,6 @@ def _compute(situation: Situation, facts: DataFacts, shape: QwenShape, method: s
     return f"{text}."
 
 
-def checklist(
-    situation: Situation, decision: Decision, memory: str | None = None, time: str | None = None
-) -> list[ChecklistItem]:
-    """Seven points to settle before training; `memory` and `time` come from a plan if there is one."""
-    method, other = decision.method, decision.other_method
-    forgetting = "`trivium compare RUN --general TEXTS` for forgetting"
-    if method is None:
-        test = "`trivium eval MODEL --prompts questions.jsonl`: a few dozen questions with answers, before any training"
-    elif situation.facts and situation.facts.kind == "documents":
-        test = f"`trivium eval RUN` for the held-out loss; {forgetting}"
-    else:
-        test = f"`trivium eval RUN --prompts questions.jsonl` with questions that are not in the data; {forgetting}"
-    comparison = "optional; no other method suits this data, hardware and license as well"
-    if other:
-        comparison = (
-            f"optional: `trivium train RUN_FILE method={other} name=other`, "
-            "then `trivium compare RUN runs/other --prompts questions.jsonl`"
-        )
-    return [
-        ChecklistItem("Method", decision.title + (f" (method: {method})" if method else "")),
-        ChecklistItem("Base model", decision.model or "a general one; try several with your prompts"),
-        ChecklistItem("Data", _data(situation)),
-        ChecklistItem("Memory", memory or _memory(situation, decision)),
-        ChecklistItem("Training time", time or _time(situation, decision)),
-        ChecklistItem("Evaluation", test),
-        ChecklistItem("Comparison", comparison),
-    ]
-
-
-def _data(situation: Situation) -> str:
-    facts = situation.facts
-    if not facts or not situation.has_data:
-        return "none yet; conversations as JSON lines with `messages`, or plain text"
-    known = "counted" if facts.is_measured else "estimated"
-    answers = f", {facts.supervised_share:.0%} of them in answers" if facts.kind == "conversations" else ""
-    reasoning = f"; {facts.reasoning_share:.0%} with reasoning" if facts.reasoning_share else ""
-    return f"{facts.num_rows:,} {facts.kind}, {short(facts.num_tokens)} tokens ({known}){answers}{reasoning}"
-
-
 def _shape(situation: Situation, model: str | None) -> QwenShape | None:
     """The shape of a published model, or of a new model of about the given size; None if unknown."""
     size = parse_count(model)
@@ -156,25 +106,3 @@ def _shape(situation: Situation, model: str | None) -> QwenShape | None:
         return catalog.size_for_budget(size, TrainTokenizer.model_fields["vocab_size"].default)
     except ConfigError:
         return None
-
-
-def _memory(situation: Situation, decision: Decision) -> str:
-    shape = _shape(situation, decision.model)
-    if decision.method is None:
-        return "inference only: about 2 bytes per parameter"
-    if shape is None:
-        return "run `trivium plan` on the run file"
-    methods = (decision.method,) if decision.name == "scratch" else (decision.method, "full", "lora", "qlora")
-    needed = (f"{name} {situation.least_memory(shape, name).total / GIB:.1f} GiB" for name in dict.fromkeys(methods))
-    return f"at least, on each device: {', '.join(needed)}"
-
-
-def _time(situation: Situation, decision: Decision) -> str:
-    facts, shape = situation.facts, _shape(situation, decision.model)
-    if decision.method is None or facts is None:
-        return "none"
-    tokens = decision.budget_tokens or round(facts.num_tokens * num_epochs(decision.method))
-    cost = situation.cost(shape, decision.method, tokens) if shape else None
-    if cost is None:
-        return f"{short(tokens)} training tokens; give a device to predict the time"
-    return f"about {hours(cost.hours)} for {short(tokens)} tokens"
