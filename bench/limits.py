@@ -26,9 +26,9 @@ import torch
 
 from trivium.config.run import Adapter
 from trivium.engine.device import is_out_of_memory, return_freed_blocks
+from trivium.files import MIB
 from trivium.measure.synthetic import synthetic_batches, synthetic_engine
 from trivium.model.shape import QwenShape
-from trivium.plan.devices import MIB
 from trivium.plan.fit import FIT_SHARE, fits
 from trivium.plan.memory import FRAMEWORK_BYTES, peak_memory
 from trivium.plan.workload import Workload

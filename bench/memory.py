@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.allocator import allocated_peak
+from tests.support.allocator import allocated_peak
 from trivium.config.run import Adapter
 from trivium.measure.synthetic import synthetic_batches, synthetic_engine
 from trivium.model import catalog
@@ -181,7 +181,7 @@ def main() -> None:
             "instant": predicted.instant,
         }
         if options.trace:
-            from trivium.measure.trace import trace_peak
+            from tests.support.trace import trace_peak
 
             row["traced_bytes"] = trace_peak(work).peak_bytes
         rows.append(row)

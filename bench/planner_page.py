@@ -15,8 +15,8 @@ from typing import Any
 
 os.environ["TRIVIUM_HOME"] = os.devnull  # no changed prices
 
+from trivium.files import GIB
 from trivium.plan import devices
-from trivium.plan.devices import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "planner.md"

@@ -18,10 +18,10 @@ from trivium.engine.loop import Progress, batches_ahead, train_step
 from trivium.engine.prepare import prepare
 from trivium.engine.ranks import ALONE
 from trivium.engine.runfolder import RunFolder
+from trivium.files import GIB
 from trivium.model.resolve import planned_shape
 from trivium.model.shape import QwenShape
 from trivium.plan import devices
-from trivium.plan.devices import GIB
 from trivium.plan.fit import fits
 from trivium.plan.memory import peak_memory
 from trivium.plan.workload import of_run, with_batching

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trivium.errors import ConfigError
+from trivium.files import GIB
 from trivium.plan import devices
-from trivium.plan.devices import GIB, catalog, get, host_memory_bytes, identify, this_machine
+from trivium.plan.devices import catalog, get, host_memory_bytes, identify, this_machine
 
 # Names and memory in MiB as `nvidia-smi` prints them, and the device behind them.
 REPORTED = {

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from trivium.config.load import ResolvedRun, load_run, to_yaml
 from trivium.errors import ConfigError, DoesNotFit
+from trivium.files import GIB
 from trivium.model import catalog
 from trivium.model.resolve import planned_shape
 from trivium.plan import devices
 from trivium.plan.advice import write_run
-from trivium.plan.devices import GIB, Device
+from trivium.plan.devices import Device
 from trivium.plan.fit import FIT_SHARE, Fix, cheapest_fixes, micro_batch_sizes, settle_batch
 from trivium.plan.memory import peak_memory
 from trivium.plan.search import MAX_MICRO_TOKENS, STATES, TIE, Goal, Plan, search

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.allocator import allocated_peak
+from tests.support.allocator import allocated_peak
 from trivium.config.run import Adapter
 from trivium.model import catalog
 from trivium.model.shape import QwenShape

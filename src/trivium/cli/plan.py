@@ -146,7 +146,7 @@ def _request(
     **flags: Any,
 ) -> "PlanRequest":
     """The request; the first word is the target unless it is an override."""
-    from trivium.plan.devices import GIB
+    from trivium.files import GIB
     from trivium.plan.request import PlanRequest
 
     has_target = bool(words) and "=" not in words[0]

@@ -5,8 +5,8 @@ from typing import Any
 
 from trivium.data.batch.pack import Batch
 from trivium.engine.device import Machine, peak_memory_bytes
+from trivium.files import GIB
 from trivium.model.shape import QwenShape
-from trivium.plan.devices import GIB
 
 MFU_FORMULA = (
     "(k * block parameters * tokens + k * head parameters * supervised tokens + 6 * layers * heads * head_dim * sum of "

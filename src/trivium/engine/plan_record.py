@@ -13,9 +13,9 @@ from trivium.engine.device import LOOSE_FACTOR, Machine, asked_bytes, peak_memor
 from trivium.engine.prepare import Job
 from trivium.engine.runfolder import RunFolder, now
 from trivium.errors import DoesNotFit
+from trivium.files import GIB, MIB
 from trivium.plan import calibration
 from trivium.plan.check import PLAN_FILE
-from trivium.plan.devices import GIB, MIB
 from trivium.plan.fit import FIT_SHARE, cheapest_fixes
 from trivium.plan.memory import Memory, peak_memory
 from trivium.plan.speed import predict_speed

@@ -27,11 +27,10 @@ from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.device import Machine
 from trivium.engine.sample import end_ids
 from trivium.errors import ConfigError
-from trivium.files import sha256_file
+from trivium.files import GIB, sha256_file
 from trivium.model import catalog, hf
 from trivium.model.resolve import settle_shape, shape_of_sizes
 from trivium.model.shape import QwenShape
-from trivium.plan.devices import GIB
 from trivium.plan.fit import settle_batch
 from trivium.plan.workload import DataFacts
 

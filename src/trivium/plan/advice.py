@@ -13,9 +13,8 @@ from typing import Any
 from trivium.config.load import flatten, quote, to_yaml
 from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError
-from trivium.files import atomic_write
+from trivium.files import GIB, atomic_write
 from trivium.plan.decide import Decision
-from trivium.plan.devices import GIB
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.search import Goal, Plan, search
 from trivium.plan.situation import Situation

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, Literal
 
 from trivium.errors import ConfigError
-from trivium.plan.devices import GIB
+from trivium.files import GIB
 
 PLAN_FILE = "plan.json"
 

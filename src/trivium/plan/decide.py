@@ -12,10 +12,10 @@ from typing import Literal
 
 from trivium.config.inputs import parse_count
 from trivium.config.run import METHOD_DEFAULTS
+from trivium.files import GIB
 from trivium.model import catalog
 from trivium.model.resolve import published_shape
 from trivium.model.shape import QwenShape
-from trivium.plan.devices import GIB
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.situation import Situation, num_epochs
 from trivium.plan.workload import DataFacts

@@ -19,8 +19,8 @@ from pydantic import Field, ValidationError
 from trivium.config.inputs import Part
 from trivium.config.yaml_tree import Problem, parse_tree, printable, read_file
 from trivium.errors import ConfigError
+from trivium.files import GIB
 
-MIB, GIB = 1 << 20, 1 << 30
 GIGA, TERA = 1e9, 1e12
 CATALOG_FILE = Path(__file__).with_name("devices.yaml")
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,99}")

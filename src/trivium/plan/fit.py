@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from trivium.config.load import to_yaml
 from trivium.config.run import METHOD_DEFAULTS, Adapter, Run
 from trivium.errors import ConfigError
+from trivium.files import GIB
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
 from trivium.plan import devices
-from trivium.plan.devices import GIB, Device
+from trivium.plan.devices import Device
 from trivium.plan.memory import Memory, peak_memory
 from trivium.plan.speed import predict_speed
 from trivium.plan.workload import ComputeDtype, DataFacts, DeviceType, Workload, of_run, with_batching

@@ -1,9 +1,9 @@
 """Predict the peak memory of an optimizer step on each device, by category, with closed formulas.
 
 The formulas follow the engine tensor by tensor: saved activations, logits, temporary buffers of the backward. The peak
-is the largest of six instants. `measure/trace.py` checks the formulas with fake tensors, and `bench/memory.py` measures
-them against the allocator. Sharding over several devices follows the papers below and is not measured. Never imports
-torch.
+is the largest of six instants. `tests/plan/test_trace.py` compares them with a run on fake tensors, and
+`bench/memory.py` with the allocator. Sharding over several devices follows the papers below and is not measured. Never
+imports torch.
 
 Shapes: T tokens of a micro-batch, M of them supervised, D hidden, F feed-forward, V vocabulary.
 
@@ -14,8 +14,8 @@ arXiv:2006.15704 (DDP).
 from dataclasses import dataclass
 
 from trivium.data.batch.sizes import SUPERVISED_MULTIPLE
+from trivium.files import MIB
 from trivium.model.shape import CPU_SLICE_VALUES, loss_chunk_rows
-from trivium.plan.devices import MIB
 from trivium.plan.workload import FP32_BYTES as FP32
 from trivium.plan.workload import DeviceType, Workload, moment_bytes
 

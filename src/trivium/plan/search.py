@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from trivium.config.run import Run
 from trivium.errors import DoesNotFit
+from trivium.files import GIB
 from trivium.model.shape import QwenShape
 from trivium.plan.calibration import Calibration
-from trivium.plan.devices import GIB, Device
+from trivium.plan.devices import Device
 from trivium.plan.fit import FIT_SHARE, cheapest_fixes, fits, micro_batch_sizes, moved, pace
 from trivium.plan.memory import Memory, peak_memory
 from trivium.plan.speed import Cost, Speed, cost, predict_speed

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from trivium.config.load import flatten, to_yaml
+from trivium.files import GIB
 from trivium.plan.advice import Advice, time_and_money
 from trivium.plan.decide import Decision
-from trivium.plan.devices import GIB
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.search import Plan
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.fake_kernels import FakeNF4Linear, fake_kernels, scratch_of_a_cpu, scratch_of_a_gpu
 from trivium.config.run import Optimizer
 from trivium.data.batch.pack import Batch
 from trivium.engine import optim
 from trivium.engine.engine import Engine
-from trivium.measure.fake_kernels import FakeNF4Linear, fake_kernels, scratch_of_a_cpu, scratch_of_a_gpu
 from trivium.measure.synthetic import DTYPES, synthetic_batches
 from trivium.model import adapter
 from trivium.model.qwen import Linear, Qwen

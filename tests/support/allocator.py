@@ -1,4 +1,4 @@
-"""What torch's CPU allocator has really given out, for tests and benches of what the planner and the trace say."""
+"""Measure what torch's CPU allocator gives out, to check the planner's formulas and the trace."""
 
 import gc
 
@@ -9,10 +9,7 @@ from trivium.plan.workload import Workload
 
 
 def allocated_peak(work: Workload) -> int:
-    """The most bytes at one time over two optimizer steps, of which the second finds the moments there.
-
-    Making the model is counted too, so its weights are; quantising them needs less than a step.
-    """
+    """Peak bytes over building the engine and two optimizer steps; only the second starts with moments."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
         engine = synthetic_engine(work)

@@ -1,6 +1,5 @@
 """Traces of a step against the memory that torch allocates."""
 
-import gc
 import resource
 from dataclasses import replace
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 
+from tests.support.allocator import allocated_peak
+from tests.support.trace import Trace, trace_peak
 from trivium.config.run import Adapter
 from trivium.measure.synthetic import synthetic_batches, synthetic_engine
-from trivium.measure.trace import Trace, trace_peak
 from trivium.model import catalog, head, qwen
 from trivium.model.shape import QwenShape
 from trivium.plan.workload import Workload
@@ -38,24 +37,6 @@ def workload(**changes: Any) -> Workload:
     return Workload(**values | changes)
 
 
-def measured_peak(work: Workload) -> int:
-    """Peak bytes of the CPU's allocator over two real steps."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        engine = synthetic_engine(work)
-        made = synthetic_batches(work)
-        for _ in range(2):
-            engine.forward_backward(made)
-            engine.optimizer_step(1e-5, made)
-    assert events.profiler is not None and events.profiler.kineto_results is not None
-    changes = [event for event in events.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        held += change.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 CASES: dict[str, dict[str, Any]] = {
     "scratch, fp32": {**SCRATCH, "compute_dtype": "fp32"},
     "scratch, 8-bit, accumulated": {
@@ -78,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_trace_peak_matches_allocator(name: str) -> None:
     work = workload(**CASES[name])
-    assert trace_peak(work).peak_bytes == pytest.approx(measured_peak(work), rel=0.01)
+    assert trace_peak(work).peak_bytes == pytest.approx(allocated_peak(work), rel=0.01)
 
 
 def weight_bytes(trace: Trace) -> int:
