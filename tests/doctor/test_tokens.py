@@ -1,18 +1,24 @@
 """Rules about token ids: provoked by data, models and tokenizers that break them."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
-from tests.doctor.cases import found_in, prepared_of, run_of, severity_of
+from tests.doctor.cases import MACHINE, found_in, prepared_of, run_of, severity_of
 from tests.support.models import END_OF_TEXT, TURN_END, TURN_START, byte_tokenizer, write_base, zero_rows
 from trivium.data.columns import LOSS_WEIGHTS
 from trivium.data.store.megatron import StoreWriter
 from trivium.data.tokenizer import CHATML_TEMPLATE
 from trivium.doctor.prepared import load
+from trivium.engine.build import build_engine
 from trivium.errors import BadData
+from trivium.model import hf
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -105,6 +111,42 @@ def test_q04_small_rows_are_trained_ones(tokenizer, chats, tmp_path):
     base = write_base(tmp_path / "base", tokenizer, edit=shrink)
     run = run_of(tmp_path, chats, method="lora", model=str(base), adapter={"train_tokens": []})
     assert severity_of(prepared_of(run), "Q04") is None
+
+
+def tuned(base, chats, folder):
+    """The base after full fine-tuning on the chats, so that it ends its turns."""
+    job = prepared_of(run_of(folder, chats, method="full", model=str(base), optimizer={"lr": 1e-2})).job
+    engine = build_engine(job, MACHINE)
+    for step in range(60):
+        batches = job.batches.step(step)
+        engine.forward_backward(batches)
+        engine.optimizer_step(1e-2, batches)
+    hf.save_folder(engine.model, folder / "tuned", base, torch.float32)
+    return folder / "tuned"
+
+
+def liken(folder, cosine):
+    """Turn the row of an unused token so that it has this cosine with the end of a turn."""
+    tensors = load_file(folder / "model.safetensors")
+    end = torch.nn.functional.normalize(tensors[hf.EMBEDDINGS][TURN_END], dim=0)
+    other = torch.randn_like(end)
+    other = torch.nn.functional.normalize(other - other @ end * end, dim=0)
+    tensors[hf.EMBEDDINGS][300] = cosine * end + (1 - cosine**2) ** 0.5 * other
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("is_tuned", "cosine", "is_untrained"),
+    [(True, 0.995, False), (False, 0.995, True), (True, 0.9999, True), (False, 0.98, False)],
+)
+def test_rows_like_an_unused_token_are_trained_if_the_model_ends_turns(
+    is_tuned, cosine, is_untrained, base, chats, tmp_path
+):
+    folder = tuned(base, chats, tmp_path) if is_tuned else Path(shutil.copytree(base, tmp_path / "base"))
+    liken(folder, cosine)
+    job = prepared_of(run_of(tmp_path, chats, name="adapter", method="lora", model=str(folder))).job
+    assert (job.pretrained_tokens.end_probability() > 0.2) == is_tuned
+    assert job.trained_tokens == ([TURN_END] if is_untrained else [])
 
 
 def test_q05_a_base_model_that_does_not_stop(tokenizer, chats, tmp_path):

@@ -413,23 +413,17 @@ def test_impossible_adapter_inits_are_refused(bases: dict[str, Path]) -> None:
         adapter.inject(model, Adapter(rank=4, init="pissa"), seed=0)
 
 
-def test_untrained_rows_are_zero_or_parallel() -> None:
+def test_likeness_is_the_largest_cosine_to_another_row() -> None:
     torch.manual_seed(0)
     table = torch.randn(12, 8)
-    table[9] *= 0.001  # small, and trained
     table[3] = 0.0
-    table[6] = table[10]
-    reserved = [3, 6, 8, 9, 10, 11]
-    assert adapter.untrained_rows(table, None, [6, 3, 9, 8], reserved) == [6, 3]
-    assert adapter.untrained_rows(table, None, [0, 9], reserved) == []
-    table[8] = table[11] + 0.01 * torch.randn(8)  # pushed away alike, which leaves a little noise
-    assert adapter.untrained_rows(table, None, [8, 9], reserved) == [8]
-    table[8] = torch.randn(8)
-    head = torch.randn(12, 8)
-    head[9] = 0.0
-    assert adapter.untrained_rows(table, head, [8, 9], reserved) == [9]
-    table[0] = table[10]  # the twin of a reserved row, though it is not reserved itself
-    assert adapter.untrained_rows(table.bfloat16(), head.bfloat16(), [0], reserved) == [0]
+    table[6] = 0.01 * table[10]
+    assert adapter.likeness(table, 3) == 1.0
+    assert adapter.likeness(table, 10) == pytest.approx(1.0)
+    assert adapter.likeness(table.bfloat16(), 6) == pytest.approx(1.0, abs=1e-4)
+    others = [row for row in range(12) if row not in (3, 5)]
+    expected = torch.nn.functional.cosine_similarity(table[5][None], table[others], dim=1).max()
+    assert adapter.likeness(table, 5) == pytest.approx(float(expected))
 
 
 def test_inject_keeps_trained_weights_in_fp32_on_a_bf16_base(base: Path) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from trivium.doctor.findings import Rule, Violation
 from trivium.doctor.prepared import PreparedRun, StoredSample
-from trivium.engine.build import untrained_tokens
 from trivium.errors import BadData
 
 MIN_ENDED_SHARE = 0.99
@@ -48,18 +47,19 @@ def _last_supervised(prepared: PreparedRun, sample: StoredSample) -> int:
 
 def untrained_and_frozen(prepared: PreparedRun) -> Violation | None:
     """Q04: control tokens in the data with untrained embedding rows that this run keeps frozen."""
-    adapter, folder = prepared.run.adapter, prepared.job.weights_folder
-    if adapter is None or adapter.train_tokens is None or folder is None:
+    adapter, pretrained = prepared.run.adapter, prepared.job.pretrained_tokens
+    if adapter is None or adapter.train_tokens is None or pretrained is None:
         return None  # the run trains all rows, or finds the untrained ones itself
     named = set(prepared.job.tokenizer.convert_tokens_to_ids(adapter.train_tokens))
     used = set(np.unique(np.concatenate([sample.ids for sample in prepared.samples])).tolist())
-    frozen = [token for token in untrained_tokens(prepared.job, used) if token not in named]
+    frozen = [token for token in pretrained.untrained(used) if token not in named]
     if not frozen:
         return None
     return Violation(
         "error",
-        f"the data uses {', '.join(map(prepared.show, frozen))}. Their embedding rows in {folder} were never trained "
-        "(they are zero or equal another unused token's), and adapter.train_tokens leaves them frozen.",
+        f"the data uses {', '.join(map(prepared.show, frozen))}. Their embedding rows in {pretrained.folder} were "
+        "never trained (they are zero or like an unused token's, and the model does not use them), and "
+        "adapter.train_tokens leaves them frozen.",
         "trained rows; otherwise the model cannot use these tokens, and may never stop.",
         "remove adapter.train_tokens, or add these tokens to it.",
     )

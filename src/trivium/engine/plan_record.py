@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
-from trivium.engine.build import trained_tokens
 from trivium.engine.device import LOOSE_FACTOR, Machine, asked_bytes, peak_memory_bytes
 from trivium.engine.prepare import Job
 from trivium.engine.runfolder import RunFolder, now
@@ -31,7 +30,7 @@ ALLOCATED = "peak memory of the device's allocator, without the runtime and its 
 def workload_of(job: Job, machine: Machine) -> Workload:
     """The planner's workload of one step, including the trainable tokens of an adapter."""
     workload = of_run(job.run, job.shape, job.facts, machine.precision, machine.device_type)
-    return workload if job.run.adapter is None else replace(workload, num_token_rows=len(trained_tokens(job)))
+    return workload if job.run.adapter is None else replace(workload, num_token_rows=len(job.trained_tokens))
 
 
 def predict(job: Job, machine: Machine, versions: dict[str, str], held_bytes: int) -> dict[str, Any]:

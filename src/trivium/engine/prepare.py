@@ -24,6 +24,7 @@ from trivium.data.store.build import BuildSettings, BuiltStore, Listener, build_
 from trivium.data.store.megatron import Selection, Store
 from trivium.data.store.train_tokenizer import train_tokenizer_from_sources
 from trivium.data.tokenizer import load_tokenizer
+from trivium.engine.control_tokens import PretrainedTokens
 from trivium.engine.device import Machine
 from trivium.engine.sample import end_ids
 from trivium.errors import ConfigError
@@ -67,6 +68,8 @@ class Job:
         held_out: the evaluation batches; empty when nothing is held out.
         num_steps: optimizer steps of the whole run.
         stop_ids: tokens that end generation; the first is the model's EOS token.
+        pretrained_tokens: which tokens the pretrained model knows; None for random initialization.
+        trained_tokens: token ids whose rows are trained with an adapter.
         inputs: hex digest of tokenizer, data, order and frozen weights.
         facts: statistics of the data for the planner.
     """
@@ -82,6 +85,8 @@ class Job:
     held_out: list[Batch]
     num_steps: int
     stop_ids: list[int]
+    pretrained_tokens: PretrainedTokens | None
+    trained_tokens: list[int]
     inputs: str
     facts: DataFacts
 
@@ -123,10 +128,14 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
     epochs = run.budget.epochs
     num_sequences = None if epochs is None else order.num_sequences_in_epochs(epochs)
     frozen_folder = model_folder if run.trainable == "adapter" else None
+    weights_folder = None if run.weights == "random" else model_folder
+    pretrained = None
+    if weights_folder is not None:
+        pretrained = PretrainedTokens(weights_folder, shape, tokenizer, built, turn_end[0] if turn_end else None)
     return Job(
         run=run,
         shape=shape,
-        weights_folder=None if run.weights == "random" else model_folder,
+        weights_folder=weights_folder,
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         built=built,
@@ -135,6 +144,8 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
         held_out=held_out_batches(run, built),
         num_steps=count_steps(run, num_sequences),
         stop_ids=list(dict.fromkeys([*turn_end, *end_ids(tokenizer)])),
+        pretrained_tokens=pretrained,
+        trained_tokens=pretrained.to_train(run) if pretrained and run.adapter else [],
         inputs=digest_inputs(run, tokenizer_folder, built, order, frozen_folder),
         facts=facts,
     )

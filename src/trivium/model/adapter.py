@@ -6,7 +6,7 @@ fp32.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +32,6 @@ READ_KEYS |= {"init_lora_weights", "trainable_token_indices"}
 INERT_KEYS = {"base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "auto_mapping"}
 INERT_KEYS |= {"loftq_config", "eva_config", "qalora_group_size", "megatron_core", "ensure_weight_tying"}
 UNSET = (None, False, "none", {}, [])
-TWIN_COSINE = 0.99
 # Initializations that do not modify the base weights.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -375,22 +374,14 @@ def _folded(module: Any) -> Tensor:
     return weight
 
 
-def untrained_rows(
-    embedding: Tensor, head: Tensor | None, ids: Collection[int], reserved_ids: Collection[int]
-) -> list[int]:
-    """The `ids` that were never trained: their row is zero or parallel to the row of another reserved token.
+def likeness(table: Tensor, row: int) -> float:
+    """The largest cosine of a row of `table`, (N, D), to another row; 1 for a row of zeros.
 
-    Tokens that never occur in training all receive the same gradients, so their rows converge to one direction, with
-    cosines above 0.999. Norms do not tell: chat models have trained rows a hundred times smaller than the others.
-    embedding, head: (V, D); `head` is None if tied.
+    Norms do not tell: chat models have trained rows a hundred times smaller than the others.
     """
-    untrained = set()
-    for table in (embedding, head):
-        if table is not None:
-            reserved = F.normalize(table[list(reserved_ids)].float(), dim=1)
-            others = torch.tensor(list(reserved_ids), device=table.device)
-            for token in ids:
-                cosines = reserved @ F.normalize(table[token].float(), dim=0)
-                if not table[token].any() or (cosines[others != token] > TWIN_COSINE).any():
-                    untrained.add(token)
-    return [token for token in ids if token in untrained]
+    if not table[row].any():
+        return 1.0
+    rows = F.normalize(table.float(), dim=1)
+    cosines = rows @ rows[row]
+    cosines[row] = -1.0
+    return float(cosines.max())
