@@ -80,7 +80,7 @@ def train_quietly(resolved: ResolvedRun, observer: Observer, allowed: frozenset[
     folder = RunFolder(Path(resolved.run.runs_dir) / resolved.run.name, is_writer=ranks.is_first)
 
     show(require_startable(resolved.run, allowed), observer)
-    run = with_recorded_batching(folder, resolved.run)
+    run = with_recorded_choices(folder, resolved.run)
     if ranks.from_first(is_finished(folder, run, observer)):
         return folder
     require_trackers(run.log.trackers)
@@ -113,8 +113,7 @@ def build_and_loop(
     if not previous:
         folder.write(PLAN_FILE, {"predicted": plan_record.predict(job, machine, versions(), held_bytes)})
     if folder.is_writer:
-        left_open = [key for key in BATCHING_KEYS if flatten(resolved.run)[key] is None]
-        atomic_write(folder.run_yaml, dump_run(job.run, resolved.origins | dict.fromkeys(left_open, "planner")))
+        atomic_write(folder.run_yaml, dump_run(job.run, resolved.origins | chosen(resolved.run, job.run)))
     torch.manual_seed(job.run.seed)
     if plan_record.is_tight(job, machine):
         return_freed_blocks()
@@ -133,6 +132,13 @@ def build_and_loop(
         raise
 
 
+def chosen(given: Run, settled: Run) -> dict[str, str]:
+    """The origin of each setting that the run file leaves open."""
+    before = flatten(given)
+    changed = [key for key, value in flatten(settled).items() if value != before[key]]
+    return {key: "planner" if key in BATCHING_KEYS else "amount of data" for key in changed}
+
+
 def show(findings: list[Finding], observer: Observer) -> None:
     """Print the doctor's findings that did not stop the run."""
     for finding in findings:
@@ -146,19 +152,23 @@ def agree(machine: Machine, ranks: Ranks) -> Machine:
     return replace(machine, peak_flops=peak_flops, memory_bytes=memory_bytes).with_precision(precision)
 
 
-def with_recorded_batching(folder: RunFolder, run: Run) -> Run:
-    """The run with batching settings it leaves open taken from its folder if it is resumed.
+def with_recorded_choices(folder: RunFolder, run: Run) -> Run:
+    """The run with the settings it leaves open taken from its folder if it is resumed.
 
     This keeps results identical when a run is resumed on a machine with more or less memory.
     """
     if not folder.has_progress:
         return run
     begun = load_run(folder.run_yaml, []).run
-    batch = run.batch.model_copy(update={"micro_tokens": run.batch.micro_tokens or begun.batch.micro_tokens})
+    batch = {name: value for name, value in run.batch.model_dump().items() if value is not None}
     checkpointing = run.activation_checkpointing
-    if checkpointing is None:
-        checkpointing = begun.activation_checkpointing
-    return run.model_copy(update={"batch": batch, "activation_checkpointing": checkpointing})
+    return run.model_copy(
+        update={
+            "batch": begun.batch.model_copy(update=batch),
+            "budget": begun.budget if run.budget.is_open else run.budget,
+            "activation_checkpointing": begun.activation_checkpointing if checkpointing is None else checkpointing,
+        }
+    )
 
 
 def is_finished(folder: RunFolder, run: Run, observer: Observer) -> bool:

@@ -24,7 +24,7 @@ from trivium.engine.prepare import prepare
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError
 from trivium.plan.check import read_outcome
-from trivium.train import is_finished, with_recorded_batching
+from trivium.train import is_finished, with_recorded_choices
 from trivium.use.verify import verify
 
 MIB = 1 << 20
@@ -86,10 +86,10 @@ def test_resumed_run_keeps_its_recorded_batching(corpus, tmp_path):
     assert (settled.batch.micro_tokens, settled.activation_checkpointing) == (64, True)
     assert "the planner chose batch.micro_tokens: 64 and activation_checkpointing: true" in notes[-1]
     folder = RunFolder(tmp_path / "small")
-    assert with_recorded_batching(folder, run) == run
+    assert with_recorded_choices(folder, run) == run
     begun = run_of(run_values(corpus, tmp_path, batch={"tokens": 512, "micro_tokens": 256}, budget={"steps": 6}))
     write_begun(folder, begun.model_copy(update={"activation_checkpointing": False}))
-    as_begun = with_recorded_batching(folder, run)
+    as_begun = with_recorded_choices(folder, run)
     assert prepare(as_begun, notes.append, small).run == as_begun
     assert (as_begun.batch.micro_tokens, as_begun.activation_checkpointing) == (256, False)
     assert not is_finished(folder, as_begun, Silent())

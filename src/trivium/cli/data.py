@@ -114,9 +114,7 @@ def _conversations(options: dict[str, Any]) -> "ConversationSettings":
 @click.option(
     "--held-out",
     type=click.FloatRange(0, 1, max_open=True),
-    default=DEFAULTS["held_out"],
-    show_default=True,
-    help="Share of documents kept out of training.",
+    help="Share of documents kept out of training. Default: 0.01; for small data about 20 documents, at most 0.1.",
 )
 @click.option(
     "--max-reject-share",
@@ -137,7 +135,7 @@ def _conversations(options: dict[str, Any]) -> "ConversationSettings":
 def build(
     sources: tuple[str, ...],
     tokenizer: str,
-    held_out: float,
+    held_out: float | None,
     max_reject_share: float,
     workers: int | None,
     cache_dir: Path,

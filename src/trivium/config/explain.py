@@ -73,6 +73,9 @@ EXAMPLES: dict[str, Any] = {
     "sample.every_steps": 100,
     "sample.prompts": ["Once upon a time"],
     "checkpoint.every_steps": 100,
+    "log.every_steps": 10,
+    "data.held_out": 0.05,
+    "batch.tokens": 16_384,
 }
 """Examples for keys without a default, or for their parents; for other keys, the default is the example."""
 

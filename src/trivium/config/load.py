@@ -104,6 +104,8 @@ def _override(tree: Node, override: str) -> Node:
     steps = dotted.strip().split(".")
     path: KeyPath = tuple(int(step) if re.fullmatch("[0-9]{1,6}", step) else step for step in steps)
     node = tree
+    if path[0] == "budget" and len(path) > 1 and isinstance(tree.value, dict):
+        tree.value.pop("budget", None)  # only one of its keys may be set, so the override replaces the file's
     for depth in range(len(path)):
         node = _child(node, path[: depth + 1])
     new = _override_value(dotted, text)

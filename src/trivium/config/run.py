@@ -18,24 +18,18 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "trainable": "adapter",
         "loss_tokens": "assistant",
         "optimizer": {"lr": 2e-4, "weight_decay": 0.0, "beta2": 0.999},
-        "batch": {"tokens": 16_384},
-        "budget": {"epochs": 3.0},
     },
     "qlora": {
         "weights": "nf4",
         "trainable": "adapter",
         "loss_tokens": "assistant",
         "optimizer": {"lr": 2e-4, "weight_decay": 0.0, "beta2": 0.999},
-        "batch": {"tokens": 16_384},
-        "budget": {"epochs": 3.0},
     },
     "full": {
         "weights": "pretrained",
         "trainable": "everything",
         "loss_tokens": "assistant",
         "optimizer": {"lr": 1e-5, "weight_decay": 0.1, "beta2": 0.999},
-        "batch": {"tokens": 16_384},
-        "budget": {"epochs": 3.0},
     },
     "continue": {
         "weights": "pretrained",
@@ -125,7 +119,8 @@ class Schedule(Part):
 
 
 class Budget(Part):
-    """Training length; set exactly one."""
+    """Training length; set at most one key. Default: 3 epochs for `loss_tokens: assistant`, up to 16 if the data is too
+    small for 100 steps; otherwise 1 epoch."""
 
     steps: Count | None = None
     """Optimizer steps."""
@@ -134,17 +129,24 @@ class Budget(Part):
     epochs: Annotated[float, Field(gt=0.0)] | None = None
     """Passes over the data."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the length is left to the data."""
+        return self.steps is self.tokens is self.epochs is None
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        exactly_one(self, ("steps", "tokens", "epochs"))
+        if not self.is_open:
+            exactly_one(self, ("steps", "tokens", "epochs"))
         return self
 
 
 class BatchSize(Part):
     """Batch sizes in tokens, so that they mean the same at every sequence length."""
 
-    tokens: Count = 32_768
-    """Tokens per optimizer step."""
+    tokens: Count | None = None
+    """Tokens per optimizer step. Default: 16,384 for `loss_tokens: assistant`, otherwise 32,768; for small data halved
+    until the run has 100 steps, down to 1,024 and data.seq_len."""
     micro_tokens: Count | None = None
     """Tokens per micro-batch (one forward and backward pass). Default: 8,192 or the largest number below that divides
     the step, less if the planner finds that it does not fit the device."""
@@ -196,8 +198,8 @@ class Checkpoint(Part):
 class Log(Part):
     """Logging of metrics."""
 
-    every_steps: Count = 10
-    """Steps between entries of metrics.jsonl."""
+    every_steps: Count | None = None
+    """Steps between entries of metrics.jsonl. Default: a fiftieth of the run, at most 10."""
     trackers: list[Literal["trackio", "wandb", "tensorboard"]] = Field([])
     """Experiment trackers that also receive the metrics."""
 
@@ -227,7 +229,7 @@ class Run(Part):
     """AdamW's settings."""
     schedule: Schedule = Schedule()
     """Learning rate schedule."""
-    budget: Budget = Budget(epochs=1.0)
+    budget: Budget = Budget()
     """Training length."""
     batch: BatchSize = BatchSize()
     """Batch size in tokens."""
@@ -256,15 +258,15 @@ class Run(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         seq_len, batch = self.data.seq_len, self.batch
-        if batch.tokens % seq_len:
+        if batch.tokens is not None and batch.tokens % seq_len:
             raise ValueError(
                 f"batch.tokens {batch.tokens} is not a multiple of data.seq_len {seq_len}; "
                 f"the nearest that is: {max(1, round(batch.tokens / seq_len)) * seq_len}"
             )
-        if batch.micro_tokens is not None and (batch.micro_tokens % seq_len or batch.tokens % batch.micro_tokens):
+        if batch.micro_tokens is not None and (batch.micro_tokens % seq_len or self.step_tokens % batch.micro_tokens):
             raise ValueError(
                 f"batch.micro_tokens {batch.micro_tokens} must be a multiple of data.seq_len {seq_len} "
-                f"and divide batch.tokens {batch.tokens}"
+                f"and divide batch.tokens {self.step_tokens}"
             )
         rows, trained = self.model.vocab_size, self.tokenizer.train if self.tokenizer else None
         if rows is not None and trained is not None and rows < trained.vocab_size:
@@ -290,9 +292,19 @@ class Run(Part):
         return self
 
     @property
+    def step_tokens(self) -> int:
+        """Tokens per optimizer step, if the data is not small."""
+        return self.batch.tokens or max(1, usual_step(self.loss_tokens) // self.data.seq_len) * self.data.seq_len
+
+    @property
+    def default_epochs(self) -> float:
+        """Passes over the data if the run file leaves the budget open and the data is not small."""
+        return usual_epochs(self.loss_tokens)
+
+    @property
     def sequences_per_step(self) -> int:
         """Packed sequences per optimizer step."""
-        return self.batch.tokens // self.data.seq_len
+        return self.step_tokens // self.data.seq_len
 
     @property
     def sequences_per_micro_batch(self) -> int:
@@ -302,15 +314,25 @@ class Run(Part):
         return math.gcd(self.sequences_per_step, max(1, 8192 // self.data.seq_len))
 
 
+def usual_step(loss_tokens: str) -> int:
+    """Tokens per optimizer step if neither the run file nor small data says otherwise."""
+    return 16_384 if loss_tokens == "assistant" else 32_768
+
+
+def usual_epochs(loss_tokens: str) -> float:
+    """Passes over the data if neither the run file nor small data says otherwise."""
+    return 3.0 if loss_tokens == "assistant" else 1.0
+
+
 def with_method_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """The user's values over the defaults of their method; validation refuses an unknown method.
 
-    A budget replaces the default budget, since only one of its keys may be set. A missing adapter is added if trained.
+    A missing adapter is added if it is trained.
     """
     defaults = METHOD_DEFAULTS.get(values.get("method", ""), {}) if isinstance(values.get("method"), str) else {}
     merged = {**defaults, **values}
     for key, default in defaults.items():
-        if isinstance(default, dict) and isinstance(values.get(key), dict) and key != "budget":
+        if isinstance(default, dict) and isinstance(values.get(key), dict):
             merged[key] = {**default, **values[key]}
     if merged.get("trainable") == "adapter":
         merged.setdefault("adapter", {})

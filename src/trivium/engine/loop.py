@@ -30,6 +30,7 @@ from trivium.model import adapter, hf
 
 SHOWN_DOCUMENTS, SHOWN_TOKENS = 5, 24
 MAX_DEFAULT_CHECKPOINT_STEPS = 500
+MAX_DEFAULT_LOG_STEPS = 10
 
 
 class Observer(Protocol):
@@ -115,6 +116,7 @@ def run_loop(job: Job, engine: Engine, machine: Machine, folder: RunFolder, obse
     run, num_steps, ranks = job.run, job.num_steps, engine.ranks
     eval_steps = run.eval.every_steps or max(1, num_steps // 10)
     sample_steps = run.sample.every_steps or max(1, num_steps // 10)
+    log_steps = run.log.every_steps or min(max(1, num_steps // 50), MAX_DEFAULT_LOG_STEPS)
     save_steps = run.checkpoint.every_steps or min(max(1, num_steps // 10), MAX_DEFAULT_CHECKPOINT_STEPS)
     observer.begin(progress.step, num_steps)
     with StopRequest() as stop, batches_ahead(job, machine, progress.step, ranks) as ahead:
@@ -123,7 +125,7 @@ def run_loop(job: Job, engine: Engine, machine: Machine, folder: RunFolder, obse
             observer.step(progress.step, figures["train/loss"])
             is_last = progress.step == num_steps
             is_stopped = ranks.any(stop.signal is not None)
-            if is_last or progress.step == 1 or progress.step % run.log.every_steps == 0:
+            if is_last or progress.step == 1 or progress.step % log_steps == 0:
                 metrics = {**figures, **progress.interval.figures(machine, ranks.size)}
                 log(job, folder, progress, metrics, observer)
             if is_last or progress.step % eval_steps == 0:

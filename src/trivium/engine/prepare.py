@@ -32,6 +32,7 @@ from trivium.files import GIB, sha256_file
 from trivium.model import catalog, hf
 from trivium.model.resolve import settle_shape, shape_of_sizes
 from trivium.model.shape import QwenShape
+from trivium.plan.amount import settle_amount
 from trivium.plan.fit import settle_batch
 from trivium.plan.workload import DataFacts
 
@@ -120,6 +121,7 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
     has_conversations = any(store.has_conversations for store in built)
     turn_end = [describe_template(tokenizer).end_of_turn_id] if has_conversations else []
     facts = count_facts(mixture)
+    run = settle_amount(run, facts)
     if machine is not None:
         run = settle_batching(run, shape, facts, machine, note)
     stores = [part.store for part in mixture]
@@ -305,6 +307,6 @@ def count_steps(run: Run, num_sequences: int | None) -> int:
     if run.budget.steps is not None:
         return run.budget.steps
     if run.budget.tokens is not None:
-        return math.ceil(run.budget.tokens / run.batch.tokens)
+        return math.ceil(run.budget.tokens / run.step_tokens)
     assert num_sequences is not None
     return max(1, math.ceil(num_sequences / run.sequences_per_step))

@@ -118,7 +118,7 @@ def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
         shares = zip(job.mixture, job.batches.order.token_shares(epoch=0), strict=True)
         names = [f"{part.built.name if part.kind == 'all' else part.kind} {share:.1%}" for part, share in shares]
         summary += f" ({', '.join(names)})"
-    summary += f", {job.num_steps:,} steps of {job.run.batch.tokens:,} tokens"
+    summary += f", {job.num_steps:,} steps of {job.run.step_tokens:,} tokens"
     yield f"{summary}, {describe(machine.device)}, {str(machine.compute_dtype).removeprefix('torch.')}"
     for built in job.built:
         if built.report.get("conversations"):

@@ -156,9 +156,7 @@ def written_values(run: Run) -> dict[str, Any]:
     written = {key: value for key, value in plain.items() if key not in METHOD_DEFAULTS[run.method]}
     for key, said in METHOD_DEFAULTS[run.method].items():
         value, others = everything[key], plain.get(key, {})
-        if key == "budget":
-            written[key] = {name: entry for name, entry in value.items() if entry is not None}
-        elif isinstance(said, dict):
+        if isinstance(said, dict):
             written[key] = {
                 name: entry
                 for name, entry in value.items()

@@ -15,6 +15,7 @@ from trivium.errors import ConfigError
 from trivium.model.resolve import hub_id, planned_shape, shape_of_name
 from trivium.model.shape import QwenShape
 from trivium.plan import calibration, devices
+from trivium.plan.amount import settle_amount
 from trivium.plan.decide import Decision, decide
 from trivium.plan.devices import Device
 from trivium.plan.search import Goal
@@ -154,7 +155,8 @@ def _runs(request: PlanRequest, methods: Sequence[str], model: str) -> list[Reso
 
 def _goal(request: PlanRequest, resolved: Sequence[ResolvedRun], facts: DataFacts | None, read_hub: ReadHub) -> Goal:
     """The goal: search every key that the user has not set."""
-    run = resolved[0].run
+    runs = tuple(settle_amount(entry.run, facts) for entry in resolved)
+    run = runs[0]
     set_keys = {key for key, origin in resolved[0].origins.items() if not origin.startswith("default")}
     set_keys -= set() if request.run_file or request.method else {"method"}
     choices = request.devices
@@ -163,11 +165,11 @@ def _goal(request: PlanRequest, resolved: Sequence[ResolvedRun], facts: DataFact
         counts = (request.num_devices or run.parallel.devices,)
     if run.sequences_per_step % counts[0]:
         raise ConfigError(
-            f"A step of {run.batch.tokens:,} tokens is {run.sequences_per_step} sequences of {run.data.seq_len:,}, "
+            f"A step of {run.step_tokens:,} tokens is {run.sequences_per_step} sequences of {run.data.seq_len:,}, "
             f"which {counts[0]} devices cannot share evenly. Change batch.tokens or the number of devices."
         )
     return Goal(
-        runs=tuple(entry.run for entry in resolved),
+        runs=runs,
         shape=planned_shape(run) or read_hub(cast(str, run.model.name)),
         devices=choices,
         num_devices=counts,

@@ -107,8 +107,8 @@ def count_tokens(run: Run, facts: DataFacts | None) -> int | None:
     if run.budget.tokens is not None:
         return run.budget.tokens
     if run.budget.steps is not None:
-        return run.budget.steps * run.batch.tokens
-    return round((run.budget.epochs or 1.0) * facts.num_tokens) if facts else None
+        return run.budget.steps * run.step_tokens
+    return round((run.budget.epochs or run.default_epochs) * facts.num_tokens) if facts else None
 
 
 def settled(run: Run, workload: Workload) -> Run:

@@ -7,7 +7,7 @@ step. Never imports torch.
 import math
 from dataclasses import dataclass
 
-from trivium.config.run import METHOD_DEFAULTS, Adapter, BatchSize
+from trivium.config.run import METHOD_DEFAULTS, Adapter, usual_epochs, usual_step
 from trivium.model.shape import QwenShape
 from trivium.plan.calibration import Calibration
 from trivium.plan.devices import Device
@@ -76,7 +76,6 @@ class Situation:
     def workload(self, shape: QwenShape, method: str) -> Workload:
         """The method's default step, fully sharded, with the batching of `best_batching`."""
         defaults = METHOD_DEFAULTS[method]
-        step_tokens = defaults.get("batch", {}).get("tokens", BatchSize.model_fields["tokens"].default)
         work = Workload(
             shape=shape,
             weights=defaults["weights"],
@@ -84,7 +83,7 @@ class Situation:
             state_dtype="fp32",
             seq_len=SEQ_LEN,
             micro_tokens=SEQ_LEN,
-            step_tokens=max(step_tokens, SEQ_LEN * self.devices),
+            step_tokens=max(usual_step(defaults["loss_tokens"]), SEQ_LEN * self.devices),
             activation_checkpointing=False,
             compute_dtype="bf16",
             device_type="gpu",
@@ -123,4 +122,4 @@ class Situation:
 
 def num_epochs(method: str) -> float:
     """Default passes over the data."""
-    return METHOD_DEFAULTS[method].get("budget", {}).get("epochs", 1.0)
+    return usual_epochs(METHOD_DEFAULTS[method]["loss_tokens"])

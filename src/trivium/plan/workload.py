@@ -210,7 +210,7 @@ def of_run(
         state_dtype=run.optimizer.state_dtype,
         seq_len=run.data.seq_len,
         micro_tokens=run.sequences_per_micro_batch * run.data.seq_len,
-        step_tokens=run.batch.tokens,
+        step_tokens=run.step_tokens,
         activation_checkpointing=bool(run.activation_checkpointing),
         compute_dtype=compute_dtype,
         device_type=device_type,

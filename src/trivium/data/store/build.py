@@ -95,7 +95,7 @@ class BuildSettings:
     Attributes:
         cache_dir: folder of the stores.
         conversations: how conversations become samples.
-        held_out: share of each source's documents kept out of training; 0 for none.
+        held_out: share of each source's documents kept out of training; 0 for none, None to choose it by their number.
         max_reject_share: largest allowed share of rejects among a source's records.
         max_document_mib: longer records are rejected.
         workers: processes that tokenize; None for one per core.
@@ -104,7 +104,7 @@ class BuildSettings:
 
     cache_dir: Path
     conversations: ConversationSettings = DEFAULT_CONVERSATIONS
-    held_out: float = DEFAULTS["held_out"]
+    held_out: float | None = None
     max_reject_share: float = DEFAULTS["max_reject_share"]
     max_document_mib: float = DEFAULTS["max_document_mib"]
     workers: int | None = None

@@ -24,15 +24,18 @@ HIGH_VALUES = 1 << (4 * HASH_BYTES)
 BUCKET_HASHES = 1 << 21
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 EXACT_LENGTH_BITS = 10
+USUAL_SHARE, MAX_SMALL_SHARE, ENOUGH_HELD_OUT = 0.01, 0.1, 20
 
 
-def publish(partial: Partial, final: Path, held_out: float, control_ids: Sequence[int], inputs: dict[str, Any]) -> None:
+def publish(
+    partial: Partial, final: Path, held_out: float | None, control_ids: Sequence[int], inputs: dict[str, Any]
+) -> None:
     """Write the store of `partial` to the folder `final`, atomically.
 
     Args:
         partial: all documents, committed.
         final: the folder to create; must not exist.
-        held_out: share of the distinct documents that go to `held_out.bin`.
+        held_out: share of the distinct documents that go to `held_out.bin`; None to choose it by their number.
         control_ids: tokens to look for; the manifest lists those that occur in the training documents.
         inputs: everything the store depends on, for manifest.json.
     """
@@ -40,7 +43,8 @@ def publish(partial: Partial, final: Path, held_out: float, control_ids: Sequenc
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     num_distinct, smallest, largest = count_distinct(partial.folder / HASHES)
-    split = _Split(folder, partial, held_out_limit(held_out, smallest, largest), control_ids)
+    share = held_out_share(num_distinct) if held_out is None else held_out
+    split = _Split(folder, partial, held_out_limit(share, smallest, largest), control_ids)
     tally = partial.tally
     report = {
         **tally.counts(),
@@ -67,6 +71,11 @@ def publish(partial: Partial, final: Path, held_out: float, control_ids: Sequenc
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     os.rename(folder, final)
     fsync_directory(final.parent)
+
+
+def held_out_share(num_distinct: int) -> float:
+    """The share to hold out by default: 1 %, but about 20 documents if a tenth of the data is as many."""
+    return max(USUAL_SHARE, min(MAX_SMALL_SHARE, ENOUGH_HELD_OUT / max(1, num_distinct)))
 
 
 def held_out_limit(held_out: float, smallest: int, largest: int) -> int:
