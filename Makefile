@@ -57,7 +57,7 @@ clean:
 	@echo "Installing Trivium into .venv; this is done once and takes a few minutes."
 	$(PYTHON) -m venv .venv
 	$(INSTALL) hatchling editables
-	$(INSTALL) --no-build-isolation --editable ".[gpu]"
+	$(INSTALL) --no-build-isolation --editable ".[gpu,demo]"
 	touch $@
 
 .venv/dev.stamp: .venv/core.stamp

@@ -82,7 +82,12 @@ def test_q22_bf16_on_a_device_that_emulates_it(prepared):
 
 @pytest.mark.parametrize(
     ("numbers", "severity"),
-    [({"rope_theta": 1e4}, "warning"), ({"intermediate_size": 42}, "info"), ({"intermediate_size": 128}, None)],
+    [
+        ({"rope_theta": 1e4}, "warning"),
+        ({"family": "llama", "rope_theta": 1e4}, None),
+        ({"intermediate_size": 42}, "info"),
+        ({"intermediate_size": 128}, None),
+    ],
 )
 def test_q26_shapes_of_random_weights(texts, tmp_path, numbers, severity):
     shape = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2} | numbers

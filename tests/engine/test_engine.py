@@ -43,7 +43,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert (gradient - other[name]).norm() <= 1e-6 * gradient.norm(), name
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", True)])
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", True), ("llama", True)])
 def test_micro_batches_equal_one_large_batch(family, tied):
     engine = small_engine(family, tied)
     whole = engine.forward_backward(rows_of(sequences_per_micro_batch=4).step(0))
@@ -53,7 +53,7 @@ def test_micro_batches_equal_one_large_batch(family, tied):
     assert_same(expected, gradients(engine))
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", True)])
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", True), ("llama", True)])
 def test_packed_equals_unpacked(family, tied):
     engine = small_engine(family, tied)
     store = random_store(np.random.default_rng(0), [5, 17, 40, 3, 63], vocab_size=500)

@@ -23,6 +23,7 @@ SHAPES = {
     "qwen2-tied": QwenShape("qwen2", 211, 64, 176, 2, 4, 2, 16, True),
     "qwen2-untied": QwenShape("qwen2", 211, 48, 96, 2, 3, 3, 16, False),
     "qwen3-tied": QwenShape("qwen3", 211, 32, 96, 2, 4, 2, 32, True),
+    "llama-tied": QwenShape("llama", 211, 48, 96, 2, 3, 1, 16, True, rope_theta=1e5, rms_norm_eps=1e-5),
     "qwen3-untied": QwenShape("qwen3", 211, 64, 128, 2, 4, 1, 16, False),
 }
 KINDS: dict[str, dict[str, Any]] = {

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trivium.errors import ConfigError
-from trivium.model import catalog
-from trivium.model.shape import Family
+from trivium.model import catalog, resolve
+from trivium.model.shape import FAMILIES, Family
 
 PUBLISHED_VARIANTS = {
     "Qwen2.5-14B": {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072},
@@ -16,6 +16,8 @@ PUBLISHED_VARIANTS = {
     "Qwen2.5-0.5B": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
     "Qwen2.5-7B": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072},
     "Qwen3-0.6B": {"rms_norm_eps": 1e-6, "max_position_embeddings": 40960},
+    "SmolLM2-360M": {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "rope_theta": 100_000.0},
+    "SmolLM2-1.7B-Instruct": {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "rope_theta": 130_000.0},
     "Qwen3-0.6B-Base": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
 }
 
@@ -25,9 +27,31 @@ def log_uniform(least: int, most: int) -> st.SearchStrategy[int]:
 
 
 def test_catalog_has_every_published_model() -> None:
-    published = [name for name in catalog.names() if name.startswith("Qwen")]
-    assert len(published) == 7 * 2 + 6 * 2 - 1
+    published = catalog.hub_ids()
+    assert len(published) == 7 * 2 + 6 * 2 - 1 + 3 * 2
     assert "Qwen3-32B-Base" not in published
+    assert published["Qwen3-8B"] == "Qwen/Qwen3-8B"
+    assert published["SmolLM2-135M-Instruct"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id"),
+    [
+        ("qwen3-0.6b", "Qwen/Qwen3-0.6B"),
+        ("qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("smollm2-360m", "HuggingFaceTB/SmolLM2-360M"),
+        ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+    ],
+)
+def test_published_models_are_found_by_name_and_by_hub_id(name: str, hub_id: str) -> None:
+    assert resolve.hub_id(name) == hub_id
+    assert resolve.published_shape(name) == catalog.get(hub_id.rpartition("/")[2])
+
+
+@pytest.mark.parametrize("name", ["HuggingFaceTB/Qwen3-0.6B", "Qwen/SmolLM2-360M", "Qwen/ladder-1m", "owner/model"])
+def test_names_of_other_owners_are_not_published_models(name: str) -> None:
+    assert resolve.hub_id(name) == name
+    assert resolve.published_shape(name) is None
 
 
 @pytest.mark.parametrize(("name", "constants"), PUBLISHED_VARIANTS.items())
@@ -56,7 +80,7 @@ def test_ladder_names_match_parameter_counts() -> None:
     }
 
 
-@given(log_uniform(50_000, 10_000_000_000), log_uniform(256, 151_936), st.sampled_from(["qwen2", "qwen3"]))
+@given(log_uniform(50_000, 10_000_000_000), log_uniform(256, 151_936), st.sampled_from(list(FAMILIES)))
 def test_size_for_budget_gives_a_well_shaped_model_or_a_reason(budget: int, vocab_size: int, family: Family) -> None:
     try:
         shape = catalog.size_for_budget(budget, vocab_size, family)

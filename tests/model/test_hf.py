@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from trivium.errors import ConfigError, TriviumError
 from trivium.model import hf
@@ -22,6 +22,7 @@ from trivium.model.shape import QwenShape
 
 TIED = QwenShape("qwen3", 96, 32, 64, 2, 4, 2, 16, True)
 UNTIED = QwenShape("qwen2", 96, 32, 64, 3, 2, 1, 16, False)
+LLAMA = QwenShape("llama", 96, 48, 64, 2, 3, 1, 16, True, rope_theta=1e5, rms_norm_eps=1e-5)
 GENERATION = {"eos_token_id": [5, 3], "pad_token_id": 3, "bos_token_id": 3, "max_new_tokens": 8}
 
 
@@ -62,7 +63,7 @@ def tokenizer_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("shape", [TIED, UNTIED, LLAMA], ids=["tied", "untied", "llama"])
 @pytest.mark.parametrize("max_shard_bytes", [hf.MAX_SHARD_BYTES, 20_000])
 def test_save_folder_loads_in_transformers(
     shape: QwenShape, dtype: torch.dtype, max_shard_bytes: int, tmp_path: Path
@@ -86,8 +87,9 @@ def test_save_folder_loads_in_transformers(
     torch.testing.assert_close(logits(again, tokens), theirs(tokens[None]).logits[0], atol=tolerance, rtol=0)
 
 
-def test_save_folder_generates_in_transformers(tmp_path: Path) -> None:
-    model = model_of(TIED)
+@pytest.mark.parametrize("shape", [TIED, LLAMA], ids=["qwen3", "llama"])
+def test_save_folder_generates_in_transformers(shape: QwenShape, tmp_path: Path) -> None:
+    model = model_of(shape)
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))
     theirs = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "model"))
@@ -97,6 +99,12 @@ def test_save_folder_generates_in_transformers(tmp_path: Path) -> None:
     written = theirs.generate(prompt[None], do_sample=False)[0]
     for length in range(len(prompt), len(written)):
         assert logits(model, written[:length])[-1].argmax() == written[length]
+
+
+@pytest.mark.parametrize("shape", [TIED, UNTIED, LLAMA], ids=["qwen3", "qwen2", "llama"])
+def test_a_model_saved_without_token_ids_gets_none_from_transformers(shape: QwenShape, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(save(model_of(shape), tmp_path / "model", generation={}))
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
 def test_save_folder_copies_tokenizer_and_stop_ids(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from trivium.model.shape import QwenShape
 SHAPES = {
     "qwen2-tied": QwenShape("qwen2", 211, 64, 192, 2, 4, 2, 16, True),
     "qwen3-untied": QwenShape("qwen3", 211, 64, 128, 2, 4, 2, 32, False),
+    "llama-tied": QwenShape("llama", 211, 64, 128, 2, 4, 2, 16, True, rope_theta=1e5, rms_norm_eps=1e-5),
     "qwen2-untied-odd-blocks": QwenShape("qwen2", 211, 48, 176, 2, 3, 1, 16, False),
 }
 TOKENS = torch.randint(211, (40,), generator=torch.Generator().manual_seed(0))
@@ -102,7 +103,7 @@ def test_nf4_takes_little_more_than_four_bits_per_weight() -> None:
     assert 4.125 <= layer.num_bytes * 8 / (2048 * 1024) < 4.14
 
 
-@pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-untied"])
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-untied", "llama-tied"])
 def test_load_quantized_equals_transformers(name: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path, SHAPES[name])
     config = BitsAndBytesConfig(

@@ -15,7 +15,7 @@ from trivium.model.shape import QwenShape
 
 LENGTHS = (23, 1, 40, 7)
 
-# Both families, tied and not, every way of sharing heads, heads * head_dim above and below hidden, odd depths.
+# All families, tied and not, every way of sharing heads, heads * head_dim above and below hidden, odd depths.
 CONFIGURATIONS = {
     "qwen2-tied-gqa": QwenShape("qwen2", 211, 64, 176, 2, 4, 2, 16, True),
     "qwen2-untied-mha": QwenShape("qwen2", 211, 48, 96, 3, 3, 3, 16, False),
@@ -29,6 +29,8 @@ CONFIGURATIONS = {
     "qwen3-tied-wide-heads": QwenShape("qwen3", 211, 32, 96, 5, 4, 2, 32, True),
     "qwen3-narrow-heads": QwenShape("qwen3", 211, 64, 96, 3, 2, 1, 8, True, rope_theta=1e4),
     "qwen3-coarse-eps": QwenShape("qwen3", 130, 40, 72, 2, 5, 1, 64, False, rms_norm_eps=1e-3),
+    "llama-tied-gqa": QwenShape("llama", 211, 48, 128, 3, 3, 1, 16, True, rope_theta=1e5, rms_norm_eps=1e-5),
+    "llama-untied-mha": QwenShape("llama", 211, 64, 96, 2, 4, 4, 32, False, rope_theta=1e4),
     "ladder-7k": catalog.get("ladder-7k"),
     "ladder-1m": catalog.get("ladder-1m"),
 }
@@ -48,6 +50,9 @@ PUBLISHED_PARAMS = {
     "Qwen3-8B": 8_190_735_360,
     "Qwen3-14B": 14_768_307_200,
     "Qwen3-32B": 32_762_123_264,
+    "SmolLM2-135M": 134_515_008,
+    "SmolLM2-360M": 361_821_120,
+    "SmolLM2-1.7B": 1_711_376_384,
 }
 
 
@@ -210,7 +215,7 @@ def test_init_weights_have_the_documented_deviation() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["qwen2-tied-gqa", "qwen3-tied-wide-heads", "ladder-1m"])
+@pytest.mark.parametrize("name", ["qwen2-tied-gqa", "qwen3-tied-wide-heads", "llama-tied-gqa", "ladder-1m"])
 def test_gpu_attention_equals_single_documents(name: str) -> None:
     model = Qwen(CONFIGURATIONS[name])
     init_weights(model, seed=0)

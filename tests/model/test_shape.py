@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.qwen import Linear, Qwen
-from trivium.model.shape import QwenShape
+from trivium.model.shape import FAMILIES, QwenShape
 
 SHAPE = QwenShape("qwen3", 512, 64, 160, 2, 4, 2, 32, True)
 # As Qwen/Qwen2.5-7B-Instruct publishes it: no head_dim, the older keys for rotary positions and dtype.
@@ -41,6 +41,37 @@ PUBLISHED = {
 }
 
 
+# As HuggingFaceTB/SmolLM2-135M-Instruct publishes it.
+PUBLISHED_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+
+
 @pytest.mark.parametrize("name", catalog.names())
 def test_hf_config_round_trip(name: str) -> None:
     shape = catalog.get(name)
@@ -57,12 +88,13 @@ def test_to_hf_config_is_read_by_transformers(name: str) -> None:
 
 def test_from_hf_config_reads_a_published_config() -> None:
     assert QwenShape.from_hf_config(PUBLISHED) == catalog.get("Qwen2.5-7B-Instruct")
+    assert QwenShape.from_hf_config(PUBLISHED_LLAMA) == catalog.get("SmolLM2-135M-Instruct")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"model_type": "gemma"}, "model_type 'gemma'"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": ["qwen2"]}, "model_type"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "'auto_map'"),
@@ -73,12 +105,20 @@ def test_from_hf_config_reads_a_published_config() -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rotary positions"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2}}, "rotary positions"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2}}, "rotary positions"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "Remove the scaling"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "choose a model without"),
         ({"rope_scaling": "yarn"}, "expected a mapping"),
         ({"rope_theta": None}, "no rope_theta"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": True}, "attention_bias true"),
+        ({"mlp_bias": True}, "mlp_bias true"),
+        ({"pretraining_tp": 2}, "pretraining_tp 2"),
+        (
+            {"model_type": "llama", "num_attention_heads": 24, "head_dim": 128},
+            "not a multiple of its 24 attention heads",
+        ),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": "3584"}, "head_dim"),
         ({"hidden_size": 3585}, "head_dim"),
@@ -127,7 +167,7 @@ def test_shape_counts_computed_by_hand() -> None:
     assert replace(SHAPE, tie_word_embeddings=False).num_params == SHAPE.num_params + 512 * 64
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layer_matrices_equal_those_of_a_block(family):
     shape = QwenShape(family, 64, 48, 80, 1, 6, 2, 16, tie_word_embeddings=True)
     with torch.device("meta"):

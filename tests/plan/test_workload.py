@@ -13,10 +13,10 @@ from trivium.measure.synthetic import synthetic_engine
 from trivium.model import catalog
 from trivium.model.quantize import NF4Linear
 from trivium.model.qwen import Qwen
-from trivium.model.shape import QwenShape
+from trivium.model.shape import FAMILIES, QwenShape
 from trivium.plan.workload import Workload, moment_bytes, nf4_bytes, num_adapter_params, of_run
 
-PUBLISHED = [name for name in catalog.names() if name.startswith("Qwen")]
+PUBLISHED = list(catalog.hub_ids())
 SOME_TARGETS: list[list[Projection]] = [
     ["q_proj", "v_proj"],
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -55,7 +55,7 @@ def test_num_adapter_params_matches_peft(name: str) -> None:
         assert num_adapter_params(shape, adapter) == shape.num_hidden_layers * counted
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("adapter", [None, Adapter(rank=5, dora=True)], ids=["everything", "adapter"])
 @pytest.mark.parametrize("state_dtype", ["fp32", "8bit"])
 def test_moment_bytes_match_optimizer(family: Any, adapter: Adapter | None, state_dtype: Any) -> None:

@@ -92,16 +92,13 @@ def zero_rows(*tokens: int) -> Callable[[Qwen], object]:
 
 def make_base(folder: Path, tie: bool = True, seed: int = 0, family: str = "qwen3") -> Path:
     """A model of two layers with random weights, its tokenizer with a ChatML template, and what ends its text."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     train_tokenizer(STORIES, "byte", 259, folder)
     tokenizer = load_tokenizer(folder)
     torch.manual_seed(seed)
-    make_config, make_model = {
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[family]
-    config = make_config(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=320,
         hidden_size=64,
         intermediate_size=128,
@@ -115,7 +112,7 @@ def make_base(folder: Path, tie: bool = True, seed: int = 0, family: str = "qwen
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    make_model(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     set_stops(folder, [tokenizer.eos_token_id])
     return folder
 

@@ -21,9 +21,9 @@ def silent(text: str) -> None:
     pass
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_merged_export_equals_the_merge_of_peft(tie: bool, tmp_path: Path):
-    base = make_base(tmp_path / "base", tie=tie)
+@pytest.mark.parametrize(("family", "tie"), [("qwen3", True), ("qwen3", False), ("llama", True)])
+def test_merged_export_equals_the_merge_of_peft(family: str, tie: bool, tmp_path: Path):
+    base = make_base(tmp_path / "base", tie=tie, family=family)
     rows = [256, 258] if tie else {"embed_tokens": [256, 258], "lm_head": [256, 258]}
     adapter = make_adapter(tmp_path / "adapter", base, trainable_token_indices=rows)
     done = export(str(adapter), tmp_path / "out" / "merged", merge=True, dtype=None, note=silent)
@@ -40,7 +40,7 @@ def test_merged_export_equals_the_merge_of_peft(tie: bool, tmp_path: Path):
     assert merged.generation_config.eos_token_id == [258, 256]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(adapter).chat_template
-    assert merged.config.tie_word_embeddings is tie
+    assert (merged.config.model_type, merged.config.tie_word_embeddings) == (family, tie)
     assert str(tmp_path) not in (tmp_path / "out" / "merged" / "config.json").read_text()
 
 

@@ -45,8 +45,8 @@ def exactly_one(part: Part, names: tuple[str, ...]) -> None:
 class Shape(Part):
     """The network's dimensions, for a model that is not in the catalog."""
 
-    family: Literal["qwen2", "qwen3"] = "qwen3"
-    """`qwen2` has biases on q, k and v; `qwen3` has per-head RMSNorm of q and k instead."""
+    family: Literal["qwen2", "qwen3", "llama"] = "qwen3"
+    """`qwen2` has biases on q, k and v; `qwen3` has per-head RMSNorm of q and k instead; `llama` has neither."""
     hidden_size: Count
     """Width of the residual stream."""
     intermediate_size: Count

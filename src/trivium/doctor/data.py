@@ -47,7 +47,7 @@ def unknown_template(prepared: PreparedRun) -> Violation | None:
     return Violation(
         "warning",
         f"the chat template of {prepared.job.tokenizer_folder} (SHA-256 {template.sha256[:12]}) is unknown.",
-        "a template of Qwen or Trivium. Every answer was still checked against the generation prompt of this template.",
+        "a template of Qwen, SmolLM2 or Trivium. Every answer was still checked against this one's generation prompt.",
         "look at some samples with trivium data inspect, and serve with this template, which is saved with the model.",
     )
 

@@ -7,7 +7,6 @@ from trivium.doctor.prepared import PreparedRun
 from trivium.engine.device import measure_flops
 
 SMALL_MODEL_PARAMS = 3_000_000_000
-QWEN_ROPE_THETA = 1_000_000.0
 INTERMEDIATE_MULTIPLE = 64
 SCALING_RANGE = (0.25, 4.0)
 
@@ -77,15 +76,16 @@ def slow_precision(prepared: PreparedRun) -> Violation | None:
 
 
 def unusual_shape(prepared: PreparedRun) -> Violation | None:
-    """Q26: a shape for a new model that no Qwen model has."""
+    """Q26: a shape for a new model that no published model of its family has."""
     if prepared.run.weights != "random":
         return None
     shape = prepared.job.shape
-    if shape.rope_theta != QWEN_ROPE_THETA:
+    usual_theta = shape.traits.rope_theta
+    if usual_theta is not None and shape.rope_theta != usual_theta:
         return Violation(
             "warning",
             f"rope_theta is {shape.rope_theta:g}; 10,000 is the default of transformers.",
-            f"{QWEN_ROPE_THETA:,.0f}, as in all Qwen2.5 and Qwen3 models.",
+            f"{usual_theta:,.0f}, as in all Qwen2.5 and Qwen3 models.",
             "remove model.shape.rope_theta, unless you need another value.",
         )
     if shape.intermediate_size % INTERMEDIATE_MULTIPLE:

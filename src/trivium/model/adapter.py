@@ -1,4 +1,4 @@
-"""LoRA adapters for Qwen models, through PEFT: inject, save, load and merge.
+"""LoRA adapters, through PEFT: inject, save, load and merge.
 
 Layers and file format are PEFT's, so saved adapters load wherever PEFT adapters do. Two things differ: initial values
 depend only on the seed and the tensor's name, and products run in the dtype of the input while trained values stay

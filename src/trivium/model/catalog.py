@@ -1,4 +1,4 @@
-"""Model shapes: the published dense Qwen sizes, a ladder of small ones, and a search for any parameter budget.
+"""Model shapes: the published Qwen and SmolLM2 sizes, a ladder of small ones, and a search for any parameter budget.
 
 Never imports torch.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from trivium.errors import ConfigError
-from trivium.model.shape import Family, QwenShape
+from trivium.model.shape import FAMILIES, Family, QwenShape
 
 BUDGET_TOLERANCE = 0.05
 LEAST_ASPECT = 3  # hidden size per layer; narrower and deeper models hardly train
@@ -36,6 +36,13 @@ QWEN3 = {
     "Qwen3-14B": (40, 5120, 40, 8, 128, 17408, 151936, False),
     "Qwen3-32B": (64, 5120, 64, 8, 128, 25600, 151936, False),
 }
+# SmolLM2, with the base of the rotary positions. Source: the config.json of each model on huggingface.co/HuggingFaceTB.
+SMOLLM2 = {
+    "SmolLM2-135M": ((30, 576, 9, 3, 64, 1536, 49152, True), 100_000.0),
+    "SmolLM2-360M": ((32, 960, 15, 5, 64, 2560, 49152, True), 100_000.0),
+    "SmolLM2-1.7B": ((24, 2048, 32, 32, 64, 8192, 49152, True), 130_000.0),
+}
+OWNERS = {"Qwen": "Qwen", "SmolLM2": "HuggingFaceTB"}  # on the Hub, by the beginning of a model's name
 # Small shapes, named by parameter count, for tests and laptops. 19 of the 21 million parameters are Qwen's embeddings.
 LADDER: dict[str, tuple[Family, tuple[int, int, int, int, int, int, int, bool]]] = {
     "ladder-7k": ("qwen2", (2, 16, 2, 2, 8, 42, 64, True)),
@@ -81,14 +88,24 @@ def _all_shapes() -> Iterator[tuple[str, QwenShape]]:
         if name != "Qwen3-32B":  # published as a chat model only
             yield f"{name}-Base", _shape("qwen3", row, positions=32768, eps=1e-6)
         yield name, _shape("qwen3", row, positions=40960, eps=1e-6)
+    for name, (row, rope_theta) in SMOLLM2.items():
+        shape = replace(_shape("llama", row, positions=8192, eps=1e-5), rope_theta=rope_theta)
+        yield name, shape
+        yield f"{name}-Instruct", shape
 
 
 CATALOG = dict(_all_shapes())
 
 
 def names() -> list[str]:
-    """All names, smallest first within the ladder, Qwen2.5 and Qwen3."""
+    """All names, smallest first within the ladder, Qwen2.5, Qwen3 and SmolLM2."""
     return list(CATALOG)
+
+
+def hub_ids() -> dict[str, str]:
+    """The Hub ids of the published models by their names in the catalog, in the order of `names`."""
+    owners = ((name, owner) for name in CATALOG for start, owner in OWNERS.items() if name.startswith(start))
+    return {name: f"{owner}/{name}" for name, owner in owners}
 
 
 def is_listed(name: str) -> bool:
@@ -135,6 +152,8 @@ def _candidates(num_params: int, vocab_size: int, family: Family) -> Iterator[Qw
         if vocab_size * hidden > num_params * (1 + BUDGET_TOLERANCE):
             return
         heads = math.ceil(hidden / head_dim)
+        if hidden % heads and FAMILIES[family].even_heads:
+            continue
         tied = 2 * vocab_size * hidden > num_params / 4
         middle = round(hidden * 8 / 3 / step)
         for intermediate in range(max(1, middle - 2) * step, (middle + 3) * step, step):

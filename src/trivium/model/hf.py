@@ -198,7 +198,7 @@ def compare(
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ConfigError(
             f"The weights in {folder} do not fit its {config}: {'; '.join(problems[:5])}{more}. "
-            "Expected exactly the tensors of that Qwen model; use a complete folder of one model."
+            "Expected exactly the tensors of that model; use a complete folder of one model."
         )
 
 

@@ -1,9 +1,9 @@
-"""The network: dense Qwen2.5 and Qwen3 models in one file, from tokens to hidden states and token losses.
+"""The network: dense Qwen2.5, Qwen3 and Llama models in one file, from tokens to hidden states and token losses.
 
-Qwen2.5 adds a bias to queries, keys and values; Qwen3 normalizes queries and keys. Parameter names and arithmetic are
-those of transformers, so weights load both ways and gradients agree. There is no batch axis: a batch is one flat axis
-of tokens with documents that cannot attend to each other. There is no key-value cache: `engine/sample.py` generates
-through transformers on the same layers.
+Qwen2.5 adds a bias to queries, keys and values; Qwen3 normalizes queries and keys; Llama does neither. Parameter names
+and arithmetic are those of transformers, so weights load both ways and gradients agree. There is no batch axis: a batch
+is one flat axis of tokens with documents that cannot attend to each other. There is no key-value cache:
+`engine/sample.py` generates through transformers on the same layers.
 
 Shapes: T tokens, D hidden, N heads, K key-value heads, H head size, F feed-forward, V vocabulary.
 """
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
 
 
 class Qwen(nn.Module):
-    """A dense Qwen model. Weights are uninitialized until `init_weights` or `hf.load_weights`.
+    """A dense Qwen or Llama model. Weights are uninitialized until `init_weights` or `hf.load_weights`.
 
     Weights are fp32 by default; activations have `compute_dtype`. With `activation_checkpointing` each layer stores
     only its input and recomputes the rest in backward. Source: Chen et al. 2016, arXiv:1604.06174.

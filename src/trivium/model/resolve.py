@@ -104,18 +104,19 @@ def shape_of_name(name: str) -> QwenShape | None:
 
 
 def published_shape(name: str) -> QwenShape | None:
-    """The shape of a model in the catalog, with or without `Qwen/` before its name; None for other names."""
-    owner, _, last = name.rpartition("/")
-    return catalog.get(last) if owner.lower() in ("", "qwen") and catalog.is_listed(last) else None
+    """The shape of a model in the catalog, by its name or its Hub id; None for other names."""
+    by_id = {hub_id.lower(): known for known, hub_id in catalog.hub_ids().items()}
+    known = by_id.get(name.lower(), name)
+    return catalog.get(known) if catalog.is_listed(known) else None
 
 
 def hub_id(name: str) -> str:
-    """The Hub id of a published model; other names are returned unchanged."""
-    if Path(name).is_dir() or published_shape(name) is None:
-        return name
-    published = {known.lower(): known for known in catalog.names() if known.startswith("Qwen")}
-    known = published.get(name.rpartition("/")[2].lower())
-    return f"Qwen/{known}" if known else name
+    """The Hub id of a published model, by its name or its id; other names are returned unchanged."""
+    if not Path(name).is_dir():
+        for known, published_id in catalog.hub_ids().items():
+            if name.lower() in (known.lower(), published_id.lower()):
+                return published_id
+    return name
 
 
 def _num_tokens(run: Run, shape: QwenShape | None) -> int:

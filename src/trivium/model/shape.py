@@ -1,4 +1,4 @@
-"""The shape of a dense Qwen model: config.json, its validation, and parameter counts. Never imports torch.
+"""The shape of a dense Qwen or Llama model: config.json, its validation, parameter counts. Never imports torch.
 
 `QwenShape.layer_matrices` lists a layer's weight matrices, from which parameter counts, FLOPs, memory, adapter sizes
 and quantized sizes are computed.
@@ -10,9 +10,8 @@ from typing import Literal, cast, get_args
 
 from trivium.errors import ConfigError
 
-Family = Literal["qwen2", "qwen3"]
+Family = Literal["qwen2", "qwen3", "llama"]
 
-ARCHITECTURES: dict[Family, str] = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 SIZE_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -23,6 +22,9 @@ SIZE_FIELDS = (
     "head_dim",
     "max_position_embeddings",
 )
+
+# Kinds of scaled rotary positions that extend a model's length after training.
+ADDED_AFTER_TRAINING = {"default", "yarn", "dynamic"}
 
 # The loss is computed in chunks of logits. Each chunk updates the whole gradient of a trained head, which makes small
 # chunks slow; a frozen head has no gradient. On a CPU the softmax processes a chunk in slices that fit the cache.
@@ -60,8 +62,52 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Traits:
+    """What the families of this one network differ in.
+
+    Attributes:
+        architecture: class of transformers.
+        own_keys: keys of config.json that other families do not have, or have with other defaults.
+        qkv_bias: whether the query, key and value projections add a bias.
+        qk_norm: whether queries and keys are normalized per head.
+        even_heads: whether transformers requires a hidden size that is a multiple of the attention heads.
+        head_dim: if config.json has none; None for the hidden size per attention head.
+        max_position_embeddings: if config.json has none.
+        rope_theta: of all published models; None if they differ.
+    """
+
+    architecture: str
+    own_keys: dict[str, object]
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    even_heads: bool = False
+    head_dim: int | None = None
+    max_position_embeddings: int = 32768
+    rope_theta: float | None = 1e6
+
+
+# transformers gives a Llama without token ids those of another tokenizer, so they are written as null.
+LLAMA_KEYS: dict[str, object] = {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+LLAMA_KEYS |= {"bos_token_id": None, "eos_token_id": None}
+
+FAMILIES: dict[Family, Traits] = {
+    "qwen2": Traits("Qwen2ForCausalLM", {"use_sliding_window": False}, qkv_bias=True),
+    "qwen3": Traits(
+        "Qwen3ForCausalLM", {"use_sliding_window": False, "attention_bias": False}, qk_norm=True, head_dim=128
+    ),
+    "llama": Traits(
+        "LlamaForCausalLM",
+        LLAMA_KEYS,
+        even_heads=True,
+        max_position_embeddings=2048,
+        rope_theta=None,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class QwenShape:
-    """The configuration of a model; Qwen2.5 is family `qwen2`.
+    """The configuration of a model; Qwen2.5 is family `qwen2`, and SmolLM2 is family `llama`.
 
     Raises: ConfigError naming an invalid field.
     """
@@ -81,7 +127,9 @@ class QwenShape:
 
     def __post_init__(self) -> None:
         if self.family not in get_args(Family):
-            raise ConfigError(f"The model family is {self.family!r}; Trivium builds 'qwen2' (Qwen2.5) and 'qwen3'.")
+            raise ConfigError(
+                f"The model family is {self.family!r}; Trivium builds 'qwen2' (Qwen2.5), 'qwen3' and 'llama'."
+            )
         for field in SIZE_FIELDS:
             value = getattr(self, field)
             if type(value) is not int or value <= 0:
@@ -97,20 +145,30 @@ class QwenShape:
                 f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key-value heads "
                 "evenly; make num_key_value_heads a divisor of num_attention_heads."
             )
+        if self.traits.even_heads and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"The model's hidden_size {self.hidden_size} is not a multiple of its {self.num_attention_heads} "
+                f"attention heads, and transformers loads no {self.family} model like that. Change one of the two."
+            )
         if self.head_dim % 2:
             raise ConfigError(
                 f"The model's head_dim is {self.head_dim}; rotary positions rotate pairs of channels, so make it even."
             )
 
     @property
+    def traits(self) -> Traits:
+        """What the model's family differs in."""
+        return FAMILIES[self.family]
+
+    @property
     def qkv_bias(self) -> bool:
-        """Whether the query, key and value projections add a bias (Qwen2.5)."""
-        return self.family == "qwen2"
+        """Whether the query, key and value projections add a bias."""
+        return self.traits.qkv_bias
 
     @property
     def qk_norm(self) -> bool:
-        """Whether queries and keys are normalized per head (Qwen3)."""
-        return self.family == "qwen3"
+        """Whether queries and keys are normalized per head."""
+        return self.traits.qk_norm
 
     @property
     def num_embedding_params(self) -> int:
@@ -155,26 +213,23 @@ class QwenShape:
         return self.num_embedding_params + layers + self.hidden_size
 
     def to_hf_config(self) -> dict[str, object]:
-        """The config.json of this shape, without token ids and dtype.
+        """The config.json of this shape, without dtype and the tokenizer's token ids.
 
         It has `rope_theta` twice: transformers 5 reads `rope_parameters`; older readers would silently use 10,000.
         """
         config: dict[str, object] = {
-            "architectures": [ARCHITECTURES[self.family]],
+            "architectures": [self.traits.architecture],
             "model_type": self.family,
             "hidden_act": "silu",
             "attention_dropout": 0.0,
             "initializer_range": 0.02,
             "use_cache": True,
-            "use_sliding_window": False,
             "tie_word_embeddings": self.tie_word_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
         }
-        if self.family == "qwen3":
-            config["attention_bias"] = False
-        return config | {field: getattr(self, field) for field in SIZE_FIELDS}
+        return config | self.traits.own_keys | {field: getattr(self, field) for field in SIZE_FIELDS}
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, object]) -> "QwenShape":
@@ -185,8 +240,8 @@ class QwenShape:
         family = config.get("model_type")
         if family not in get_args(Family):
             raise ConfigError(
-                f"The model's config.json says model_type {family!r}; Trivium trains dense Qwen2.5 ('qwen2') "
-                "and Qwen3 ('qwen3') models. Choose one of those."
+                f"The model's config.json says model_type {family!r}; Trivium trains dense Qwen2.5 ('qwen2'), Qwen3 "
+                "('qwen3') and Llama ('llama', for example SmolLM2) models. Choose one of those."
             )
         _refuse_foreign_code(config)
         _refuse_other_arithmetic(config)
@@ -194,14 +249,15 @@ class QwenShape:
         if missing:
             raise ConfigError(f"The model's config.json lacks {', '.join(missing)}; the model cannot be built without.")
         sizes = {field: cast(int, config[field]) for field in SIZE_FIELDS[:6]}
+        traits = FAMILIES[cast(Family, family)]
         return cls(
             family=cast(Family, family),
             **sizes,
-            head_dim=_head_dim(config),
+            head_dim=_head_dim(config, traits),
             tie_word_embeddings=cast(bool, config.get("tie_word_embeddings", False)),
             rope_theta=_rope_theta(config),
             rms_norm_eps=cast(float, config.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=cast(int, config.get("max_position_embeddings", 32768)),
+            max_position_embeddings=cast(int, config.get("max_position_embeddings", traits.max_position_embeddings)),
         )
 
 
@@ -213,7 +269,7 @@ def _refuse_foreign_code(config: Mapping[str, object]) -> None:
         if key in ("auto_map", "custom_pipelines") or "trust_remote_code" in key or "_implementation" in key:
             raise ConfigError(
                 f"The model's config.json has the key {key!r}, which makes loaders run code from the folder. Trivium "
-                "never runs such code; remove the key if this is a plain Qwen model."
+                "never runs such code; remove the key if this is a plain model without code of its own."
             )
         if key in ("quantization_config", "compression_config"):
             raise ConfigError(
@@ -223,28 +279,30 @@ def _refuse_foreign_code(config: Mapping[str, object]) -> None:
 
 
 def _refuse_other_arithmetic(config: Mapping[str, object]) -> None:
-    """Raise ConfigError for settings that this network does not implement; no published dense Qwen model uses them."""
+    """Raise ConfigError for settings that this network does not implement; no model in the catalog uses them."""
     layer_types = cast("list[object]", config.get("layer_types") or [])
     found = ""
     if config.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
         found = "sliding-window attention (use_sliding_window or layer_types)"
     elif config.get("hidden_act", "silu") != "silu":
         found = f"hidden_act {config['hidden_act']!r}"
-    elif config.get("attention_bias"):
-        found = "attention_bias true"
+    elif config.get("pretraining_tp") not in (None, 1):
+        found = f"pretraining_tp {config['pretraining_tp']!r}"
+    else:
+        found = next((f"{key} true" for key in ("attention_bias", "mlp_bias") if config.get(key)), "")
     if found:
         raise ConfigError(
-            f"The model's config.json asks for {found}, which Trivium does not support and no published dense Qwen2.5 "
-            "or Qwen3 model uses. Choose a model with full attention, SiLU and the family's default biases."
+            f"The model's config.json asks for {found}, which Trivium does not support and no published dense Qwen2.5, "
+            "Qwen3 or SmolLM2 model uses. Choose a model with full attention, SiLU and the family's default biases."
         )
 
 
-def _head_dim(config: Mapping[str, object]) -> int:
+def _head_dim(config: Mapping[str, object], traits: Traits) -> int:
     """The head size, with the family's default if the key is missing, as in the published Qwen2.5 configs."""
     if config.get("head_dim") is not None:
         return cast(int, config["head_dim"])
-    if config["model_type"] == "qwen3":
-        return 128
+    if traits.head_dim is not None:
+        return traits.head_dim
     hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
     if type(hidden_size) is not int or type(num_heads) is not int or num_heads <= 0 or hidden_size % num_heads:
         raise ConfigError(
@@ -264,14 +322,18 @@ def _rope_theta(config: Mapping[str, object]) -> float:
         rope |= cast("dict[str, object]", value or {})
     kinds = {rope.get("rope_type", "default"), rope.get("type", "default")}
     if kinds != {"default"} or set(rope) - {"rope_type", "type", "rope_theta"}:
-        raise ConfigError(
-            f"The model's config.json scales its rotary positions ({rope}), which Trivium does not support. "
+        advice = (
             "Remove the scaling to train at the model's original length; you can add it back for inference."
+            if kinds <= ADDED_AFTER_TRAINING
+            else "The weights were trained with it, so choose a model without."
+        )
+        raise ConfigError(
+            f"The model's config.json scales its rotary positions ({rope}), which Trivium does not support. {advice}"
         )
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is None:
         raise ConfigError(
-            "The model's config.json has no rope_theta, and there is no safe default: Qwen uses 1000000, transformers "
-            "defaults to 10000. Add the value that the model was trained with."
+            "The model's config.json has no rope_theta, and there is no safe default: Qwen uses 1000000, Llama 2 "
+            "10000. Add the value that the model was trained with."
         )
     return cast(float, theta)

@@ -265,11 +265,11 @@ def _smaller_models(work: Workload) -> list[tuple[str, QwenShape]]:
             except ConfigError:  # the embedding alone is larger
                 break
         return found
-    sizes = [(name, catalog.get(name)) for name in catalog.names() if name.startswith("Qwen")]
+    sizes = [(hub_id, catalog.get(name)) for name, hub_id in catalog.hub_ids().items()]
     twins = [name for name, other in sizes if other == shape]
     wants_base = bool(twins) and all(map(is_base, twins))
     smaller = [
-        (f"Qwen/{name}", other)
+        (name, other)
         for name, other in sizes
         if other.family == shape.family and other.num_params < shape.num_params and is_base(name) == wants_base
     ]
@@ -277,7 +277,7 @@ def _smaller_models(work: Workload) -> list[tuple[str, QwenShape]]:
 
 
 def is_base(name: str) -> bool:
-    """Whether a published model is a base model: Qwen2.5 marks its chat models, Qwen3 its base models."""
+    """Whether a published model is a base model: Qwen3 marks its base models, the others their chat models."""
     name = name.rsplit("/", 1)[-1].lower()
     return name.endswith("-base") if name.startswith("qwen3") else not name.endswith("-instruct")
 

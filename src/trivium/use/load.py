@@ -158,7 +158,7 @@ def load(
         dtype: of the (base) model's weights; `auto` keeps the stored one. An adapter's weights are fp32.
         nf4: quantize the linear layers of an adapter's base model to NF4, as in training.
 
-    Raises: ConfigError when the folder is damaged, incomplete or not a Qwen model.
+    Raises: ConfigError when the folder is damaged, incomplete or not a supported model.
     """
     from transformers import GenerationConfig
     from transformers.utils import logging

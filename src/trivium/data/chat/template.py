@@ -24,6 +24,7 @@ KNOWN_TEMPLATES = {
     "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326": "Qwen3-Instruct-2507",
     "cd8e9439f0570856fd70470bf8889ebd8b5d1107207f67a5efb46e342330527f": "Qwen2.5-Instruct",
     "44d5f08f3f72b837eaad09f13a54c1f9f4eb58d75240334548b7fd52a5437fa5": "Qwen2.5",
+    "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788": "SmolLM2-135M-Instruct",
     hashlib.sha256(CHATML_TEMPLATE.encode()).hexdigest(): "plain ChatML",
 }
 PROBE_ANSWER = "probe"
