@@ -68,6 +68,8 @@ def test_an_override_of_the_budget_replaces_the_file(tmp_path) -> None:
     assert load_run(file, ["budget.epochs=2"]).run.budget.model_dump(exclude_none=True) == {"epochs": 2.0}
 
 
-@pytest.mark.parametrize(("documents", "held_out"), [(50, 5), (91, 9), (200, 20), (1000, 20), (2000, 20), (10**6, 10**4)])
+@pytest.mark.parametrize(
+    ("documents", "held_out"), [(50, 5), (91, 9), (200, 20), (1000, 20), (2000, 20), (10**6, 10**4)]
+)
 def test_small_data_is_held_out_enough_to_judge(documents: int, held_out: int) -> None:
     assert round(held_out_share(documents) * documents) == held_out
