@@ -125,7 +125,7 @@ class Order:
         self.whole = whole
         for source, source_lengths in enumerate(self.lengths):
             if not source_lengths.sum():
-                raise BadData(f"Source {source} has no tokens to train on. Look at it with: trivium data inspect")
+                raise BadData(f"Source {source} has no tokens to train on. See why with: trivium data inspect FILE")
         self.documents_per_epoch = self._documents_per_epoch(weights)
         self._epoch = lru_cache(maxsize=2)(self._lay_out_epoch)
         self._sequences_in_epoch: list[int] = []

@@ -78,9 +78,11 @@ def as_samples(
         shown.append(Shown(name, as_spans(sample.ids, sample.weights, tokenizer), len(sample.ids), proofs))
     notes = describe_notes(vars(encoded) | {"control_token_records": encoded.has_control_text})
     if encoded.split:
-        notes.insert(0, "the start of the history was dropped before later answers to make them fit")
+        notes.insert(0, "the beginning of the history was dropped so that later answers fit")
     elif num_samples > 1:
-        notes.insert(0, f"{num_samples} samples, since the template renders earlier messages differently later")
+        notes.insert(
+            0, f"{num_samples} samples, since the template renders earlier messages differently in later prompts"
+        )
     shown[0].notes = notes
     return shown
 
