@@ -1,6 +1,6 @@
 """`trivium data`: build, import and inspect token stores.
 
-This module only parses flags and prints. Results go to stdout, progress and remarks to stderr.
+This module only parses flags and prints. Results go to stdout, progress and notes to stderr.
 """
 
 import json

@@ -253,7 +253,7 @@ def _calibrate() -> None:
 
 
 def _check(folders: list[Path], as_json: bool) -> None:
-    """Print the errors of predictions of some runs."""
+    """Print how far the predictions for these runs were off."""
     from trivium.plan import check
 
     if not folders:
