@@ -181,7 +181,7 @@ class Order:
         return BestFit(np.concatenate(ordered), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
 
     def num_sequences(self, epoch: int) -> int:
-        """Packed sequences of an epoch; not all of them need be full."""
+        """Packed sequences of an epoch; some may not be full."""
         with self._counting:
             while len(self._sequences_in_epoch) <= epoch:
                 self._sequences_in_epoch.append(self._count_sequences(len(self._sequences_in_epoch)))

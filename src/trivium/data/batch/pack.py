@@ -92,7 +92,7 @@ class Batch:
 
 
 def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Batch:
-    """Concatenate pieces of documents to a batch of `num_tokens`, filled up with unsupervised padding.
+    """Concatenate pieces of documents into a batch of `num_tokens`, padded with unsupervised tokens.
 
     Each sequence of a document becomes its own piece, and no label crosses into the next one.
 

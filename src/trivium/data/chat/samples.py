@@ -1,4 +1,4 @@
-"""Samples: encode a conversation as token ids and loss weights, and prove that prompts equal those of serving.
+"""Samples: encode a conversation as token ids and loss weights, and verify that prompts equal those of serving.
 
 Before every supervised answer, a sample has exactly the ids of `apply_chat_template(history,
 add_generation_prompt=True)`; the answer is encoded separately, as a model generates it. If the template renders earlier

@@ -1,4 +1,4 @@
-"""Show documents and conversations as spans of text with their loss weights, and the proof of each answer."""
+"""Show documents and conversations as spans of text with their loss weights, and verify each answer's prompt."""
 
 import json
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class TextSpan:
 
 @dataclass
 class AnswerProof:
-    """A supervised answer whose prompt equals, id for id, the prompt that serving sends."""
+    """A supervised answer whose prompt equals, token for token, the prompt that serving sends."""
 
     turn: int
     """Number of the message, from 1."""
@@ -65,7 +65,7 @@ def _turn_text(turn: Turn) -> str:
 def as_samples(
     where: str, conversation: Conversation, encoder: ChatEncoder, tokenizer: "PreTrainedTokenizerFast"
 ) -> list[Shown]:
-    """The samples of a conversation, with the proof of each answer.
+    """The samples of a conversation, with an `AnswerProof` for each answer.
 
     Raises: RecordError when there are none, BadData when a prompt differs from what serving sends.
     """

@@ -39,7 +39,7 @@ LOOKED_AT_DOCUMENTS = 10_000
 
 # UTF-8 bytes per token by script. Measured with Qwen's tokenizer (2.5 and 3 give the same) on the prose of the Hugging
 # Face course in 22 languages: English 5.0 bytes per token, other European languages 3.3 to 4.1, Python 4.1, Korean 3.7,
-# Japanese 4.7, Chinese 3.9 to 4.5, Russian 5.8, Hindi 2.8, Thai 5.2, Burmese 2.1. Estimates are within about 20 % for
+# Japanese 4.7, Chinese 3.9 to 4.5, Russian 5.8, Hindi 2.8, Thai 5.2, Burmese 2.1. Estimates are within about 20% for
 # most of these.
 SCRIPTS: tuple[tuple[re.Pattern[str], float], ...] = (
     (re.compile(r"[\x00-\x7f]+"), 4.4),
@@ -81,7 +81,7 @@ class Survey:
 
     @property
     def how(self) -> str:
-        """The method in words."""
+        """How the data was surveyed, as text."""
         share = f"{self.read_share:.2g} of the data read, evenly spread"
         read = "all records read" if self.read_share == 1.0 else share
         return f"{read}; tokens {'counted' if self.is_measured else 'estimated from the bytes of the text'}"

@@ -182,7 +182,7 @@ def _buckets(path: Path) -> Iterator[np.ndarray]:
 
 
 def round_lengths(lengths: np.ndarray) -> np.ndarray:
-    """Lengths rounded down to ten significant bits: exact below 1,024, within 0.2 % above."""
+    """Lengths rounded down to ten significant bits: exact below 1,024, within 0.2% above."""
     _, exponent = np.frexp(lengths.astype(np.float64))
     shift = np.maximum(exponent - EXACT_LENGTH_BITS, 0)
     return (lengths >> shift) << shift
