@@ -114,7 +114,7 @@ def _conversations(options: dict[str, Any]) -> "ConversationSettings":
 @click.option(
     "--held-out",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of documents kept out of training. Default: 0.01; for small data about 20 documents, at most 0.1.",
+    help="Share of documents kept out of training. Default: 0.01; for small data, about 20 documents, at most 0.1.",
 )
 @click.option(
     "--max-reject-share",

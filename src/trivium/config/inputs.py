@@ -199,7 +199,7 @@ class Data(Part):
     """Share of the training tokens from conversations with reasoning. Default: as in the data."""
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Share of the documents kept out of training for evaluation. Chosen by content, so copies stay together. Default:
-    0.01; for small data as much as gives about 20 documents, at most 0.1."""
+    0.01; for small data, enough for about 20 documents, at most 0.1."""
     max_reject_share: Share = 0.01
     """Stop with exit code 4 if a larger share of the records is rejected."""
     max_document_mib: Annotated[float, Field(gt=0)] = 16.0

@@ -131,7 +131,7 @@ class Budget(Part):
 
     @property
     def is_open(self) -> bool:
-        """Whether the length is left to the data."""
+        """Whether the amount of data decides the length."""
         return self.steps is self.tokens is self.epochs is None
 
     @model_validator(mode="after")
@@ -145,8 +145,8 @@ class BatchSize(Part):
     """Batch sizes in tokens, so that they mean the same at every sequence length."""
 
     tokens: Count | None = None
-    """Tokens per optimizer step. Default: 16,384 for `loss_tokens: assistant`, otherwise 32,768; for small data halved
-    until the run has 100 steps, down to 1,024 and data.seq_len."""
+    """Tokens per optimizer step. Default: 16,384 for `loss_tokens: assistant`, otherwise 32,768; for small data, halved
+    until the run has 100 steps, but not below 1,024 or data.seq_len."""
     micro_tokens: Count | None = None
     """Tokens per micro-batch (one forward and backward pass). Default: 8,192 or the largest number below that divides
     the step, less if the planner finds that it does not fit the device."""
@@ -316,12 +316,12 @@ class Run(Part):
 
 
 def usual_step(loss_tokens: str) -> int:
-    """Tokens per optimizer step if neither the run file nor small data says otherwise."""
+    """Tokens per optimizer step, unless the run file sets it or the data is small."""
     return 16_384 if loss_tokens == "assistant" else 32_768
 
 
 def usual_epochs(loss_tokens: str) -> float:
-    """Passes over the data if neither the run file nor small data says otherwise."""
+    """Passes over the data, unless the run file sets it or the data is small."""
     return 3.0 if loss_tokens == "assistant" else 1.0
 
 

@@ -127,9 +127,7 @@ class QwenShape:
 
     def __post_init__(self) -> None:
         if self.family not in get_args(Family):
-            raise ConfigError(
-                f"The model family is {self.family!r}; expected 'qwen2' (Qwen2.5), 'qwen3' or 'llama'."
-            )
+            raise ConfigError(f"The model family is {self.family!r}; expected 'qwen2' (Qwen2.5), 'qwen3' or 'llama'.")
         for field in SIZE_FIELDS:
             value = getattr(self, field)
             if type(value) is not int or value <= 0:

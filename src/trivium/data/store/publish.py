@@ -74,7 +74,7 @@ def publish(
 
 
 def held_out_share(num_distinct: int) -> float:
-    """The share to hold out by default: 1 %, but about 20 documents if a tenth of the data is as many."""
+    """The share to hold out by default: 1%, but about 20 documents if a tenth of the data is that many."""
     return max(USUAL_SHARE, min(MAX_SMALL_SHARE, ENOUGH_HELD_OUT / max(1, num_distinct)))
 
 
