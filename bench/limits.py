@@ -1,9 +1,9 @@
-"""A hundred random plans under a memory limit: what the planner says fits must run, what it calls impossible must not.
+"""A hundred random plans under a memory limit: plans predicted to fit must run, plans predicted not to must fail.
 
-Each plan is a random small network, way to train, setting and memory. A child process limits itself to that memory
-(RLIMIT_DATA; the libraries, which are there before, count as the planner's `framework`) and takes two real steps, with
-freed blocks going back to the system, as in a run whose memory is tight. What neither fits with the planner's margin
-nor is predicted to need more than all of the memory is left out. Writes bench/results/limits.json.
+Each plan is a random small network, method, setting and memory size. A child process limits itself to that memory
+(RLIMIT_DATA; the libraries loaded before count as the planner's `framework`) and takes two real steps, returning freed
+blocks to the system, as a run that is short of memory does. Plans that fit only without the planner's margin are left
+out. Writes bench/results/limits.json.
 
     python bench/limits.py [--plans 100] [--seed 0]
 """

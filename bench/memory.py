@@ -1,7 +1,7 @@
-"""Predicted against measured peak memory of a training step, in every way to train. Writes bench/results/memory-*.json.
+"""Predicted against measured peak memory of a training step, for every method. Writes bench/results/memory-*.json.
 
-On a CPU the allocator's own events are summed up (torch.profiler); on a GPU it keeps the peak itself. Two optimizer
-steps are measured, so that moments and accumulated gradients are there. `--trace` also runs each step without values.
+On a CPU the allocator's events are summed (torch.profiler); on a GPU the allocator reports the peak. Two optimizer
+steps are measured, so that moments and accumulated gradients exist. `--trace` also runs each step on fake tensors.
 
     python bench/memory.py [--device cuda] [--trace] [--only WORD]
 """

@@ -1,6 +1,6 @@
-"""How long the planner takes to answer: each published model in a fresh process, and searches over all that is open.
+"""How long the planner takes to answer: each published model in a fresh process, and searches over all choices.
 
-A search is over every rentable device, 1 to 8 of each, every portion, state, strategy and offload. Writes
+A search covers every rentable device, 1 to 8 of each, every micro-batch, state dtype, strategy and offload. Writes
 bench/results/planning.json. Targets: an answer under 1 s, a search under 3 s.
 
     python bench/planning.py

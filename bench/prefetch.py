@@ -1,7 +1,7 @@
-"""What packing ahead of the step gains: the same steps with batches packed in the step and in a background thread.
+"""How much prefetching gains: the same steps with batches packed in the step and in a background thread.
 
-Small models on short conversations, where packing is the largest part of a step. Both take turns in one process; the
-figures are medians over all steps, and ratios of them. Writes bench/results/prefetch.json.
+Small models on short conversations, where packing is the largest part of a step. Both alternate in one process; the
+figures are medians over all steps and their ratios. Writes bench/results/prefetch.json.
 
     python bench/prefetch.py [--steps 60] [--repeats 5] [--device cuda]
 """

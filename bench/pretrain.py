@@ -1,7 +1,7 @@
-"""Training from scratch against transformers' Trainer at its defaults: same shape, documents, dtype, tokens a step.
+"""Training from scratch against transformers' Trainer with default settings: same shape, data, dtype, tokens per step.
 
-Each contender trains in a process of its own, in turn, several times; figures are medians, and ratios are taken
-inside one run of this script, since machines are noisy. Real tokens are counted, never padding. Writes
+Each contender trains in its own process, several times, alternating; figures are medians, and ratios compare figures of
+one run of this script, since machines are noisy. Padding tokens are not counted. Writes
 bench/results/pretrain.json.
 
     python bench/pretrain.py [--repeats 3] [--steps 8]
@@ -140,7 +140,7 @@ def peak_gib() -> float:
 
 
 def measure(contender: str, dtype: str, steps: int) -> dict[str, float]:
-    """One contender in a process of its own."""
+    """One contender in its own process."""
     command = [sys.executable, __file__, "--contender", contender, "--dtype", dtype, "--steps", str(steps)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:

@@ -25,12 +25,12 @@ def figures() -> str:
         rows.append(
             (
                 f"training from scratch, {dtype}, vocabulary 151,936",
-                f"the Trainer of transformers {pretrain['versions']['transformers']}, its defaults",
-                f"{speed:.1f}x its real tokens/s, {memory:.2f}x its peak memory",
+                f"Trainer of transformers {pretrain['versions']['transformers']}, default settings",
+                f"{speed:.1f}x the tokens/s, {memory:.2f}x the peak memory",
             )
         )
     ways = {"full": "full fine-tuning", "lora": "LoRA"}
-    others = {"trl_defaults": "its defaults", "trl_tuned": "tuned: packed, no checkpointing"}
+    others = {"trl_defaults": "default settings", "trl_tuned": "tuned: packed, no checkpointing"}
     for method, result in sft["results"].items():
         for name, how in others.items():
             against = result["against"][name]
@@ -38,23 +38,24 @@ def figures() -> str:
                 (
                     f"{ways[method]} on short conversations, bfloat16, vocabulary 151,936",
                     f"SFTTrainer of TRL {sft['versions']['trl']}, {how}",
-                    f"{against['speed_ratio']:.1f}x its real tokens/s, {against['memory_ratio']:.2f}x its peak memory",
+                    f"{against['speed_ratio']:.1f}x the tokens/s, {against['memory_ratio']:.2f}x the peak memory",
                 )
             )
     rows.append(
         (
             f"tokenizing JSONL with Qwen's tokenizer, {tokenize['workers']} workers",
             f"preprocess_data.py of Megatron-LM {tokenize['versions']['megatron_lm']}",
-            f"{tokenize['speed_ratio']:.1f}x its speed, {tokenize['memory_ratio']:.2f}x its peak memory; "
-            f"{tokenize['large_memory_ratio']:.2f}x the memory at 4x the corpus",
+            f"{tokenize['speed_ratio']:.1f}x the speed, {tokenize['memory_ratio']:.2f}x the peak memory; "
+            f"{tokenize['large_memory_ratio']:.2f}x its own memory on 4x the corpus",
         )
     )
     rows.append(("`trivium --help`", "", f"{startup['help_seconds']:.2f} s"))
-    slowest = f"refusing a wrong run file, the slowest of {startup['num_error_cases']}"
+    slowest = f"rejecting an invalid run file, slowest of {startup['num_error_cases']}"
     rows.append((slowest, "", f"{startup['slowest_error_seconds']:.1f} s"))
     rows += planner_rows()
     lines = [
-        f"## Measured\n\nOn {pretrain['cpu_cores']} CPU cores, each pair side by side in one run of `bench/`.\n",
+        f"## Measured\n\nOn {pretrain['cpu_cores']} CPU cores. Both sides of a comparison were measured in one run of "
+        "`bench/`. Tokens do not include padding.\n",
         "| what | against | result |",
         "|---|---|---|",
         *(f"| {what} | {against} | {result} |" for what, against, result in rows),
@@ -63,7 +64,7 @@ def figures() -> str:
 
 
 def planner_rows() -> list[tuple[str, str, str]]:
-    """What the planner said against what came of it."""
+    """The planner's predictions against what happened."""
     memory = json.loads((RESULTS / "memory-cpu.json").read_text())["summary"]
     speed = json.loads((RESULTS / "speed.json").read_text())["summary"]
     limits = json.loads((RESULTS / "limits.json").read_text())["summary"]
@@ -71,29 +72,29 @@ def planner_rows() -> list[tuple[str, str, str]]:
     fits, impossible = limits["fits"], limits["impossible"]
     return [
         (
-            f"predicted peak memory of a step, {memory['num']} ways to train",
+            f"predicted peak memory of a step, {memory['num']} training setups",
             "torch's allocator",
-            f"off by {memory['median']:.2%} in the median, {memory['worst']:.1%} at most",
+            f"median error {memory['median']:.2%}, worst {memory['worst']:.1%}",
         ),
         (
-            f"predicted tokens/s after `--calibrate`, {speed['num_ways']} ways to train",
+            f"predicted tokens/s after `--calibrate`, {speed['num_ways']} training setups",
             "timed steps",
-            f"off by {speed['mean_error']:.0%} in the mean, {speed['largest_error']:.0%} at most, "
-            f"{speed['within_target']} within 20%",
+            f"mean error {speed['mean_error']:.0%}, worst {speed['largest_error']:.0%}, "
+            f"{speed['within_target']} of {speed['num_ways']} within 20%",
         ),
         (
             f"{fits['num'] + impossible['num']} random plans under a memory limit",
-            "what ran",
-            f"{fits['right']} of {fits['num']} that fit ran, {impossible['right']} of {impossible['num']} "
-            "impossible ones ran out",
+            "the same runs",
+            f"{fits['right']} of {fits['num']} predicted to fit ran, {impossible['right']} of {impossible['num']} "
+            "predicted not to fit ran out of memory",
         ),
         (
-            f"`trivium plan`, the slowest of {len(planning['answer_seconds'])} published models",
+            f"`trivium plan`, slowest of {len(planning['answer_seconds'])} published models",
             "",
             f"{planning['slowest_answer_seconds']:.1f} s",
         ),
         (
-            "a search over every device, portion and strategy, the slowest",
+            "slowest search over every device, micro-batch and strategy",
             "",
             f"{planning['slowest_search_seconds']:.1f} s",
         ),
@@ -106,7 +107,7 @@ def main() -> None:
     before, rest = text.split(BEGIN)
     made = before + BEGIN + figures() + END + rest.split(END, 1)[1]
     if "--check" in sys.argv and made != text:
-        raise SystemExit("README.md: the figures are not those of bench/results. Run: python bench/readme.py")
+        raise SystemExit("README.md: the figures differ from bench/results. Run: python bench/readme.py")
     path.write_text(made)
 
 

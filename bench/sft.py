@@ -1,10 +1,10 @@
 """Fine-tuning on short conversations against TRL's SFTTrainer: the same model, conversations, loss tokens and steps.
 
 A Qwen3 of six layers with the real vocabulary learns from chats of 60 to 200 tokens, assistant turns only, once with
-all weights and once with LoRA. Each contender trains in a process of its own, in turn, several times; figures are
-medians, and ratios are taken inside one run of this script, since machines are noisy. Real tokens are counted, never
-padding; memory is the most the process has held, loading and preparing included. Speed is also given by processor
-time, which a machine busy with other work disturbs less. Writes bench/results/sft.json.
+all weights and once with LoRA. Each contender trains in its own process, several times, alternating; figures are
+medians, and ratios compare figures of one run of this script, since machines are noisy. Padding tokens are not counted;
+memory is the peak of the whole process, loading and preparation included. Speed is also given in CPU time, which other
+work on the machine disturbs less. Writes bench/results/sft.json.
 
     python bench/sft.py TOKENIZER_FOLDER [--repeats 3] [--steps 3]
 
@@ -206,7 +206,7 @@ def train_trl(contender: str, method: str, folder: Path, steps: int) -> dict[str
 
 
 def measure(contender: str, method: str, folder: Path, steps: int) -> dict[str, float]:
-    """One contender in a process of its own."""
+    """One contender in its own process."""
     command = [sys.executable, __file__, str(folder), "--steps", str(steps), "--method", method]
     result = subprocess.run([*command, "--contender", contender], capture_output=True, text=True)
     if result.returncode:

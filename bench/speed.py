@@ -1,9 +1,9 @@
-"""Predicted against measured speed: this machine is calibrated, then trains in ways that the calibration has not seen.
+"""Predicted against measured speed: this machine is calibrated, then trains setups that the calibration has not seen.
 
-Each way is a real engine on random tokens: from scratch, all weights, LoRA and QLoRA, of several widths, depths,
-vocabularies and lengths, in fp32 and bf16, with and without recomputation. Speed is the mean over seconds of steps
-after one that warms up. The prediction by the data sheet alone stands beside. Wants a machine with nothing else to do.
-Writes bench/results/speed.json.
+Each setup is a real engine on random tokens: from scratch, all weights, LoRA and QLoRA, with several widths, depths,
+vocabularies and lengths, in fp32 and bf16, with and without activation checkpointing. Speed is the mean over a few
+seconds of steps, after one warm-up step. The prediction from the data sheet alone is recorded too. Run it on an idle
+machine. Writes bench/results/speed.json.
 
     python bench/speed.py [--seconds 6] [--first 18]
 """

@@ -1,6 +1,6 @@
-"""How long the command takes to say something: `trivium --help`, and every wrong run file of the tests.
+"""How long the command takes to respond: `trivium --help`, and every invalid run file of the tests.
 
-Each figure is the median of 5 fresh processes, import of everything included. Writes bench/results/startup.json.
+Each figure is the median of 5 fresh processes, imports included. Writes bench/results/startup.json.
 Targets: help under 0.3 s, every error under 2 s.
 """
 

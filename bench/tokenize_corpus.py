@@ -1,8 +1,8 @@
-"""Tokenizing side by side: `trivium data build` and Megatron-LM's tools/preprocess_data.py, and what memory it takes.
+"""Tokenizing speed and memory of `trivium data build` against Megatron-LM's tools/preprocess_data.py.
 
-Both read the same generated JSONL with the same Hugging Face tokenizer and as many workers, in turns, each as a whole
-command from its start to its end; the tokens of both must be the same, byte for byte. Then Trivium reads a corpus of
-four times the size, to see whether its memory grows. Writes bench/results/tokenize_corpus.json.
+Both read the same generated JSONL with the same Hugging Face tokenizer and number of workers, alternating; each is
+timed as a whole command, and their tokens must be identical. Then Trivium reads a corpus four times as large, to see
+whether its memory grows. Writes bench/results/tokenize_corpus.json.
 
     python bench/tokenize_corpus.py --megatron DIR --tokenizer DIR
 

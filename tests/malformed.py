@@ -92,8 +92,8 @@ WRONG_TYPES = [
     added("no is text", "optimizer:\n  beta1: no", ':5: optimizer.beta1 is "no"'),
     added("number for text", "name: 123", ":4: name is 123;", "letters, digits"),
     added("number for a folder", "runs_dir: 5", ":4: runs_dir is 5; expected text; put quotes around it"),
-    added("text for a part", "schedule: cosine", ':4: schedule is "cosine"; expected the keys kind'),
-    added("number for a tokenizer", "tokenizer: 5", ":4: tokenizer is 5; expected text or the keys path, train"),
+    added("text for a part", "schedule: cosine", ':4: schedule is "cosine"; expected any of the keys kind'),
+    added("number for a tokenizer", "tokenizer: 5", ":4: tokenizer is 5; expected text or any of the keys path, train"),
     added("text for a list", "sample:\n  prompts: hello", ':5: sample.prompts is "hello"; expected a list'),
     added(
         "number in a list of texts",
@@ -135,7 +135,7 @@ OUT_OF_RANGE = [
     case(
         "no sources",
         "method: scratch\nmodel: 1M\ndata: []\n",
-        ":3: data.sources is a list of 0; expected a list of at least one",
+        ":3: data.sources is a list of 0; expected a list of at least one entry",
     ),
 ]
 
@@ -164,7 +164,7 @@ WRONG_CHOICES = [
 
 MISSING = [
     case("empty file", "", "run.yaml: method is missing; expected one of lora", "model is missing", "data is missing"),
-    case("no model", "method: scratch\ndata: a\n", "run.yaml: model is missing; expected text or the keys"),
+    case("no model", "method: scratch\ndata: a\n", "run.yaml: model is missing; expected text or any of the keys"),
     case(
         "sources absent",
         "method: scratch\nmodel: 1M\ndata: {seq_len: 8}\n",

@@ -34,6 +34,11 @@ class Stopped(TriviumError):
     exit_code = 75
 
 
+def count_of(number: int, noun: str) -> str:
+    """A number with its noun: `1 step`, `2,000 steps`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def first_lines(error: BaseException) -> str:
     """The first two lines of an error's message on one line, at most 300 characters; its type if there are none."""
     return " ".join(str(error).strip().splitlines()[:2])[:300] or type(error).__name__

@@ -53,8 +53,9 @@ def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise TriviumError(
-            f"Disk full: {what} needs {needed_bytes / 2**20:,.1f} MiB in {folder}, and {free_bytes / 2**20:,.1f} MiB "
-            "are free. Nothing was written or removed. Free some space and run the same command again."
+            f"Not enough disk space in {folder} for {what}: {needed_bytes / 2**20:,.1f} MiB needed, "
+            f"{free_bytes / 2**20:,.1f} MiB free. Nothing was written or removed. Free some space and run the same "
+            "command again."
         )
 
 
@@ -80,8 +81,8 @@ class FolderLock:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise TriviumError(
-                f"{self.path.parent} is in use by {holder}. Two runs cannot share a folder: "
-                "wait for the other one, stop it, or give this run another name."
+                f"{self.path.parent} is in use by {holder}. Two runs cannot share a folder: wait for that one, stop "
+                "it, or add name=NEW to start another run."
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())

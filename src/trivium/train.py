@@ -108,7 +108,9 @@ def build_and_loop(
         machine = begun_machine(previous, job.run)
         if changes := differences(load_run(folder.run_yaml, []).run, job.run):
             changed = "; ".join(changes)
-            observer.note(f"resuming with other batching ({changed}): same samples in the same order, other rounding")
+            observer.note(
+                f"resuming with different batching ({changed}): same samples in the same order, rounding differs"
+            )
     held_bytes = begin_peak(machine.device)
     if not previous:
         folder.write(PLAN_FILE, {"predicted": plan_record.predict(job, machine, versions(), held_bytes)})
@@ -182,7 +184,7 @@ def is_finished(folder: RunFolder, run: Run, observer: Observer) -> bool:
     if changed := [change for change in changes if not change.startswith(BATCHING_KEYS)]:
         raise ConfigError(
             f"{folder.path} was started with other settings: {'; '.join(changed)}. Resuming would mix two runs, so "
-            "nothing was changed. Restore the settings to resume it, or give this run another name."
+            "nothing was changed. Restore the settings to resume it, or add name=NEW to start another run."
         )
     if folder.is_finished:
         observer.note(f"{folder.path} is finished: its result is in {folder.result}. Nothing was trained.")

@@ -126,7 +126,7 @@ def test_chat_ctrl_c_stops_the_answer_not_the_program(workplace: Path):
         terminal.until("> ")
         terminal.wait_until_idle()
         terminal.type("\x03")
-        terminal.until("/quit quits.")
+        terminal.until("Type /quit to quit.")
         terminal.type("/quit\n")
         assert terminal.process.wait(timeout=60) == 0
     finally:

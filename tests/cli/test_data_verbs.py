@@ -72,8 +72,8 @@ def test_data_build_and_inspect_show_supervised_tokens(tmp_path, chats):
     options = ("--tokenizer", tmp_path / "tokenizer", "--seq-len", 64)
     seen = call("data", "inspect", chats, *options).stdout
     assert "3 records = 2 kept + 0 split into several samples + 1 rejected" in seen
-    assert "rejected: no assistant turn, 1 records\n    chats.jsonl:3: no assistant turn" in seen
-    assert "turn 2 proven: 25 prompt tokens + 2 answer tokens" in seen and "0 documents with reasoning" in seen
+    assert "rejected: no assistant turn, 1 record\n    chats.jsonl:3: no assistant turn" in seen
+    assert "turn 2 verified: 25 prompt tokens + 2 answer tokens" in seen and "0 documents with reasoning" in seen
     assert "[[4<|im_end|>]]" in seen and "[[0.5: four<|im_end|>]]" in seen
     assert "user: 2 + 2?\n[[assistant: 4\n]]" in call("data", "inspect", chats).stdout
 
@@ -94,7 +94,7 @@ def test_data_inspect_takes_fields_and_formats(tmp_path, chats):
     assert "[[assistant: 4\n]]" in call("data", "inspect", odd, *named).stdout
     assert call("data", "inspect", odd, "--fields", "frage").exit_code == 2
     wrong = call("data", "inspect", odd, "--fields", "question=frage")
-    assert wrong.exit_code == 2 and "it maps from messages" in wrong.stderr
+    assert wrong.exit_code == 2 and "expected one of messages" in wrong.stderr
     info = tmp_path / "dataset_info.json"
     info.write_text(
         json.dumps({"odd": {"file_name": "odd.jsonl", "columns": {"prompt": "frage", "response": "antwort"}}})
@@ -122,7 +122,7 @@ def test_data_import_converts_a_binarized_folder(tmp_path):
     write_set(folder, "a", [([1, 2, 3], [IGNORED, 2, 3]), ([4], [4])])
     imported = call("data", "import", folder, "--out", out)
     assert imported.stdout.strip() == str(out / "tokens") and "2 records = 1 kept + 0 split" in imported.stderr
-    assert "2 supervised tokens (66.7%)" in imported.stderr and "no supervised token, 1 records" in imported.stderr
+    assert "2 supervised tokens (66.7%)" in imported.stderr and "no supervised token, 1 record" in imported.stderr
     assert "1[[2 3]]" in call("data", "inspect", out).stdout.replace(" [[", "[[")
     assert call("data", "import", folder, "--out", out).exit_code == 2
     assert call("data", "import", out, "--out", tmp_path / "other").exit_code == 4

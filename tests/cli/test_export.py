@@ -23,6 +23,6 @@ def test_export_reports_a_merge_and_never_overwrites(tmp_path: Path, monkeypatch
         assert words in done.stderr
     assert not list(tmp_path.glob(".*"))
     again = CliRunner().invoke(cli, ["export", "runs/qlora", "--merge", "--out", "merged"])
-    assert (again.exit_code, again.stdout) == (2, "") and "never overwrites" in again.stderr
+    assert (again.exit_code, again.stdout) == (2, "") and "nothing is overwritten" in again.stderr
     copied = CliRunner().invoke(cli, ["export", "runs/qlora", "--out", "adapter", "--json"])
     assert copied.exit_code == 0 and json.loads(copied.stdout)["max_difference"] == 0.0

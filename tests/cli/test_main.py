@@ -45,7 +45,7 @@ def test_every_verb_is_a_command(verb: str):
     [
         (["trian"], "Did you mean train?"),
         (["confg"], "Did you mean config?"),
-        (["xyzzy"], "The commands are quickstart, plan, train"),
+        (["xyzzy"], "Commands: quickstart, plan, train"),
         (["config", "shw"], "No such command 'shw'"),
         (["--colour"], "No such option"),
         (["config", "show"], "Missing argument 'FILE'"),
@@ -108,7 +108,7 @@ def test_unexpected_error_has_a_traceback_only_with_debug(verb_that_raises):
     verb_that_raises(ZeroDivisionError("line one\nline two"))
     plain = CliRunner().invoke(main.trivium, ["chat"])
     assert (plain.exit_code, plain.stdout) == (1, "")
-    assert plain.stderr.startswith("trivium: unexpected error, ZeroDivisionError: line one line two.")
+    assert plain.stderr.startswith("trivium: unexpected error: ZeroDivisionError: line one line two.")
     assert plain.stderr.count("\n") == 1 and "--debug" in plain.stderr
     debug = CliRunner().invoke(main.trivium, ["--debug", "chat"])
     assert debug.exit_code == 1 and "Traceback (most recent call last)" in debug.stderr

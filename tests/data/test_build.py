@@ -124,7 +124,7 @@ def test_build_reuses_and_checks_an_existing_store(tmp_path, tokenizer, monkeypa
     with pytest.raises(BadData, match="the manifest says"):
         build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
     os.truncate(first.path / "manifest.json", 100)
-    with pytest.raises(BadData, match=r"manifest\.json: cannot be read"):
+    with pytest.raises(BadData, match=r"manifest\.json cannot be read"):
         build(path, tokenizer, tmp_path / "cache", max_reject_share=0.1)
 
 
@@ -249,7 +249,7 @@ def test_killed_worker_is_an_error_and_finished_work_is_kept(tmp_path, tokenizer
     workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(workers[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "A tokenizing worker died" in errors
+    assert process.returncode == 1 and "A tokenizer process died" in errors
     assert size_of_partial(cache) > 0
 
 
@@ -391,7 +391,7 @@ def test_train_tokenizer_from_sources_is_deterministic_and_cached(tmp_path):
     assert len(AutoTokenizer.from_pretrained(folder)) == 300
     other = train_tokenizer_from_sources(sources, cache_dir=tmp_path / "other", **options)
     assert contents(other) == contents(folder)
-    with pytest.raises(ConfigError, match="is a store of tokens"):
+    with pytest.raises(ConfigError, match="is a token store"):
         train_tokenizer_from_sources([Source(store="x")], cache_dir=tmp_path / "cache", **options)
 
 
@@ -411,5 +411,5 @@ def test_build_checks_disk_space_before_writing(tmp_path, tokenizer, monkeypatch
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(100))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100))
-    with pytest.raises(TriviumError, match="Disk full"):
+    with pytest.raises(TriviumError, match="Not enough disk space"):
         build(path, tokenizer, tmp_path / "cache")

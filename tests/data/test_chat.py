@@ -398,7 +398,7 @@ def test_template_mismatch_in_a_later_turn_names_the_turn(byte):
     with pytest.raises(BadData, match=r"turn 4: .* at token 0, .*Later"):
         encode(tokenizer, talk("a", "b", "c", "d"))
     endless = HEADED.replace("<|im_end|>", "{% if m.content != 'b' %}<|im_end|>{% endif %}") + PROMPT
-    with pytest.raises(BadData, match=r"turn 2: .*not with <\|im_end\|>"):
+    with pytest.raises(BadData, match=r"turn 2: .*instead of <\|im_end\|>"):
         encode(with_template(byte, endless), talk("a", "b"))
 
 

@@ -188,7 +188,7 @@ def test_samples_with_reasoning_are_marked(tokenizer, tmp_path):
 
 def test_unknown_format_error_names_the_fields(tokenizer, tmp_path):
     source = write_rows(tmp_path / "a.jsonl", [{"frage": "fox", "antwort": "owl"}])
-    with pytest.raises(BadData, match=r"'frage', 'antwort', which fit no known format.*fields"):
+    with pytest.raises(BadData, match=r"'frage', 'antwort', which match no known format.*fields"):
         build(source, tokenizer, tmp_path / "cache")
 
 

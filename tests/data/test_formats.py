@@ -299,7 +299,7 @@ def test_dataset_info_of_conversations(info):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("nowhere", "has no data set 'nowhere'"),
+        ("nowhere", "has no dataset 'nowhere'"),
         ("preferences", "key ranking is not supported"),
         ("pictures", "column images is not supported"),
         ("misspelt", "key colums is not supported"),

@@ -25,7 +25,7 @@ def test_import_stores_or_rejects_every_sample(tmp_path_factory, rows):
     write_set(folder, "a", samples)
     useful = [sample for sample in samples if any(label != IGNORED for label in sample[1][1:])]
     if not useful:
-        with pytest.raises(BadData, match="none of its"):
+        with pytest.raises(BadData, match="none of the"):
             import_padded_mmap(folder, folder / "store")
         return
     report = import_padded_mmap(folder, folder / "store")

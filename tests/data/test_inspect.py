@@ -61,7 +61,8 @@ def test_inspect_proofs_equal_transformers(chats):
         "chats.jsonl:2",
     ]
     assert (
-        first.notes == ["2 samples, since the template renders earlier messages differently later"] and not second.notes
+        first.notes == ["2 samples, since the template renders earlier messages differently in later prompts"]
+        and not second.notes
     )
     for shown, messages in ((first, REASONED[:2]), (second, REASONED[:4]), (plain, ROWS[1][:1])):
         (proof,) = shown.proofs
@@ -110,7 +111,11 @@ def test_inspect_without_a_tokenizer_shows_text(chats):
         ("user: And 3 + 3?\n", 0),
         ("assistant: 6\n", 50),
     ]
-    assert found.rejected_by_reason == {"no answer has a weight": 1, "no assistant turn": 1, "not JSON": 1}
+    assert found.rejected_by_reason == {
+        "all answers have train: false or weight 0": 1,
+        "no assistant turn": 1,
+        "not JSON": 1,
+    }
     assert found.rejects["no assistant turn"] == ["chats.jsonl:5: no assistant turn"]
     assert found.counts["records"] == 6 and found.counts["kept"] == 3 and found.num_reasoning == 1
 
@@ -121,10 +126,10 @@ def test_inspect_notes_split_dropped_and_cut_answers(chats, small):
     seq_len = whole.documents[0].num_tokens - 1
     (dropped,) = inspect_all([Source(path=str(chats))], look(small, 1, seq_len=seq_len))
     assert [proof.turn for proof in dropped.documents[0].proofs] == [3] and dropped.counts["dropped_turns"] == 1
-    assert "1 answers dropped: too long, or not preceded by a message" in dropped.documents[0].notes
+    assert "1 answer dropped: too long, or not preceded by a message" in dropped.documents[0].notes
     (split,) = inspect_all([Source(path=str(chats))], look(small, 1, seq_len=seq_len, overlong="split"))
     assert [[proof.turn for proof in shown.proofs] for shown in split.documents] == [[3], [5]]
-    assert "the start of the history was dropped before later answers to make them fit" in split.documents[0].notes
+    assert "the beginning of the history was dropped so that later answers fit" in split.documents[0].notes
     assert split.counts["split"] == 1 and split.documents[1].spans[0].text.count("2 + 2?") == 0
 
 

@@ -207,17 +207,17 @@ def test_unreadable_sources_are_errors(tmp_path):
         ("a.gz", b"x", "file type .gz is not supported"),
         ("plain.jsonl.gz", b'{"text": "a"}\n', "Not a gzipped file"),
         ("cut.jsonl.gz", gzip.compress(os.urandom(5000))[:3000], "EOFError"),
-        ("bent.txt.gz", gzip.compress(b"a" * 500)[:-8] + b"12345678", "cannot be read to its end"),
-        ("plain.txt.zst", b"not zstd at all", "cannot be read to its end"),
-        ("cut.txt.zst", zstd(os.urandom(1500))[:-200], "cannot be read to its end"),
-        ("cut-list.json", b'[{"text": "a"}, {"text": "b', "breaks off or is not JSON after entry 1"),
+        ("bent.txt.gz", gzip.compress(b"a" * 500)[:-8] + b"12345678", "cannot be read to the end"),
+        ("plain.txt.zst", b"not zstd at all", "cannot be read to the end"),
+        ("cut.txt.zst", zstd(os.urandom(1500))[:-200], "cannot be read to the end"),
+        ("cut-list.json", b'[{"text": "a"}, {"text": "b', "cut off or invalid after entry 1"),
         ("no-list.json", b'[{"text": "a"} {"text": "b"}]', "after entry 1"),
         ("a.parquet", b"PAR1 and no more", "not a valid Parquet"),
     ]:
         (tmp_path / name).write_bytes(content)
         assert expected in refusal(tmp_path / name)
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "b.parquet")
-    assert "no column 'text'; it has body" in refusal(tmp_path / "b.parquet")
+    assert "no column 'text'. Set `field` to one of body" in refusal(tmp_path / "b.parquet")
 
 
 @given(

@@ -220,15 +220,15 @@ def test_fetching_again_finds_the_model_and_never_replaces_another(smollm2: Path
     weights = (changed / hf.WEIGHTS).read_bytes()
     (changed / hf.WEIGHTS).unlink()
     (changed / hf.WEIGHTS).write_bytes(weights[:-1] + b"\x00")
-    with pytest.raises(ConfigError, match="left alone"):
+    with pytest.raises(ConfigError, match="not touched"):
         demo.fetch(changed, note=fail)
 
 
 def test_fetch_leaves_other_folders_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="left alone"):
+    with pytest.raises(ConfigError, match="not touched"):
         demo.fetch(tmp_path)
-    with pytest.raises(ConfigError, match="left alone"):
+    with pytest.raises(ConfigError, match="not touched"):
         demo.fetch(tmp_path / "config.json")
     assert os.listdir(tmp_path) == ["config.json"]
 

@@ -91,12 +91,12 @@ def test_q16_string_arguments_are_read_before_the_template_sees_them(tmp_path):
 def test_q17_control_tokens_written_out(base, thinker, tmp_path):
     taken = [*PAIRS[:9], ("What does <think> mean?", "To reason.")]
     found = found_in(prepared_with(chat_rows(taken), thinker, tmp_path))["Q17"]
-    assert found.severity == "warning" and found.found.startswith("1 records")
+    assert found.severity == "warning" and found.found.startswith("found 1 record with")
     (tmp_path / "refused").mkdir()
     refused = [*PAIRS[:9], ("What is <|im_end|>?", "An end.")]
     data = {"max_reject_share": 0.5}
     found = found_in(prepared_with(chat_rows(refused), base, tmp_path / "refused", data=data))["Q17"]
-    assert "1 records were rejected" in found.found
+    assert "1 rejected record with" in found.found
 
 
 def test_q17_documents_are_plain_text_whatever_they_spell(base, tmp_path):
@@ -147,5 +147,5 @@ def test_examine_reads_every_byte_of_the_stores(base, tmp_path):
     tokens.write_bytes(content)
     os.utime(tokens, (1e9, 1e9))  # as if the disk had flipped it
     prepared_of(run)
-    with pytest.raises(BadData, match=r"tokens\.bin.*not what was built"):
+    with pytest.raises(BadData, match=r"tokens\.bin.*changed after it was built"):
         list(examine(run, frozenset(), lambda text: None))

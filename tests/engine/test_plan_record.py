@@ -146,7 +146,7 @@ def test_out_of_memory_suggests_fixes_that_fit(corpus, tmp_path):
     said = errors.read_text()
     assert process.exitcode == 3, said
     print(said)
-    assert "ran out" in said and all(f"({number}) " in said for number in (1, 2, 3)) and "Traceback" not in said
+    assert "Out of memory" in said and all(f"({number}) " in said for number in (1, 2, 3)) and "Traceback" not in said
     failure = folder.read("failure.json")
     assert failure is not None and failure["kind"] == "DoesNotFit" and failure["message"] in said
     assert "failed" in (folder.path / "report.html").read_text()
@@ -157,7 +157,7 @@ def test_out_of_memory_suggests_fixes_that_fit(corpus, tmp_path):
     process = start_command(["train", str(run_file), "batch.micro_tokens=512"], HEADROOM, errors)
     process.join()
     assert process.exitcode == 0, errors.read_text()
-    assert "resuming with other batching (batch.micro_tokens: 8192 -> 512)" in errors.read_text()
+    assert "resuming with different batching (batch.micro_tokens: 8192 -> 512)" in errors.read_text()
     assert verify(folder.path, lambda text: None, lambda step, steps: None).is_finished
     assert folder.read("failure.json") is None
     assert plan_of(tmp_path)["predicted"] == predicted

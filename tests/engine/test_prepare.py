@@ -68,7 +68,7 @@ def test_reasoning_share_is_met(base, tmp_path):
 
 def test_reasoning_share_without_reasoning_samples_is_refused(base, tmp_path):
     data = write_mixed(tmp_path / "plain.jsonl", num_reasoned=0, num_plain=20)
-    with pytest.raises(ConfigError, match="holds no reasoning samples"):
+    with pytest.raises(ConfigError, match="has no samples with reasoning"):
         prepared(base, data, tmp_path, reasoning_share=0.75)
 
 

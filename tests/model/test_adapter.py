@@ -343,7 +343,7 @@ def test_save_adapter_does_not_overwrite_other_files(base: Path, tmp_path: Path)
     (tmp_path / "thesis.txt").write_text("three years of work")
     model = load_base(base)
     adapter.inject(model, Adapter(rank=4), seed=1)
-    with pytest.raises(ConfigError, match="left alone"):
+    with pytest.raises(ConfigError, match="not touched"):
         adapter.save(model, tmp_path, "owner/base", None, GENERATION)
     assert (tmp_path / "thesis.txt").exists()
 
@@ -393,7 +393,7 @@ def test_pickled_and_damaged_adapters_are_refused(bases: dict[str, Path], tmp_pa
     weights = tmp_path / "adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-10])
-    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+    with pytest.raises(ConfigError, match="not a complete safetensors file"):
         adapter.load(load_base(bases["qwen2-tied"]), tmp_path)
     weights.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(ConfigError, match="safetensors only"):

@@ -178,7 +178,7 @@ def test_index_must_not_point_outside_its_folder(shard: object, tmp_path: Path) 
     folder = save(model_of(TIED), tmp_path / "model")
     (folder / hf.WEIGHTS).rename(tmp_path / "outside.safetensors")
     (folder / hf.INDEX).write_text(json.dumps({"weight_map": {hf.EMBEDDINGS: shard}}))
-    with pytest.raises(ConfigError, match="names the weight file"):
+    with pytest.raises(ConfigError, match="lists the weight file"):
         hf.load_weights(Qwen(TIED), folder)
 
 
@@ -196,7 +196,7 @@ def test_damaged_index_is_refused(index: str, tmp_path: Path) -> None:
 def test_truncated_safetensors_file_is_refused(tmp_path: Path) -> None:
     folder = save(model_of(TIED), tmp_path / "model")
     os.truncate(folder / hf.WEIGHTS, 5000)
-    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+    with pytest.raises(ConfigError, match="not a complete safetensors file"):
         hf.load_weights(Qwen(TIED), folder)
 
 
@@ -210,7 +210,7 @@ def test_folder_without_a_model_is_not_read_or_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         hf.read_shape(tmp_path)
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="left alone"):
+    with pytest.raises(ConfigError, match="not touched"):
         save(model_of(TIED), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
@@ -229,7 +229,7 @@ def test_find_folder_explains_unknown_names(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ConfigError, match="not a Hub id"):
         hf.find_folder("./no/such/folder")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="could not be fetched from the Hub"):
+    with pytest.raises(ConfigError, match="could not be downloaded from the Hub"):
         hf.find_folder("trivium-tests/no-such-model")
 
 
@@ -303,6 +303,6 @@ def test_save_folder_checks_free_space_first(tmp_path: Path, monkeypatch: pytest
     content = (older / hf.WEIGHTS).read_bytes()
     free = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("trivium.files.shutil.disk_usage", lambda folder: free)
-    with pytest.raises(TriviumError, match="Disk full"):
+    with pytest.raises(TriviumError, match="Not enough disk space"):
         save(model_of(TIED, seed=2), tmp_path / "model")
     assert (older / hf.WEIGHTS).read_bytes() == content

@@ -71,7 +71,7 @@ def test_decide_fairy_tales_on_a_laptop(num_pairs):
     decision = decide(Situation(pairs(num_pairs), adapter_only=True, **LAPTOP))
     assert (decision.method, decision.model) == ("lora", "Qwen/Qwen2.5-0.5B-Instruct")
     if num_pairs >= 10_000:
-        assert any("laptop" in reason and "adapter may be shared" in reason for reason in decision.reasons)
+        assert any("laptop" in reason and "adapter may be published" in reason for reason in decision.reasons)
 
 
 def test_decide_no_training_if_general_model_works():
@@ -139,14 +139,14 @@ def test_warnings_of_common_pitfalls():
     assert any("below 10K LoRA" in text for text in warnings(Situation(few), "full", instruct))
     assert any("below 1B" in text and "2004.10964" in text for text in warnings(Situation(little), "continue", None))
     (format_lost,) = [text for text in warnings(Situation(little), "continue", instruct) if "conversations" in text]
-    assert "Take Qwen/Qwen2.5-7B," in format_lost
+    assert "Use Qwen/Qwen2.5-7B," in format_lost
     assert any("Qwen3-4B-Base" in text for text in warnings(Situation(little), "continue", "Qwen3-4B"))
     assert any("<|im_end|>" in text for text in warnings(Situation(few), "lora", "Qwen/Qwen3-4B-Base"))
     assert any("Rank 64" in text for text in warnings(Situation(few, rank=64), "lora", instruct))
     assert warnings(Situation(pairs(50_000)), "lora", instruct) == ()
     situation = Situation(text(10**9), device=DEVICES["h100-80"])
     (cost,) = warnings(situation, "scratch", "Qwen3-0.6B-Base")
-    assert "FLOP" in cost and "1.7 tokens for each parameter" in cost
+    assert "FLOP" in cost and "1.7 tokens per parameter" in cost
 
 
 facts = st.none() | st.builds(

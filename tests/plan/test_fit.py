@@ -201,7 +201,7 @@ def test_search_takes_qlora_when_lora_does_not_fit():
     roomy = search(Goal(runs, shape, (DEVICES["b200"],), facts=FACTS))
     tight = search(Goal(runs, shape, (DEVICES["l40s"],), facts=FACTS))
     assert (roomy.run.method, tight.run.method) == ("lora", "qlora")
-    assert "lora would take" in tight.reasons["method"] and tight.run.weights == "nf4"
+    assert "lora would need" in tight.reasons["method"] and tight.run.weights == "nf4"
 
 
 def test_search_max_cost_and_max_hours():
@@ -209,9 +209,9 @@ def test_search_max_cost_and_max_hours():
     assert plan.cost is not None and plan.cost.money is not None
     enough = search(goal("lora", "Qwen3-8B", *RENTED, max_cost=plan.cost.money, prefer="fastest"))
     assert enough.cost is not None and (enough.cost.money or 0.0) <= plan.cost.money
-    with pytest.raises(DoesNotFit, match=r"not \$0\.01: the cheapest takes"):
+    with pytest.raises(DoesNotFit, match=r"limit of \$0\.01: the cheapest plan takes"):
         search(goal("lora", "Qwen3-8B", *RENTED, max_cost=0.01))
-    with pytest.raises(DoesNotFit, match=r"not 1e-06 h"):
+    with pytest.raises(DoesNotFit, match=r"limit of 1e-06 h"):
         search(goal("lora", "Qwen3-8B", *RENTED, max_hours=1e-6))
 
 

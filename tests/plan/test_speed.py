@@ -95,7 +95,7 @@ def test_predict_speed_of_other_stacks(name):
 
 
 def test_predict_speed_utilization_of_large_models():
-    """All weights of a 7B model on A100s: llm-foundry publishes 52 to 62 % of the peak, by its non-causal count."""
+    """All weights of a 7B model on A100s: llm-foundry publishes 52 to 62% of the peak, by its non-causal count."""
     work = full_row("Qwen2.5-7B", 2048, 16384, 8)
     used = 6 * work.shape.num_matmul_params + 12 * 28 * 28 * 128 * 2048
     speed = predict_speed(work, DEVICES["a100-80"])

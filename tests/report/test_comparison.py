@@ -48,7 +48,7 @@ def text_of(path: Path) -> str:
 def test_table_has_every_metric_and_the_best_value(compared: Comparison):
     rows = {row.label: row for row in table(compared)}
     assert list(rows) == [
-        "held-out loss", "exact match", "stop rate", "general loss", "rise of general loss",
+        "held-out loss", "exact match", "stop rate", "general loss", "increase in general loss",
         "parameters trained", "training time", "tokens/s", "peak memory, GiB", "size on disk",
     ]  # fmt: skip
     assert [rows["held-out loss"].text(value) for value in rows["held-out loss"].values] == [
@@ -57,7 +57,9 @@ def test_table_has_every_metric_and_the_best_value(compared: Comparison):
         "1.2500",
     ]
     assert rows["held-out loss"].best == 1.25 and rows["exact match"].best == 0.5
-    assert rows["rise of general loss"].values == [None, 0.25, 0.25] and rows["rise of general loss"].best is None
+    assert (
+        rows["increase in general loss"].values == [None, 0.25, 0.25] and rows["increase in general loss"].best is None
+    )
     assert [rows["training time"].text(value) for value in rows["training time"].values] == [
         "-",
         "61 s",

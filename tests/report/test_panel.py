@@ -37,7 +37,7 @@ def test_the_panel_shows_figures_curve_and_sample():
     watch(LivePanel(Console(file=screen, force_terminal=True, width=100, height=40)))
     shown = screen.getvalue()
     assert re.search(
-        r"\n.{0,20}step +left +loss +held-out +tokens/s +MFU +memory", re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown)
+        r"\n.{0,20}step +time left +loss +held-out +tokens/s +MFU +memory", re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown)
     )
     for expected in (
         "a note [with] brackets",

@@ -175,7 +175,9 @@ def test_report_of_an_empty_run_folder(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("")
     page = read(write_report(tmp_path))
     assert "stopped" in page.text and "not recorded" in page.text and "svg" not in page.tags
-    assert "Not in the folder: provenance.json, metrics.jsonl, samples.jsonl, checkpoints, the result." in page.text
+    assert (
+        "Missing from the folder: provenance.json, metrics.jsonl, samples.jsonl, checkpoints, the result." in page.text
+    )
 
 
 def test_report_of_torn_records(finished_run: Path) -> None:

@@ -112,7 +112,7 @@ def test_export_never_touches_existing_files(tmp_path: Path, adapter: Path, base
     taken.mkdir()
     (taken / "config.json").write_text("{}")
     for out in (taken, taken / "config.json"):
-        with pytest.raises(ConfigError, match="never overwrites"):
+        with pytest.raises(ConfigError, match="nothing is overwritten"):
             export(str(adapter), out, merge=True, dtype=None, note=silent)
     assert [(file.name, file.read_text()) for file in taken.iterdir()] == [("config.json", "{}")]
     with pytest.raises(ConfigError, match="nothing to merge"):

@@ -120,7 +120,7 @@ def test_measure_supervises_answers_and_their_ends(adapter: Path, tmp_path: Path
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n" + json.dumps(broken) + "\n")
     said: list[str] = []
     found = measure(loaded, passages_of_file(tmp_path / "chat.jsonl", loaded.tokenizer, 256, said.append))
-    assert said == [f"{tmp_path / 'chat.jsonl'}: left out 1 rejected"]
+    assert said == [f"{tmp_path / 'chat.jsonl'}: left out 1 rejected record"]
     losses = []
     for index in (1, 3):
         prompt = loaded.tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)

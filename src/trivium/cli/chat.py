@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trivium.errors import ConfigError, TriviumError
+from trivium.errors import ConfigError, TriviumError, count_of
 
 if TYPE_CHECKING:
     from trivium.use.chat import Dialogue, Writer
@@ -32,13 +32,13 @@ _note = partial(click.echo, err=True)
 @click.argument("model")
 @click.option("-p", "--prompt", help="Answer or complete this and exit. Default: read prompts line by line.")
 @click.option("--chat", "mode", flag_value="chat", help="Chat even if MODEL is not a chat model.")
-@click.option("--complete", "mode", flag_value="complete", help="Complete a text even if MODEL is a chat model.")
-@click.option("--system", default="", help="The system prompt of a conversation.")
+@click.option("--complete", "mode", flag_value="complete", help="Complete text even if MODEL is a chat model.")
+@click.option("--system", default="", help="System prompt of the conversation.")
 @click.option("--thinking/--no-thinking", default=None, help="Turn reasoning on or off. Default: the template's.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
-    help=f"Maximum tokens. Default: {TEXT_TOKENS} for a text, {ANSWER_TOKENS} for an answer.",
+    help=f"Maximum tokens to generate. Default: {TEXT_TOKENS} for a text, {ANSWER_TOKENS} for an answer.",
 )
 @click.option(
     "--temperature", default=0.8, show_default=True, type=click.FloatRange(min=0.0), help="0 means greedy decoding."
@@ -58,8 +58,8 @@ def chat(
 ) -> None:
     """Chat with MODEL: a run folder, the folder of a model or an adapter, or a Hub id.
 
-    A chat model (one with a chat template that stops at the end of a turn) answers messages; any other model completes
-    texts. A prompt on stdin is completed by both. --chat and --complete override this.
+    A chat model (one that has a chat template and stops at the end of a turn) answers messages; any other model
+    completes text, as does a prompt on stdin. --chat and --complete override this.
 
     \b
     Examples:
@@ -80,7 +80,7 @@ def chat(
     if converses and loaded.template is None:
         raise ConfigError(f"The tokenizer of {model} has no usable chat template. Remove --chat.")
     if not converses and (system or thinking is not None):
-        raise ConfigError(f"--system and --thinking only work in a chat, and {model} completes texts. Add --chat.")
+        raise ConfigError(f"--system and --thinking only work in a chat, and {model} completes text. Add --chat.")
     if seed is not None:
         torch.manual_seed(seed)
     writer = Writer(loaded, max_new_tokens or (ANSWER_TOKENS if converses else TEXT_TOKENS), temperature)
@@ -98,7 +98,7 @@ def chat(
 
 def _continue_texts(writer: "Writer") -> None:
     """Complete each line until an empty one."""
-    _note("Enter the start of a text; an empty line quits. Ctrl-C stops a completion.")
+    _note("Type the beginning of a text. Ctrl-C stops a completion; an empty line quits.")
     with suppress(EOFError, KeyboardInterrupt):
         while line := _ask():
             click.echo(line, nl=False)
@@ -119,7 +119,7 @@ def _converse(dialogue: "Dialogue", name: str) -> None:
                 elif line:
                     _answer(dialogue, dialogue.say(line))
             except KeyboardInterrupt:
-                _note("\n/quit quits.")
+                _note("\nType /quit to quit.")
             except (TriviumError, OSError) as error:
                 _note(str(error))
 
@@ -163,7 +163,7 @@ def _run_command(dialogue: "Dialogue", line: str) -> None:
 def _answer(dialogue: "Dialogue", pieces: Generator[str]) -> None:
     """Print an answer, with a note if it was cut off."""
     if _show(pieces) and not dialogue.writer.is_whole:
-        _note(f"cut off after {dialogue.writer.max_new_tokens:,} tokens; --max-new-tokens allows more")
+        _note(f"cut off after {count_of(dialogue.writer.max_new_tokens, 'token')}; raise --max-new-tokens for more")
 
 
 def _show(pieces: Generator[str]) -> bool:

@@ -17,7 +17,7 @@ FILE = click.Path(path_type=Path)
 @click.argument("models", nargs=-1, required=True, metavar="RUN...")
 @click.option("--prompts", type=FILE, help="File of prompts, with or without expected answers.")
 @click.option("--held-out", type=FILE, help="Measure the loss on this file. Default: the first run's held-out set.")
-@click.option("--general", type=FILE, help="Measure forgetting: the rise of the loss on this file of general text.")
+@click.option("--general", type=FILE, help="Measure forgetting: the increase in loss on this file of general text.")
 @click.option(
     "--out",
     type=FILE,

@@ -1,6 +1,6 @@
 """`trivium data`: build, import and inspect token stores.
 
-This module only parses flags and prints. Results go to stdout, progress and remarks to stderr.
+This module only parses flags and prints. Results go to stdout, progress and notes to stderr.
 """
 
 import json
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from trivium.cli.progress import building
 from trivium.config.inputs import Data, Source
-from trivium.errors import ConfigError
+from trivium.errors import ConfigError, count_of
 
 if TYPE_CHECKING:
     from trivium.data.chat.samples import ConversationSettings
@@ -39,7 +39,7 @@ def data() -> None:
 
 def _pairs(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     if wrong := [value for value in values if "=" not in value]:
-        raise click.BadParameter(f"{wrong[0]!r} is not of the form OURS=THEIRS, for example prompt=question")
+        raise click.BadParameter(f"{wrong[0]!r} does not have the form OURS=THEIRS, for example prompt=question")
     return dict(value.split("=", 1) for value in values)
 
 
@@ -114,7 +114,7 @@ def _conversations(options: dict[str, Any]) -> "ConversationSettings":
 @click.option(
     "--held-out",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of documents kept out of training. Default: 0.01; for small data about 20 documents, at most 0.1.",
+    help="Share of documents kept out of training. Default: 0.01; for small data, about 20 documents, at most 0.1.",
 )
 @click.option(
     "--max-reject-share",
@@ -142,9 +142,9 @@ def build(
     as_json: bool,
     **reading: Any,
 ) -> None:
-    """Build a token store of each SOURCE, or find the existing one, and print its path.
+    """Build a token store for each SOURCE, or find the existing one, and print its path.
 
-    A SOURCE is a file or folder of .txt .md .jsonl .json .parquet (also .gz .zst), or hub:ID for a Hub data set.
+    A SOURCE is a file or folder of .txt .md .jsonl .json .parquet (also .gz .zst), or hub:ID for a Hub dataset.
     The format (documents or conversations) is detected from each file's first records.
 
     Example: trivium data build stories.jsonl --tokenizer Qwen/Qwen3-0.6B
@@ -171,9 +171,9 @@ def build(
         report = store.report
         all_tokens = report["tokens"] + report["held_out_tokens"]
         click.echo(
-            f"{store.name}: {report['tokens']:,} tokens ({report['tokens'] / total:.1%} of all) in "
-            f"{report['documents']:,} documents, {report['held_out_documents']:,} held out, {report['duplicates']:,} "
-            "duplicates",
+            f"{store.name}: {count_of(report['tokens'], 'token')} ({report['tokens'] / total:.1%} of all) in "
+            f"{count_of(report['documents'], 'document')}, {report['held_out_documents']:,} held out, "
+            f"{count_of(report['duplicates'], 'duplicate')}",
             err=True,
         )
         for line in describe_counts(report):
@@ -184,7 +184,7 @@ def build(
 
 
 def _supervised(num_supervised: int, num_tokens: int) -> str:
-    return f"{num_supervised:,} supervised tokens ({num_supervised / max(1, num_tokens):.1%})"
+    return f"{count_of(num_supervised, 'supervised token')} ({num_supervised / max(1, num_tokens):.1%})"
 
 
 @data.command("import")
@@ -192,10 +192,10 @@ def _supervised(num_supervised: int, num_tokens: int) -> str:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to create for the store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def import_(folder: Path, out: Path, as_json: bool) -> None:
-    """Convert FOLDER, with padded .mmap files from Qwen3-Coder's binarize_data.py, to a store with loss weights.
+    """Convert a FOLDER of padded .mmap files from Qwen3-Coder's binarize_data.py to a store with loss weights.
 
-    Padding is removed, and samples without a supervised token are rejected. In a run file, set `store:` to the printed
-    path.
+    Padding is removed, and samples without a supervised token are rejected. To train on the store, set `store:` in the
+    run file to the printed path.
 
     Example: trivium data import binarized --out imported
     """
@@ -206,11 +206,13 @@ def import_(folder: Path, out: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"store": str(out / "tokens"), **report}, indent=2))
         return
-    click.echo(f"{folder}: {report['tokens']:,} tokens in {report['documents']:,} samples", err=True)
+    click.echo(
+        f"{folder}: {count_of(report['tokens'], 'token')} in {count_of(report['documents'], 'sample')}", err=True
+    )
     for line in [*describe_counts(report), _supervised(report["supervised_tokens"], report["tokens"])]:
         click.echo(f"  {line}", err=True)
     for reason, count in report["rejected_by_reason"].items():
-        click.echo(f"  rejected: {reason}, {count:,} records", err=True)
+        click.echo(f"  rejected: {reason}, {count_of(count, 'record')}", err=True)
     click.echo(out / "tokens")
 
 
@@ -218,13 +220,15 @@ def import_(folder: Path, out: Path, as_json: bool) -> None:
 @click.argument("paths", nargs=-1, required=True, metavar="STORE_OR_SOURCE...")
 @click.option("--tokenizer", help="Tokenizer folder or Hub id, to decode stores and to encode sources.")
 @reading_options
-@click.option("-n", "num_shown", type=click.IntRange(0), default=3, show_default=True, help="Records to show of each.")
+@click.option(
+    "-n", "num_shown", type=click.IntRange(0), default=3, show_default=True, help="Records to show per source."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(paths: tuple[str, ...], tokenizer: str | None, num_shown: int, as_json: bool, **reading: Any) -> None:
     """Show the first records, lengths, shares and rejects of stores and sources.
 
     With --tokenizer, conversations are shown as samples. Supervised tokens are green, or yellow if their loss weight is
-    not 1; without colors they are in [[brackets]]. For each answer, the prompt is proven to be what serving sends.
+    not 1; without colors they are in [[brackets]]. Each answer's prompt is verified to be what serving sends.
 
     \b
     Examples:
@@ -248,7 +252,7 @@ def _print(inspection: "Inspection") -> None:
 
     unit, num_documents = inspection.unit, inspection.num_documents
     click.echo(
-        f"{inspection.name}: {num_documents:,} documents, {inspection.size:,} {unit}, "
+        f"{inspection.name}: {count_of(num_documents, 'document')}, {inspection.size:,} {unit}, "
         f"{inspection.share:.1%} of all {unit}"
     )
     if inspection.counts:
@@ -258,7 +262,7 @@ def _print(inspection: "Inspection") -> None:
     if inspection.counts.get("conversations"):
         reasoned = inspection.num_reasoning
         click.echo(
-            f"  {reasoned:,} documents with reasoning ({reasoned / max(1, num_documents):.1%}), "
+            f"  {count_of(reasoned, 'document')} with reasoning ({reasoned / max(1, num_documents):.1%}), "
             f"{num_documents - reasoned:,} without"
         )
     if inspection.lengths:
@@ -269,7 +273,7 @@ def _print(inspection: "Inspection") -> None:
         bar = "#" * max(1, round(BAR_COLUMNS * count / most))
         click.echo(f"  {low:>12,} to {2 * low - 1:<12,} {count:>12,} {bar}")
     for reason, count in inspection.rejected_by_reason.items():
-        click.echo(f"  rejected: {reason}, {count:,} records")
+        click.echo(f"  rejected: {reason}, {count_of(count, 'record')}")
         for reject in inspection.rejects.get(reason, []):
             click.echo(f"    {reject}")
     for shown in inspection.documents:
@@ -279,15 +283,15 @@ def _print(inspection: "Inspection") -> None:
 
 
 def _print_shown(shown: "Shown") -> None:
-    size = "" if shown.num_tokens is None else f", {shown.num_tokens:,} tokens"
+    size = "" if shown.num_tokens is None else f", {count_of(shown.num_tokens, 'token')}"
     click.echo(click.style(f"----- {shown.name}{size} " + "-" * BAR_COLUMNS, dim=True))
     for note in shown.notes:
         click.echo(f"  {note}")
     for proof in shown.proofs:
         thinking = "" if proof.thinking is None else f", enable_thinking={proof.thinking}"
         click.echo(
-            f"  turn {proof.turn} proven: {proof.prompt_tokens:,} prompt tokens + {proof.answer_tokens:,} answer "
-            f"tokens{thinking}"
+            f"  turn {proof.turn} verified: {count_of(proof.prompt_tokens, 'prompt token')} + "
+            f"{count_of(proof.answer_tokens, 'answer token')}{thinking}"
         )
     left = MAX_SHOWN_CHARS
     for span in shown.spans:

@@ -22,8 +22,8 @@ def doctor(run_file: Path, overrides: tuple[str, ...], as_json: bool, allow: tup
     """Check RUN_FILE for mistakes without training.
 
     Checks the tokens, data, adapter, hyperparameters and machine, and runs one forward and backward pass. Builds the
-    token stores as training does. Exit codes as of `trivium train`: 0 no error, 2 configuration error, 3 not enough
-    memory or disk, 4 bad data. docs/doctor.md explains each rule.
+    token stores as training does. Exit codes: 0 no errors, 2 configuration error, 3 not enough memory or disk, 4 bad
+    data. docs/doctor.md explains each rule.
 
     \b
     Example:

@@ -75,7 +75,7 @@ def eval(
             passages = passages_of_file(held_out, loaded.tokenizer, seq_len, wait.note)
         elif prompts is None and tasks is None:
             if loaded.place.run_folder is None:
-                raise ConfigError(f"{model} is not a run, so it has no held-out set. Add --held-out FILE.")
+                raise ConfigError(f"{model} is not a run folder, so it has no held-out set. Add --held-out FILE.")
             passages = passages_of_run(loaded.place.run_folder, wait.note)
         if passages:
             found["held_out"] = asdict(measure(loaded, passages, wait.bar("held-out loss")))

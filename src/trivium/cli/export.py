@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from trivium.cli.progress import waiting
+from trivium.errors import count_of
 
 if TYPE_CHECKING:
     from trivium.use.export import Export
@@ -51,15 +52,15 @@ def export(model: str, out: Path, merge: bool, dtype: str | None, as_json: bool)
 def _remarks(done: "Export") -> list[str]:
     """The measurements as sentences."""
     lines = [
-        f"verified: after reloading, the logits on {done.num_prompts} {done.prompts_from} differ by at most "
-        f"{done.max_difference:.2g}"
+        f"verified: after reloading, the logits on {count_of(done.num_prompts, done.prompts_from.removesuffix('s'))} "
+        f"differ by at most {done.max_difference:.2g}"
     ]
     if done.rounding is not None:
         lines.append(f"rounding to {done.dtype} changes a logit by at most {done.rounding:.2g}")
     if done.quantized_difference is not None:
         lines.append(
-            f"the adapter was trained on the NF4 base model; on the full-precision one, a logit changes by at most "
-            f"{done.quantized_difference:.2g} and the loss on these prompts is {done.loss:.4f} instead of "
+            f"the adapter was trained on the NF4 base model; with the full-precision one, logits change by at "
+            f"most {done.quantized_difference:.2g} and the loss on these prompts is {done.loss:.4f} instead of "
             f"{done.quantized_loss:.4f}"
         )
     return lines

@@ -30,7 +30,7 @@ VERBS = {
     "eval": "Evaluate a model on held-out data, prompts or benchmarks.",
     "compare": "Compare runs and their base models: quality and cost.",
     "export": "Export a model or adapter, optionally merged, and verify it.",
-    "verify": "Verify that a run read every sample exactly once.",
+    "verify": "Verify that a run read every sample exactly once and in order.",
     "report": "Write report.html for a run, finished or not.",
 }
 """The help line of each verb; its click command is in trivium/cli/VERB.py."""
@@ -54,7 +54,7 @@ class VerbGroup(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args[0] not in VERBS and not args[0].startswith("-"):
             near = difflib.get_close_matches(args[0], VERBS, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(VERBS)}."
+            hint = f"Did you mean {near[0]}?" if near else f"Commands: {', '.join(VERBS)}."
             ctx.fail(f"No such command {args[0]!r}. {hint}")
         return super().resolve_command(ctx, args)
 
@@ -78,7 +78,7 @@ class VerbGroup(click.Group):
                 ctx.exit(error.exit_code)
             what = " ".join(f"{type(error).__name__}: {error}".split())
             command = shlex.join(["trivium", "--debug", *sys.argv[1:]])
-            print_paragraphs(f"unexpected error, {what}. For the traceback, run: {command}")
+            print_paragraphs(f"unexpected error: {what}. For the traceback, run: {command}")
             ctx.exit(EXIT_FAULT)
 
 

@@ -38,7 +38,7 @@ def list_sizes(as_json: bool) -> None:
 @model.command("size")
 @click.option("--params", required=True, help="Total number of parameters, for example 900K, 25M or 1.5B.")
 @click.option("--vocab", required=True, help="Vocabulary size, for example 8192.")
-@click.option("--family", type=click.Choice(get_args(Family)), default="qwen3", show_default=True)
+@click.option("--family", type=click.Choice(get_args(Family)), default="qwen3", show_default=True, help="Model family.")
 @click.option("--json", "as_json", is_flag=True, help="Print the shape as JSON.")
 def size(params: str, vocab: str, family: Family, as_json: bool) -> None:
     """Find the model shape for a parameter count."""

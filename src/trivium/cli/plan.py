@@ -72,7 +72,7 @@ class GroupedCommand(click.Command):
 
 @click.command(cls=GroupedCommand)
 @click.argument("words", nargs=-1, metavar="[RUN_FILE_OR_MODEL] [KEY=VALUE]...")
-@click.option("--data", type=FILE, multiple=True, help="A file or folder of training data; repeatable.")
+@click.option("--data", type=FILE, multiple=True, help="A file or folder of training data; may be repeated.")
 @click.option("--rows", type=AMOUNT, help="Number of conversations or documents (5K), instead of files.")
 @click.option("--tokens", type=AMOUNT, help="Number of tokens (1B), instead of files or with --rows.")
 @click.option("--kind", type=click.Choice(["conversations", "documents"]), help="What --rows and --tokens count.")
@@ -81,11 +81,11 @@ class GroupedCommand(click.Command):
     "--devices",
     type=click.IntRange(1, 4096),
     metavar="NUMBER",
-    help="Number of devices. Default: 1, or up to 8 of a rented GPU.",
+    help="Number of devices. Default: 1, or up to 8 for a rented GPU.",
 )
-@click.option("--memory", type=AMOUNT, help="Memory of a device in GiB. Default: all of it.")
+@click.option("--memory", type=AMOUNT, help="Memory to use on each device, in GiB. Default: all of it.")
 @click.option(
-    "--method", type=click.Choice(list(METHOD_DEFAULTS)), help="Training method. Default: chosen by the data."
+    "--method", type=click.Choice(list(METHOD_DEFAULTS)), help="Training method. Default: chosen to suit the data."
 )
 @click.option(
     "--prefer",
@@ -96,8 +96,10 @@ class GroupedCommand(click.Command):
 )
 @click.option("--max-cost", type=AMOUNT, help="Maximum cost of the run in US dollars.")
 @click.option("--max-hours", type=AMOUNT, help="Maximum length of the run in hours.")
-@click.option("--adapter-only", is_flag=True, help="Only an adapter may be published, because of the model's license.")
-@click.option("--general", type=click.Choice(["yes", "no"]), help="Whether an existing model already does the task.")
+@click.option("--adapter-only", is_flag=True, help="The model's license lets you publish only an adapter.")
+@click.option(
+    "--general", type=click.Choice(["yes", "no"]), help="Whether an existing model already does the task well enough."
+)
 @click.option("--write", "run_file", type=FILE, help="Write the plan as a run file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--calibrate", is_flag=True, help="Measure this machine once (minutes); later plans use it.")
@@ -114,9 +116,9 @@ def plan(
 ) -> None:
     """Plan a training run: method, memory, time and cost.
 
-    Plans a RUN_FILE, a MODEL (a name, a folder, or a size like 25M), or the model and method for the data. Keys that
-    are set are kept, all others are searched. Exit codes: 0 a plan, or the advice not to train; 2 wrong usage; 3
-    nothing fits, with the cheapest changes that would fit.
+    Plans a RUN_FILE or a MODEL (a name, a folder, or a size like 25M); with data alone, it also chooses the model. Keys
+    that you set are kept; all others are searched. Exit codes: 0 a plan, or the advice not to train; 2 usage or
+    configuration error; 3 nothing fits (lists the cheapest changes that would fit).
 
     \b
     Examples:
@@ -170,13 +172,14 @@ def _given_facts(rows: float | None, tokens: float | None, kind: Any, data: tupl
     if rows is None and tokens is None:
         if kind is not None:
             raise ConfigError(
-                f"--kind {kind} was given without an amount. Add --rows, --tokens or both; --data needs no kind."
+                f"--kind {kind} was given without an amount. Add --rows, --tokens or both; with --data, remove --kind."
             )
         return None
     if data or kind is None:
-        given = "--data as well" if data else "no --kind"
+        given = "with --data" if data else "without --kind"
         raise ConfigError(
-            f"Found --rows or --tokens and {given}. Expected either --data, or numbers together with --kind."
+            f"Found --rows or --tokens {given}. Expected either --data FILE alone, or --rows or --tokens with --kind "
+            "conversations or --kind documents."
         )
     return given_facts(kind, *(None if count is None else round(count) for count in (rows, tokens)))
 
@@ -189,7 +192,7 @@ def _plan(request: "PlanRequest", run_file: Path | None, as_json: bool) -> None:
     advice = advise(resolved.situation, resolved.decision, resolved.goal)
     if run_file and advice.plan:
         write_run(advice.plan, run_file, _notes(advice.plan))
-        click.echo(f"written: {run_file}", err=True)
+        click.echo(f"wrote {run_file}", err=True)
     if as_json:
         click.echo(json.dumps(as_record(advice), indent=2))
         return
@@ -245,12 +248,12 @@ def _calibrate() -> None:
 
     measured = calibrate(lambda text: click.echo(text, err=True))
     for dtype, error in measured.error.items():
-        click.echo(f"{dtype}: every step within {error:.0%} of its measured time", err=True)
-    click.echo(f"written: {calibration.save(measured)}", err=True)
+        click.echo(f"{dtype}: the fit is within {error:.0%} of the measured time of every step", err=True)
+    click.echo(f"wrote {calibration.save(measured)}", err=True)
 
 
 def _check(folders: list[Path], as_json: bool) -> None:
-    """Print the errors of predictions of some runs."""
+    """Print how far the predictions for these runs were off."""
     from trivium.plan import check
 
     if not folders:

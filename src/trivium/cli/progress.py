@@ -21,7 +21,7 @@ class Waiting(NamedTuple):
 
 @contextmanager
 def _progress() -> "Iterator[tuple[Progress, Callable[[str], None]]]":
-    """Bars that vanish at the end, and a function that prints one line above them."""
+    """Bars that disappear at the end, and a function that prints one line above them."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -44,7 +44,7 @@ def waiting() -> Iterator[Waiting]:
 
 @contextmanager
 def building() -> "Iterator[Listener]":
-    """Show the builds of the block: one bar each on a terminal, otherwise a line every ten seconds."""
+    """Show progress of the builds in the block: one bar each on a terminal, otherwise a line every ten seconds."""
     from trivium.data.store.build import Listener
 
     with _progress() as (bars, note):

@@ -45,14 +45,14 @@ def tokenizer() -> None:
 def train(
     sources: tuple[str, ...], kind: str, vocab_size: int, out: Path, field: str, documents: str, cache_dir: Path
 ) -> None:
-    """Train a tokenizer on each SOURCE's text and write it to --out as a Hugging Face folder.
+    """Train one tokenizer on the text of all SOURCEs and write it to --out as a Hugging Face folder.
 
     Example: trivium tokenizer train stories.jsonl --vocab-size 2048 --out my-tokenizer
     """
     from trivium.data.store.train_tokenizer import train_tokenizer_from_sources
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists already. Name a new folder; nothing is overwritten.")
+        raise ConfigError(f"{out} already exists. Choose a new folder for --out; nothing is overwritten.")
     with building() as listener:
         trained = train_tokenizer_from_sources(
             [source_of(source, field, documents) for source in sources],

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from trivium.cli.progress import waiting
+from trivium.errors import count_of
 
 
 @click.command()
@@ -16,7 +17,7 @@ def verify(run: Path, as_json: bool) -> None:
     """Verify that RUN read every sample exactly once and in order.
 
     Recomputes the order and the tokens of every step and compares them with the hash chain that training wrote. Also
-    checks the SHA-256 of every checkpoint. Exit code 0 if everything matches; 1 at the first difference.
+    checks the SHA-256 of every checkpoint. Exit codes: 0 everything matches, 1 at the first difference.
     """
     from trivium.use.verify import verify as verify_run
 
@@ -27,6 +28,7 @@ def verify(run: Path, as_json: bool) -> None:
         return
     state = "finished" if result.is_finished else "unfinished"
     click.echo(
-        f"Verified: the {result.num_steps:,} steps of this {state} run read {result.num_tokens:,} tokens in order, "
-        f"with none skipped or repeated. Intact checkpoints: {len(result.checkpoints)}."
+        f"Verified: this {state} run read {count_of(result.num_tokens, 'token')} in "
+        f"{count_of(result.num_steps, 'step')}, in order, with none skipped or repeated. "
+        f"Intact checkpoints: {len(result.checkpoints)}."
     )

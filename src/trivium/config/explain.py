@@ -176,7 +176,7 @@ def describe(schema: dict[str, Any]) -> str:
     """What a JSON schema accepts, as text that follows `expected`."""
     if "$ref" in schema:
         part = schema["$ref"].rsplit("/", 1)[1]
-        keys = f"the keys {', '.join(_model_schema()['$defs'][part]['properties'])}"
+        keys = f"any of the keys {', '.join(_model_schema()['$defs'][part]['properties'])}"
         shorthand = {"Data": "a file, a list of sources, or ", "Source": "a file or "}.get(part, "text or ")
         return shorthand + keys if part in SHORTHANDS else keys
     if "anyOf" in schema:
@@ -189,7 +189,7 @@ def describe(schema: dict[str, Any]) -> str:
     if schema.get("pattern") == NAME_PATTERN:
         return "at most 100 letters, digits, dots, dashes and underscores, the first a letter or digit"
     if schema["type"] == "array":
-        least = "a list of at least one" if schema.get("minItems") else "a list"
+        least = "a list of at least one entry" if schema.get("minItems") else "a list"
         return f"{least}, each {describe(schema['items'])}"
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
     words["object"] = "a mapping of names to names"
@@ -257,7 +257,7 @@ RENAMED_KEYS = {
     "b_rate_ratio": "adapter.loraplus_lr_ratio",
     "long_rows": "data.overlong",
 }
-"""Keys of earlier versions, some of them also of other frameworks, and their names here."""
+"""Keys of earlier versions and of other frameworks, and their current names."""
 
 
 def suggest(path: KeyPath) -> str:

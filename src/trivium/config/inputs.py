@@ -141,13 +141,13 @@ class Source(Part):
     hub: str | None = None
     """A dataset id on the Hugging Face Hub."""
     store: str | None = None
-    """A ready Megatron token store: the common prefix of its .bin and .idx files. Used as it is."""
+    """An existing Megatron token store: the common prefix of its .bin and .idx files. Used as is."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of the training tokens, relative to the other sources' weights. Set it for all sources or for none."""
     field: str = "text"
     """The JSON field or Parquet column that holds the text."""
     documents: Literal["file", "paragraph", "line"] = "file"
-    """What one document is in a plain text file; paragraphs are separated by blank lines."""
+    """What counts as one document in a plain text file; paragraphs are separated by blank lines."""
     subset: str | None = None
     """Configuration name of a Hub dataset."""
     split: str = "train"
@@ -176,12 +176,12 @@ class Source(Part):
         known = ("messages", "role", "content", "prompt", "input", "answer", "system", "tools", "history")
         for name in self.fields:
             if name not in known:
-                raise ValueError(f"fields names {name!r}; it maps from {', '.join(known)}")
+                raise ValueError(f"fields has the key {name!r}; expected one of {', '.join(known)}")
         for role in self.roles.values():
             if role not in ("system", "user", "assistant", "tool"):
-                raise ValueError(f"roles maps to {role!r}; a role is system, user, assistant or tool")
+                raise ValueError(f"roles maps to {role!r}; expected system, user, assistant or tool")
         if self.dataset is not None and (self.fields or self.roles or self.format != "auto"):
-            raise ValueError("dataset already gives format, fields and roles; leave those out, or leave dataset out")
+            raise ValueError("dataset already gives format, fields and roles; remove those, or remove dataset")
         return self
 
 
@@ -199,7 +199,7 @@ class Data(Part):
     """Share of the training tokens from conversations with reasoning. Default: as in the data."""
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Share of the documents kept out of training for evaluation. Chosen by content, so copies stay together. Default:
-    0.01; for small data as much as gives about 20 documents, at most 0.1."""
+    0.01; for small data, enough for about 20 documents, at most 0.1."""
     max_reject_share: Share = 0.01
     """Stop with exit code 4 if a larger share of the records is rejected."""
     max_document_mib: Annotated[float, Field(gt=0)] = 16.0

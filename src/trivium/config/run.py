@@ -114,7 +114,7 @@ class Schedule(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind == "wsd" and self.warmup_ratio + self.decay_ratio > 1.0:
-            raise ValueError("warmup_ratio + decay_ratio is over 1; the two phases of wsd do not fit the run")
+            raise ValueError("warmup_ratio + decay_ratio is over 1; lower one of them")
         return self
 
 
@@ -131,7 +131,7 @@ class Budget(Part):
 
     @property
     def is_open(self) -> bool:
-        """Whether the length is left to the data."""
+        """Whether the amount of data decides the length."""
         return self.steps is self.tokens is self.epochs is None
 
     @model_validator(mode="after")
@@ -145,8 +145,8 @@ class BatchSize(Part):
     """Batch sizes in tokens, so that they mean the same at every sequence length."""
 
     tokens: Count | None = None
-    """Tokens per optimizer step. Default: 16,384 for `loss_tokens: assistant`, otherwise 32,768; for small data halved
-    until the run has 100 steps, down to 1,024 and data.seq_len."""
+    """Tokens per optimizer step. Default: 16,384 for `loss_tokens: assistant`, otherwise 32,768; for small data, halved
+    until the run has 100 steps, but not below 1,024 or data.seq_len."""
     micro_tokens: Count | None = None
     """Tokens per micro-batch (one forward and backward pass). Default: 8,192 or the largest number below that divides
     the step, less if the planner finds that it does not fit the device."""
@@ -261,7 +261,7 @@ class Run(Part):
         if batch.tokens is not None and batch.tokens % seq_len:
             raise ValueError(
                 f"batch.tokens {batch.tokens} is not a multiple of data.seq_len {seq_len}; "
-                f"the nearest that is: {max(1, round(batch.tokens / seq_len)) * seq_len}"
+                f"set it to the nearest multiple, {max(1, round(batch.tokens / seq_len)) * seq_len}"
             )
         if batch.micro_tokens is not None and (batch.micro_tokens % seq_len or self.step_tokens % batch.micro_tokens):
             raise ValueError(
@@ -275,9 +275,10 @@ class Run(Part):
                 "every token needs an embedding row"
             )
         if (self.adapter is None) == (self.trainable == "adapter"):
-            found = "not set" if self.adapter is None else "set"
+            if self.adapter is None:
+                raise ValueError("adapter is empty and trainable is adapter; remove adapter to use its defaults")
             raise ValueError(
-                f"adapter is {found} and trainable is {self.trainable}; set adapter if and only if trainable is adapter"
+                f"adapter is set and trainable is {self.trainable}; remove adapter, or set trainable: adapter"
             )
         if self.trainable == "adapter" and self.weights == "random":
             raise ValueError(
@@ -286,7 +287,7 @@ class Run(Part):
         if self.weights == "nf4" and self.trainable != "adapter":
             raise ValueError("weights: nf4 cannot be trained; set trainable: adapter")
         if self.adapter is not None and self.adapter.init == "loftq" and self.weights != "nf4":
-            raise ValueError("adapter.init: loftq needs weights: nf4; use it with method qlora")
+            raise ValueError("adapter.init: loftq needs weights: nf4; set method: qlora, or remove adapter.init")
         if self.weights != "random" and self.model.name is None:
             raise ValueError(f"weights: {self.weights} needs model.name, a folder or Hub id that holds weights")
         return self
@@ -315,12 +316,12 @@ class Run(Part):
 
 
 def usual_step(loss_tokens: str) -> int:
-    """Tokens per optimizer step if neither the run file nor small data says otherwise."""
+    """Tokens per optimizer step, unless the run file sets it or the data is small."""
     return 16_384 if loss_tokens == "assistant" else 32_768
 
 
 def usual_epochs(loss_tokens: str) -> float:
-    """Passes over the data if neither the run file nor small data says otherwise."""
+    """Passes over the data, unless the run file sets it or the data is small."""
     return 3.0 if loss_tokens == "assistant" else 1.0
 
 

@@ -98,7 +98,9 @@ def read_file(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise Problem(place, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > MAX_FILE_BYTES:
-        raise Problem(place, f"the file is over {MAX_FILE_BYTES:,} bytes, too large for a run file; is it the data?")
+        raise Problem(
+            place, f"the file is over {MAX_FILE_BYTES:,} bytes, too large for a run file; did you give a data file?"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -68,7 +68,10 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
             "tokenizer_config.json, or a Hub id that is in the local cache or reachable from here."
         ) from error
     if tokenizer is None or not tokenizer.is_fast:
-        raise ConfigError(f"Tokenizer {name} has no tokenizer.json. Convert it to a fast tokenizer first.")
+        raise ConfigError(
+            f"Tokenizer {name} has no tokenizer.json. Expected a fast tokenizer; use one that has this file, for "
+            "example Qwen/Qwen3-0.6B."
+        )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"Tokenizer {name} has no eos_token, which marks the end of each document. Set it in tokenizer_config.json."
@@ -77,7 +80,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     if ids != list(range(len(ids))):
         raise ConfigError(
             f"Tokenizer {name} has {len(ids)} tokens with ids up to {ids[-1]}. Expected ids from 0 without gaps or "
-            "duplicates; its files probably come from different tokenizers."
+            "duplicates; its files probably come from different tokenizers, so download it again."
         )
     return cast("PreTrainedTokenizerFast", tokenizer)
 
@@ -95,7 +98,7 @@ def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, 
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
-            f"Tokenizer vocab_size is {vocab_size}. Expected at least {MIN_VOCAB_SIZE}: the 256 bytes and "
+            f"The tokenizer's vocab_size is {vocab_size}. Set at least {MIN_VOCAB_SIZE}: the 256 bytes and "
             f"{len(SPECIAL_TOKENS)} special tokens."
         )
     num_ordinary = vocab_size - len(SPECIAL_TOKENS)

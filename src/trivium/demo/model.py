@@ -57,8 +57,8 @@ def fetch(folder: Path, note: Callable[[str], None] = to_stderr) -> Path:
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
-            f"{folder} holds something other than an unchanged {NAME}, so it is left alone. Choose another folder, or "
-            "delete this one to fetch the model again."
+            f"{folder} contains something other than an unchanged {NAME}, so it was not touched. Choose another "
+            "folder, or delete this one to fetch the model again."
         )
     if find_spec("gguf") is None:
         raise ConfigError(

@@ -14,7 +14,7 @@ from trivium.data.chat.samples import ChatEncoder
 from trivium.data.rejects import Reason, RecordError
 from trivium.doctor.findings import Rule, Violation
 from trivium.doctor.prepared import PreparedRun
-from trivium.errors import BadData
+from trivium.errors import BadData, count_of
 
 SHORTENED_SHARE = 0.01
 SYSTEM_SHARE = 0.99
@@ -32,8 +32,9 @@ def too_long(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "warning",
-        f"{rejected:,} of {records:,} records were rejected, {dropped:,} answers of the others were dropped, and "
-        f"{cut:,} answers were cut, because they are longer than data.seq_len {prepared.run.data.seq_len:,}.",
+        f"found {rejected:,} of {count_of(records, 'record')} rejected, {count_of(dropped, 'answer')} dropped from the "
+        f"others, and {count_of(cut, 'answer')} cut, because they are longer than data.seq_len "
+        f"{prepared.run.data.seq_len:,}.",
         f"at most {SHORTENED_SHARE:.0%} of the records; otherwise the model rarely sees long answers.",
         "raise data.seq_len, or set data.overlong: split, which keeps the answers and shortens their prompts.",
     )
@@ -48,7 +49,8 @@ def unknown_template(prepared: PreparedRun) -> Violation | None:
         "warning",
         f"the chat template of {prepared.job.tokenizer_folder} (SHA-256 {template.sha256[:12]}) is unknown.",
         "a template of Qwen, SmolLM2 or Trivium. Every answer was still checked against this one's generation prompt.",
-        "look at some samples with trivium data inspect, and serve with this template, which is saved with the model.",
+        "look at some samples with trivium data inspect FILE --tokenizer FOLDER, and serve with this template, which "
+        "is saved with the model.",
     )
 
 
@@ -62,17 +64,17 @@ def reasoning_of(turn: Turn) -> str:
 def reasoning_lost(prepared: PreparedRun) -> Violation | None:
     """Q15: reasoning that the template leaves out."""
     if prepared.run.loss_tokens == "all":
-        lost, what = reasoning_lost_whole(prepared), "sampled answers"
+        lost, what = reasoning_lost_whole(prepared), "sampled answer"
     else:
-        lost, what = sum(built.report.get("lost_reasoning_turns", 0) for built in prepared.job.built), "answers"
+        lost, what = sum(built.report.get("lost_reasoning_turns", 0) for built in prepared.job.built), "answer"
     if not lost:
         return None
     return Violation(
         "warning",
-        f"the chat template strips the reasoning of {lost:,} {what}, so the model never learns it.",
-        "all reasoning in the samples.",
-        "set loss_tokens: assistant, which makes a separate sample of such an answer. If it is set already, the "
-        "template does not support reasoning: use a Qwen3 model, or remove the reasoning from the records.",
+        f"the chat template strips the reasoning of {count_of(lost, what)}, so the model never learns it.",
+        "samples that keep all reasoning.",
+        "set loss_tokens: assistant, which makes a separate sample for each answer with reasoning. If it is already "
+        "set, the template does not support reasoning: use a Qwen3 model, or remove the reasoning from the records.",
     )
 
 
@@ -109,9 +111,9 @@ def tool_calls_garbled(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "error",
-        f"of {len(called):,} sampled conversations with tool calls, the chat template leaves the calls out of "
-        f"{missing:,} and writes the arguments of {twice:,} as JSON inside a JSON string.",
-        "tool calls in the form that servers parse.",
+        f"of {count_of(len(called), 'sampled conversation')} with tool calls, the chat template leaves the calls out "
+        f"of {missing:,} and writes the arguments of {twice:,} as JSON inside a JSON string.",
+        "tool calls in the format that servers parse.",
         "use a template that supports tools, for example Qwen2.5's or Qwen3's, or remove these conversations.",
     )
 
@@ -131,10 +133,11 @@ def control_tokens_in_text(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "warning",
-        f"{taken:,} records contain text like <think> or <tool_call>, which becomes the control token, and "
-        f"{rejected:,} records were rejected because they contain text like <|im_end|>.",
+        f"found {count_of(taken, 'record')} with text like <think> or <tool_call>, which becomes the control token, "
+        f"and {count_of(rejected, 'rejected record')} with text like <|im_end|>.",
         "text without control tokens.",
-        "find the records in rejects.jsonl of the token store and with trivium data inspect; escape untrusted input.",
+        "find the rejected records in rejects.jsonl of the token store, the others with trivium data inspect FILE "
+        "--tokenizer FOLDER; escape untrusted input.",
     )
 
 
@@ -146,9 +149,9 @@ def tokens_wrapped(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "error",
-        f"{', '.join(narrow)} stores 16-bit tokens, and the tokenizer has {num_tokens:,} tokens.",
-        "32-bit tokens. Either larger ids overflowed, or the store was made with another tokenizer.",
-        "build the token store again from its text with the tokenizer of this run.",
+        f"{', '.join(narrow)}: the store has 16-bit tokens, but the tokenizer has {num_tokens:,} tokens.",
+        "32-bit tokens. Either larger ids overflowed, or the store was built with another tokenizer.",
+        "rebuild the token store from its text with this run's tokenizer.",
     )
 
 
@@ -178,9 +181,9 @@ def default_system(prepared: PreparedRun) -> Violation | None:
     what = f"the same one, {given[0][:60]!r}" if len(set(given)) == 1 else f"{len(set(given)):,} different ones"
     return Violation(
         "info",
-        f"all {len(given):,} sampled conversations start with a system prompt ({what}); without one the template "
+        f"every sampled conversation ({len(given):,}) starts with a system prompt ({what}); without one, the template "
         f"writes {default}, which the model never sees in training.",
-        "the same start of a conversation in training and in serving.",
+        "conversations that start the same way in training and in serving.",
         "send the system prompt in serving too, or remove it from some of the records.",
     )
 
@@ -193,10 +196,10 @@ def small_corpus(prepared: PreparedRun) -> Violation | None:
     epochs = prepared.job.batches.epoch(prepared.job.num_steps)
     return Violation(
         "info",
-        f"the data has only {num_tokens:,} tokens of documents, which are read {epochs:.1f} times.",
+        f"the documents have only {count_of(num_tokens, 'token')}, which the run reads {epochs:.1f} times.",
         f"at least {SMALL_CORPUS_TOKENS:,} tokens; fewer teach a domain's style and vocabulary, but little knowledge.",
-        "watch the held-out loss. To forget less, train an adapter (method: continue with trainable: adapter) or mix "
-        "in general text.",
+        "watch the held-out loss. To reduce forgetting, train an adapter (method: continue with trainable: adapter) or "
+        "mix in general text.",
     )
 
 

@@ -30,7 +30,7 @@ class Rule(Generic[Subject]):
     title: str
     check: Callable[[Subject], Violation | None]
     stops_with: type[TriviumError] = ConfigError
-    """The exception, and so the exit code, of an error of this rule."""
+    """The exception raised for an error of this rule, which sets the exit code."""
 
 
 class Finding(NamedTuple):

@@ -12,7 +12,7 @@ from trivium.doctor.prepared import PreparedRun
 from trivium.engine.plan_record import suggest_fixes
 from trivium.engine.prepare import cache_folder
 from trivium.engine.runfolder import RunFolder
-from trivium.errors import DoesNotFit
+from trivium.errors import DoesNotFit, count_of
 from trivium.files import GIB, MIB
 from trivium.plan.fit import FIT_SHARE, fits
 from trivium.plan.memory import peak_memory
@@ -75,7 +75,7 @@ def several_processes(run: Run) -> Violation | None:
     return Violation(
         "error",
         f"WORLD_SIZE is {num_processes}: a launcher like torchrun started several processes.",
-        "one process, since this version trains on one device; the others would train the same run again.",
+        "one process, since this version trains on one device; the other processes would train the same run again.",
         "start the run without the launcher: trivium train RUN.yaml.",
     )
 
@@ -106,7 +106,7 @@ def _existing_parent(folder: Path) -> Path:
 
 
 def memory(prepared: PreparedRun) -> Violation | None:
-    """Q21: a step needs more memory than the device has, or less than the planner's margin is left."""
+    """Q21: a step needs more memory than the device has, or leaves less than the planner's margin."""
     needed, there = peak_memory(prepared.workload), prepared.machine.memory_bytes
     if fits(needed, there):
         return None
@@ -114,7 +114,7 @@ def memory(prepared: PreparedRun) -> Violation | None:
     table = ", ".join(f"{name} {size / GIB:,.2f}" for name, size in items if size >= GIB / 100)
     return Violation(
         "error" if needed.total > there else "warning",
-        f"a step needs {needed.total / GIB:,.2f} GiB at its peak, {needed.instant} ({table}), and "
+        f"a step needs {needed.total / GIB:,.2f} GiB at its peak, {needed.instant} ({table}), but "
         f"{prepared.machine.device} has {there / GIB:,.2f} GiB.",
         f"at most {FIT_SHARE:.0%} of the memory; the rest is the planner's safety margin.",
         f"one of these changes: {suggest_fixes(prepared.workload, prepared.machine, there)}.",
@@ -130,7 +130,7 @@ def disk_parts(prepared: PreparedRun) -> dict[str, int]:
         shape.num_params * prepared.machine.compute_dtype.itemsize if run.adapter is None else num_trained * FP32_BYTES
     )
     num_checkpoints = min(run.checkpoint.keep + 1, prepared.job.num_steps)
-    return {f"{num_checkpoints} checkpoints": num_checkpoints * checkpoint, "the result": result}
+    return {count_of(num_checkpoints, "checkpoint"): num_checkpoints * checkpoint, "the result": result}
 
 
 def disk(prepared: PreparedRun) -> Violation | None:
@@ -146,7 +146,7 @@ def disk(prepared: PreparedRun) -> Violation | None:
     table = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items())
     return Violation(
         "error",
-        f"the run will write {needed / MIB:,.0f} MiB to {there} ({table}), and {free / MIB:,.0f} MiB are free.",
+        f"the run will write {needed / MIB:,.0f} MiB to {there} ({table}), but only {free / MIB:,.0f} MiB are free.",
         "space for the result and one checkpoint more than checkpoint.keep.",
         "free some space, lower checkpoint.keep, or put runs_dir on a larger disk.",
     )

@@ -115,7 +115,7 @@ class PreparedRun:
 
 
 def prepare_checks(job: Job, machine: Machine, with_hub: bool) -> PreparedRun:
-    """The prepared run with the first conversations of its sources; from Hub data sets only `with_hub` (needs network).
+    """The prepared run with the first conversations of its sources; from Hub datasets only `with_hub` (needs network).
 
     Raises: BadData or ConfigError when a source cannot be read.
     """

@@ -31,7 +31,8 @@ def one_step(loaded: LoadedRun) -> Violation | None:
         )
     except NonFinite as error:
         return _no_step(
-            f"the first micro-batch is not finite: {error}.", "start from other weights, or set precision: fp32."
+            f"the first micro-batch gives a NaN or infinity: {error}.",
+            "set precision: fp32, or start from other weights.",
         )
     finally:
         engine.optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from trivium.doctor.findings import Rule, Violation
 from trivium.doctor.prepared import PreparedRun, StoredSample
-from trivium.errors import BadData
+from trivium.errors import BadData, count_of
 
 MIN_ENDED_SHARE = 0.99
 QWEN_ROWS = (151_936, 152_064)
@@ -27,11 +27,12 @@ def end_not_supervised(prepared: PreparedRun) -> Violation | None:
     ready_made = all(sample.is_ready_made for sample in endless)
     return Violation(
         "warning" if ready_made and not prepared.job.has_conversations else "error",
-        f"{len(endless):,} of {len(supervised):,} checked samples do not teach the model to stop; one ends with "
+        f"in {len(endless):,} of {count_of(len(supervised), 'checked sample')}, the last supervised token does not end "
+        f"a turn or document, so the model does not learn to stop; one ends with "
         f"{prepared.show(_last_supervised(prepared, endless[0]))!r}.",
         f"{' or '.join(map(prepared.show, prepared.job.stop_ids))} as the last supervised token of at least "
         f"{MIN_ENDED_SHARE:.0%} of the samples.",
-        "build the token store with an end token after each document (Megatron's --append-eod)."
+        "rebuild the token store with an end token after each document (Megatron's --append-eod)."
         if ready_made
         else "use the model's own tokenizer and chat template.",
     )
@@ -57,9 +58,9 @@ def untrained_and_frozen(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "error",
-        f"the data uses {', '.join(map(prepared.show, frozen))}. Their embedding rows in {pretrained.folder} were "
-        "never trained (they are zero or like an unused token's, and the model does not use them), and "
-        "adapter.train_tokens leaves them frozen.",
+        f"the data uses {', '.join(map(prepared.show, frozen))}, but {pretrained.folder} has untrained embedding rows "
+        "for these tokens (zero or like an unused token's, and the model never uses them), and adapter.train_tokens "
+        "leaves them frozen.",
         "trained rows; otherwise the model cannot use these tokens, and may never stop.",
         "remove adapter.train_tokens, or add these tokens to it.",
     )
@@ -78,8 +79,9 @@ def generation_never_ends(prepared: PreparedRun) -> Violation | None:
         f"{', '.join(map(prepared.show, prepared.model_stop_ids)) or 'nothing'}, not at {template.end_of_turn}. The "
         "adapter's file does, but servers that load an adapter read the base model's.",
         f"{template.end_of_turn} among the stop tokens.",
-        "serve the merged model (trivium export --merge), or give the server the adapter's generation_config.json or "
-        f"the stop token {template.end_of_turn_id}. trivium chat and eval read the adapter's file.",
+        "serve the merged model (trivium export RUN --merge --out FOLDER), or give the server the adapter's "
+        f"generation_config.json or the stop token {template.end_of_turn_id}. trivium chat and eval read the adapter's "
+        "file.",
     )
 
 
@@ -90,7 +92,7 @@ def fewer_rows(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "error",
-        f"the run's embedding has {prepared.job.shape.vocab_size:,} rows, and the model's has {published:,}.",
+        f"the run's embedding has {prepared.job.shape.vocab_size:,} rows, but the model's has {published:,}.",
         "the published number of rows; those after the tokenizer's last token are reserved for new tokens.",
         "remove model.vocab_size.",
     )
@@ -103,9 +105,9 @@ def foreign_tokenizer(prepared: PreparedRun) -> Violation | None:
     if largest >= job.shape.vocab_size:
         return Violation(
             "error",
-            f"the data has token {largest:,}, and the model's embedding has {job.shape.vocab_size:,} rows.",
+            f"the data has token {largest:,}, but the model's embedding has only {job.shape.vocab_size:,} rows.",
             "token ids below the number of rows.",
-            "build the token store with the model's own tokenizer.",
+            "rebuild the token store with the model's own tokenizer.",
         )
     foreign = [token for token in prepared.model_stop_ids if token not in job.tokenizer.added_tokens_decoder]
     is_odd = job.weights_folder is not None and job.shape.vocab_size in QWEN_ROWS and num_tokens not in QWEN_TOKENS
@@ -137,11 +139,12 @@ def not_after_prompt(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "error" if prepared.template.known_as else "warning",
-        f"{len(wrong):,} supervised answers do not follow the prompt after which a served model writes, for example in "
+        f"found {count_of(len(wrong), 'supervised answer')} that the generation prompt does not precede, for example "
         f"{prepared.job.tokenizer.decode(wrong[0])!r}.",
-        "answers that follow the template's generation prompt, "
+        "answers right after the template's generation prompt, "
         f"{' or '.join(repr(prepared.job.tokenizer.decode(prompt)) for prompt in prompts)}.",
-        "use the model's own chat template; trivium data inspect shows which tokens are supervised.",
+        "use the model's own chat template; trivium data inspect STORE --tokenizer FOLDER shows which tokens are "
+        "supervised.",
     )
 
 
@@ -175,8 +178,9 @@ def empty_think_supervised(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "warning",
-        f"{count:,} of {len(prepared.samples):,} checked samples teach the model to write an empty think block.",
-        "the block in the prompt, where serving with enable_thinking=False puts it; otherwise the model unlearns to "
+        f"in {count:,} of {count_of(len(prepared.samples), 'checked sample')}, the model is trained to write an empty "
+        "think block.",
+        "the block in the prompt, where serving with enable_thinking=False puts it; otherwise the model forgets how to "
         "reason.",
         "set loss_tokens: assistant, which leaves the block in the prompt, or add conversations with reasoning.",
     )
@@ -197,8 +201,8 @@ def nothing_or_all_supervised(prepared: PreparedRun) -> Violation | None:
     if nothing:
         return Violation(
             "warning" if all(sample.is_ready_made for sample in nothing) else "error",
-            f"{len(nothing):,} of {len(prepared.samples):,} checked samples have no supervised token.",
-            "at least one in each sample; others cost time and teach nothing.",
+            f"found no supervised token in {len(nothing):,} of {count_of(len(prepared.samples), 'checked sample')}.",
+            "at least one in each sample; samples without one cost time and teach nothing.",
             "remove documents of a single token, and give at least one answer of each conversation a weight above 0.",
         )
     if prepared.run.loss_tokens == "all" or prepared.template is None:
@@ -209,10 +213,10 @@ def nothing_or_all_supervised(prepared: PreparedRun) -> Violation | None:
         return None
     return Violation(
         "warning",
-        f"{whole:,} of {len(prepared.samples):,} checked samples look like conversations "
-        f"({prepared.template.end_of_turn}), and all of their tokens are supervised, user messages included.",
+        f"in {whole:,} of {count_of(len(prepared.samples), 'checked sample')}, every token of what looks like a "
+        f"conversation ({prepared.template.end_of_turn}) is supervised, user messages included.",
         "supervised answers only, since loss_tokens is assistant.",
-        "use the file of conversations as the source instead of an external store, or set loss_tokens: all.",
+        "train on the file of conversations instead of an external store, or set loss_tokens: all.",
     )
 
 

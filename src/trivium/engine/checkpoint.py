@@ -66,8 +66,8 @@ def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: Mapp
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TriviumError(
-            f"Writing {folder.name} failed: {error}. Earlier checkpoints are unchanged. Free or repair the disk and "
-            "run the same command again."
+            f"Writing {folder.name} failed: {error}. Earlier checkpoints are unchanged. Free disk space or repair the "
+            "disk, and run the same command again."
         ) from error
 
 
@@ -82,7 +82,7 @@ def verify(folder: Path) -> dict[str, Any]:
         if not expected.keys() >= CONTENT:
             raise Damaged(f"{folder.name}: manifest.json does not list {sorted(CONTENT - expected.keys())[0]}")
         if manifest["format"] != FORMAT:
-            raise Damaged(f"{folder.name}: its format is {manifest['format']}, and this version reads {FORMAT}")
+            raise Damaged(f"{folder.name}: its format is {manifest['format']}, but this version reads {FORMAT}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{folder.name}: manifest.json cannot be read ({type(error).__name__})") from None
     for name, digest in sorted(expected.items()):
@@ -91,7 +91,7 @@ def verify(folder: Path) -> dict[str, Any]:
         except OSError as error:
             raise Damaged(f"{folder.name}: {name} cannot be read ({error.strerror})") from None
         if found != digest:
-            raise Damaged(f"{folder.name}: {name} is not what was written (its SHA-256 differs)")
+            raise Damaged(f"{folder.name}: {name} has changed since it was written (its SHA-256 differs)")
     return json.loads((folder / "state.json").read_bytes())
 
 
@@ -104,20 +104,20 @@ def read_into(folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None
         with safe_open(folder / f"{file}.safetensors", framework="pt") as reader:
             missing = set(group) - set(reader.keys())
             if missing:
-                raise another_model(folder, f"has no {sorted(missing)[0]}")
+                raise another_model(folder, f"has no tensor {sorted(missing)[0]}")
             for name, tensor in group.items():
                 value = reader.get_tensor(name)
                 if value.shape != tensor.shape:
-                    shapes = f"{list(value.shape)}, the run's model {list(tensor.shape)}"
-                    raise another_model(folder, f"holds {name} of shape {shapes}")
+                    shapes = f"{list(value.shape)}, but in the run's model it has {list(tensor.shape)}"
+                    raise another_model(folder, f"holds {name} with shape {shapes}")
                 tensor.copy_(value)
 
 
 def another_model(folder: Path, found: str) -> ConfigError:
     """The error for a valid checkpoint that does not fit the run's model."""
     return ConfigError(
-        f"{folder} {found}. The run's model has changed since it started, perhaps through its data or tokenizer. "
-        "Restore them, or start a run with another name."
+        f"{folder} {found}. The model has changed since the run started, perhaps because its data or tokenizer "
+        "changed. Restore them, or add name=NEW to start another run."
     )
 
 
@@ -151,7 +151,7 @@ def load_newest(checkpoints: Path, load: Callable[[Path], dict[str, Any]]) -> tu
     if problems:
         raise Damaged(
             f"No checkpoint in {checkpoints} verifies: {'; '.join(problems)}. Nothing was changed. "
-            "Restore the folder from a copy, or start a run with another name."
+            "Restore the folder from a copy, or add name=NEW to start another run."
         )
     return None, []
 

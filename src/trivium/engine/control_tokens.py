@@ -1,8 +1,8 @@
 """Which control tokens of a pretrained model were never trained, so that an adapter has to train them.
 
 Control tokens that never occur in training receive the same gradients, so their rows converge to one direction: rows
-that are zero or equal another control token's are untrained. A row close to that direction can be either, untrained
-and rounded or trained only briefly; then the model itself is asked whether it ends turns.
+that are zero or equal another control token's are untrained. A row close to that direction may be untrained (and
+rounded) or briefly trained; then a forward pass over the data shows whether the model ends turns.
 """
 
 from collections.abc import Collection, Sequence
@@ -29,7 +29,7 @@ MAX_TOKENS = 1024
 
 @dataclass(frozen=True)
 class PretrainedTokens:
-    """A pretrained model and the data that its tokens are judged by.
+    """A pretrained model and the data used to judge its control tokens.
 
     Attributes:
         folder: of its weights.
@@ -55,7 +55,7 @@ class PretrainedTokens:
         known = self.tokenizer.get_vocab()
         if unknown := [token for token in named if token not in known]:
             raise ConfigError(
-                f"adapter.train_tokens names {unknown[0]!r}, which is not a token of the tokenizer. Write tokens as in "
+                f"adapter.train_tokens has {unknown[0]!r}, which is not a token of the tokenizer. Write tokens as in "
                 "the tokenizer's vocabulary, for example <|im_end|>."
             )
         return [known[token] for token in named]
@@ -69,7 +69,7 @@ class PretrainedTokens:
         """The control tokens among `used` that were never trained.
 
         Reads only the rows of reserved tokens, from the embedding and from an untied head; loads the model only if
-        they do not decide.
+        these rows are inconclusive.
         """
         reserved = [*self.control, *range(len(self.tokenizer), self.shape.vocab_size)]
         places = [place for place, token in enumerate(self.control) if token in used]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from trivium.errors import ConfigError
+from trivium.errors import ConfigError, count_of
 from trivium.plan import devices
 from trivium.plan.workload import ComputeDtype, DeviceType
 
@@ -83,12 +83,12 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device: found {name!r}; expected auto, cpu, cuda, mps or xpu.") from None
+        raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda, mps or xpu.") from None
     if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
-        present = accelerator.type if accelerator else "none"
+        present = f"only {accelerator.type}" if accelerator else "no accelerator"
         raise ConfigError(
-            f"device is {name}, and the accelerator of this machine is: {present}. "
-            "Set device: auto, or install a build of torch for that device."
+            f"device is {name}, but torch finds {present} on this machine. Set device: auto, or install a build of "
+            f"torch for {name}."
         )
     return device
 
@@ -170,4 +170,4 @@ def describe(device: torch.device) -> str:
     """A name of the device for reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    return f"cpu, {count_of(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type

@@ -24,7 +24,7 @@ from trivium.engine.prepare import Job
 from trivium.engine.ranks import Ranks
 from trivium.engine.runfolder import RunFolder, now
 from trivium.engine.sample import as_question, complete
-from trivium.errors import ConfigError, Stopped, TriviumError
+from trivium.errors import ConfigError, Stopped, TriviumError, count_of
 from trivium.files import sha256_file
 from trivium.model import adapter, hf
 
@@ -80,7 +80,7 @@ class Progress:
 
 
 class StopRequest:
-    """Makes the first SIGTERM or SIGINT a request to stop after the step; a second one has its default effect."""
+    """Turns the first SIGTERM or SIGINT into a request to stop after the step; a second one has its default effect."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -171,8 +171,8 @@ def resume(job: Job, engine: Engine, folder: RunFolder, observer: Observer) -> P
     progress = Progress(**fields)
     if progress.inputs != fresh.inputs:
         raise ConfigError(
-            f"The data or the tokenizer of {folder.path} has changed since step {progress.step:,}: the run would "
-            "continue on different samples. Restore them, or start a run with another name."
+            f"The data or the tokenizer of {folder.path} has changed since step {progress.step:,}, so the run would "
+            "continue on different samples. Restore them, or add name=NEW to start another run."
         )
     folder.cut_after(progress.step)
     observer.note(
@@ -231,10 +231,10 @@ def record_failure(job: Job, folder: RunFolder, step: int, error: NonFinite, ran
         f"document {d['document']} of source {d['source']}: {d['text']!r}" for d in documents[:SHOWN_DOCUMENTS]
     )
     message = (
-        f"Training stopped after step {step:,}, before the next update: {error}. The affected micro-batches hold "
-        f"{len(documents)} pieces of documents, all listed in {folder.path / 'failure.json'}; the first are {shown}. "
-        "Check those documents; if they are fine, start a run with another name and a lower optimizer.lr, or with "
-        "precision: fp32."
+        f"Training stopped after step {step:,}, before the next update: {error}. {folder.path / 'failure.json'} lists "
+        f"every document in the affected micro-batches ({count_of(len(documents), 'piece')}), starting with {shown}. "
+        "Check those documents; if they are fine, add name=NEW and a lower optimizer.lr, or precision=fp32, to start "
+        "another run."
     )
     folder.write("failure.json", {"kind": "not finite", "step": step, "message": message, "documents": documents})
     return message

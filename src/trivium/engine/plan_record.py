@@ -23,8 +23,8 @@ from trivium.plan.workload import Workload, of_run
 FIRST_STEP_BYTES = 70 << 20
 """Resident memory of modules that torch imports in the first optimizer step on a CPU. Measured with torch 2.13."""
 SHOWN_CHARACTERS = 200
-RESIDENT = "peak resident memory of the process, including what it held before the engine was built"
-ALLOCATED = "peak memory of the device's allocator, without the runtime and its kernels"
+RESIDENT = "the process's peak resident memory, including memory in use before the model was built"
+ALLOCATED = "the peak that PyTorch allocated on the device, without the GPU runtime and its kernels"
 
 
 def workload_of(job: Job, machine: Machine) -> Workload:
@@ -90,7 +90,7 @@ def is_tight(job: Job, machine: Machine) -> bool:
 
 
 def _kept_bytes(job: Job, machine: Machine, memory: Memory) -> int:
-    """Upper bound of the memory that the allocator holds but has not given out."""
+    """Upper bound of the memory that the allocator holds but does not use."""
     is_loose = machine.device_type == "cpu" and not is_tight(job, machine)
     return round((LOOSE_FACTOR - 1) * memory.allocated) if is_loose else memory.slack
 
@@ -117,7 +117,7 @@ def record_measured(folder: RunFolder) -> None:
 
 
 def suggest_fixes(workload: Workload, machine: Machine, limit_bytes: int) -> str:
-    """The planner's three cheapest changes that fit into `limit_bytes`, in one sentence."""
+    """The planner's three cheapest changes that fit in `limit_bytes`, in one sentence."""
     fixes = cheapest_fixes(workload, machine.as_planned, memory_bytes=limit_bytes)
     if not fixes:
         return "no known change makes it fit; use a smaller model or another device"
@@ -140,9 +140,9 @@ def ran_out(job: Job, machine: Machine, error: Exception, held_bytes: int) -> Do
     said = " ".join(str(error).split())[:SHOWN_CHARACTERS] or type(error).__name__
     wanted = f"{asked / MIB:,.1f} MiB more" if asked else f"more ({said})"
     return DoesNotFit(
-        f"The memory of {machine.device} ran out: the engine held {grown / GIB:,.2f} GiB and requested {wanted}. The "
-        f"planner expected a peak of {memory.total / GIB:,.2f} GiB. The device has {machine.memory_bytes / GIB:,.2f} "
-        "GiB, of which other processes or a limit may take a part. What would fit: "
+        f"Out of memory on {machine.device}: the run held {grown / GIB:,.2f} GiB and requested {wanted}. The planner "
+        f"predicted a peak of {memory.total / GIB:,.2f} GiB. The device has {machine.memory_bytes / GIB:,.2f} GiB, but "
+        "other processes or a limit may take part of it. Changes that would fit: "
         f"{suggest_fixes(workload, machine, limit)}. Checkpoints are unchanged. If you change only batch.micro_tokens "
-        "or activation_checkpointing, the same command resumes the run; any other change needs a new run name."
+        "or activation_checkpointing, the same command resumes the run; for any other change, also add name=NEW."
     )

@@ -160,7 +160,7 @@ def require_one_device(run: Run) -> None:
     if asked != known:
         found = " and ".join(f"{key} is {asked[key]}" for key in known if asked[key] != known[key])
         raise ConfigError(
-            f"{found}, and this version trains on one device without offloading; only `trivium plan` supports these "
+            f"{found}, but this version trains on one device without offloading; only `trivium plan` supports these "
             f"settings. Set {' and '.join(f'{key}: {value}' for key, value in known.items())}."
         )
 
@@ -175,7 +175,7 @@ def settle_batching(run: Run, shape: QwenShape, facts: DataFacts, machine: Machi
         chosen.append("activation_checkpointing: true")
     if chosen:
         memory_gib = machine.memory_bytes / GIB
-        note(f"the planner chose {' and '.join(chosen)}: the default does not fit {memory_gib:,.1f} GiB of memory")
+        note(f"the planner chose {' and '.join(chosen)}: the default does not fit in {memory_gib:,.1f} GiB of memory")
     return settled
 
 
@@ -225,9 +225,10 @@ def find_mixture(run: Run, built: Sequence[BuiltStore]) -> list[MixtureComponent
                 mixture.append(MixtureComponent(source, one, kind, samples, part_share * weight))
     wanted = {kind for kind, part_share in (("reasoning", share), ("plain", 1 - share)) if part_share}
     if missing := wanted - {part.kind for part in mixture}:
+        found = " or ".join({"plain": "without reasoning", "reasoning": "with reasoning"}[kind] for kind in missing)
         raise ConfigError(
-            f"data.reasoning_share is {share}, and the data holds no {' and no '.join(sorted(missing))} samples. "
-            "Add some, or leave data.reasoning_share out."
+            f"data.reasoning_share is {share}, but the data has no samples {found}. Add some, or remove "
+            "data.reasoning_share."
         )
     return mixture
 
@@ -267,7 +268,7 @@ def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], No
     if run.tokenizer is None and model_folder is not None and (model_folder / "tokenizer.json").is_file():
         return model_folder
     training = (run.tokenizer.train if run.tokenizer else None) or TrainTokenizer()
-    note(f"training a {training.kind} tokenizer of {training.vocab_size:,} entries on the data")
+    note(f"training a {training.kind} tokenizer of {training.vocab_size:,} tokens on the data")
     return train_tokenizer_from_sources(
         run.data.sources,
         kind=training.kind,

@@ -21,6 +21,7 @@ from trivium.engine.device import Machine, describe, probe
 from trivium.engine.engine import Engine
 from trivium.engine.prepare import Job, supervised_share
 from trivium.engine.runfolder import RunFolder, now
+from trivium.errors import count_of
 from trivium.files import sha256_file
 
 BATCHING_KEYS = ("batch.micro_tokens", "activation_checkpointing")
@@ -108,7 +109,7 @@ def record_start(job: Job, engine: Engine, machine: Machine, folder: RunFolder, 
 
 
 def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
-    """The lines printed at the start of a run: model, data, device, and what the user may have overlooked."""
+    """The lines printed when a run starts: model, data, device, and what the user may have overlooked."""
     summary = f"{job.shape.num_params:,} parameters"
     if job.run.adapter:
         scaling = job.run.adapter.scaling
@@ -118,7 +119,7 @@ def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
         shares = zip(job.mixture, job.batches.order.token_shares(epoch=0), strict=True)
         names = [f"{part.built.name if part.kind == 'all' else part.kind} {share:.1%}" for part, share in shares]
         summary += f" ({', '.join(names)})"
-    summary += f", {job.num_steps:,} steps of {job.run.step_tokens:,} tokens"
+    summary += f", {count_of(job.num_steps, 'step')} of {job.run.step_tokens:,} tokens"
     yield f"{summary}, {describe(machine.device)}, {str(machine.compute_dtype).removeprefix('torch.')}"
     for built in job.built:
         if built.report.get("conversations"):
@@ -127,12 +128,12 @@ def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
         tokens = ", ".join(job.tokenizer.convert_ids_to_tokens(engine.model.head_rows[0].tolist()))
         yield (
             f"the embeddings of {tokens} are trained with the adapter; transformers and PEFT load them, but servers "
-            "that accept only low-rank matrices (vLLM) need the merged model: trivium export --merge"
+            "that accept only low-rank matrices (vLLM) need the merged model: trivium export RUN --merge --out FOLDER"
         )
     if not job.held_out:
         yield (
             "nothing is held out, so there is no evaluation: data.held_out is 0, every source is an external store, or "
-            "there is only one document (a text file is one document unless data.sources.0.documents is paragraph)"
+            "there is only one document (a text file is one document; to split it, set data.sources.0.documents=line)"
         )
 
 

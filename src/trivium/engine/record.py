@@ -72,7 +72,7 @@ class Record:
     missing: list[str]
 
     def curve(self, name: str) -> Curve:
-        """A metric without values that are missing or not finite."""
+        """The finite values of a metric."""
         points = [(line["step"], line[name]) for line in self.metrics if _is_finite(line.get(name))]
         return Curve([step for step, _ in points], [float(value) for _, value in points])
 

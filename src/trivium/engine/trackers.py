@@ -36,9 +36,9 @@ def require_trackers(names: Sequence[str]) -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"log.trackers names {', '.join(missing)}, which cannot be imported. Run pip install {' '.join(missing)} "
+            f"log.trackers lists {', '.join(missing)}, which cannot be imported. Run pip install {' '.join(missing)} "
             "(or all three: pip install 'trivium[track]'), or remove it from log.trackers: metrics.jsonl and "
-            "report.html hold every metric without it."
+            "report.html have every metric anyway."
         )
 
 
@@ -96,7 +96,7 @@ class Wandb:
         if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
             mode = "offline"
             run.note(
-                f"wandb is not logged in, so it logs offline to {run.folder / 'wandb'}; upload it with `wandb sync`"
+                f"wandb is not logged in, so it logs offline; upload later: wandb sync {run.folder}/wandb/offline-run-*"
             )
         try:
             self._run = wandb.init(
@@ -118,7 +118,7 @@ class Wandb:
             )
         except wandb.Error as error:
             raise TriviumError(
-                f"wandb could not start: {error}. It needs a login and a network. Nothing was trained. Set "
+                f"wandb could not start: {error}. It needs a login and a network connection. Nothing was trained. Set "
                 "WANDB_MODE=offline to log to disk, or remove wandb from log.trackers."
             ) from error
         # wandb's own step must increase with every call, but training metrics and an evaluation can share a step.

@@ -91,13 +91,13 @@ def _check_start(model: Qwen, config: Adapter) -> None:
     least = min(min(layer.in_features, layer.out_features) for layer in layers)
     if config.init != "default" and config.rank > least:
         raise ConfigError(
-            f"adapter.rank is {config.rank}, and adapter.init {config.init} needs as many singular vectors, while the "
-            f"matrices have only {least}. Set a rank of at most {least}, or init: default."
+            f"adapter.rank is {config.rank}, and adapter.init {config.init} needs that many singular vectors, but the "
+            f"smallest matrix has only {least}. Set adapter.rank to at most {least}, or adapter.init to default."
         )
     if config.init == "pissa" and any(isinstance(layer, NF4Linear) for layer in layers):
         raise ConfigError(
-            "adapter.init pissa changes the base weights, and nf4 weights cannot be changed. "
-            "Set adapter.init to loftq or default, or use method lora."
+            "adapter.init pissa changes the base weights, but nf4 weights cannot be changed. "
+            "Set adapter.init to loftq or default, or set method: lora."
         )
 
 
@@ -296,9 +296,9 @@ def _read_config(folder: Path, tied: bool) -> tuple[Adapter, list[int]]:
     problems = _not_computed(content) + ([] if ids is not None else [f"trainable_token_indices {tables!r}"])
     if problems or ids is None:
         raise ConfigError(
-            f"{folder / CONFIG} asks for {'; '.join(problems)}. Trivium supports LoRA, rsLoRA and DoRA adapters of the "
-            f"projections {', '.join(PROJECTIONS)}, with or without trainable tokens in both embedding and head. "
-            "Merge this adapter with PEFT and use the merged model."
+            f"{folder / CONFIG} has {'; '.join(problems)}, which is not supported. Trivium supports LoRA, rsLoRA and "
+            f"DoRA adapters of the projections {', '.join(PROJECTIONS)}, with or without trainable tokens in both "
+            "embedding and head. Merge this adapter with PEFT and use the merged model."
         )
     try:
         config = Adapter(
@@ -377,7 +377,7 @@ def _folded(module: Any) -> Tensor:
 def likeness(table: Tensor, row: int) -> float:
     """The largest cosine of a row of `table`, (N, D), to another row; 1 for a row of zeros.
 
-    Norms do not tell: chat models have trained rows a hundred times smaller than the others.
+    Norms do not show this: chat models have trained rows a hundred times smaller than the others.
     """
     if not table[row].any():
         return 1.0

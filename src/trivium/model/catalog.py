@@ -130,7 +130,7 @@ def get(name: str) -> QwenShape:
 
 
 def size_for_budget(num_params: int, vocab_size: int, family: Family = "qwen3") -> QwenShape:
-    """The best-shaped model within 5 % of `num_params`, including embeddings.
+    """The best-shaped model within 5% of `num_params`, including embeddings.
 
     Raises: ConfigError with the numbers when the vocabulary leaves too little for the layers.
     """
@@ -190,12 +190,12 @@ def _why_nothing_fits(num_params: int, vocab_size: int, candidates: list[QwenSha
         affordable = max(1, num_params // (2 * 16))
         return (
             f"A vocabulary of {vocab_size:,} tokens costs {vocab_size:,} x 16 = {vocab_size * 16:,} parameters at the "
-            f"narrowest width of 16 channels, and the budget is {num_params:,}. Give the model more parameters, or "
-            f"train a tokenizer of at most about {affordable:,} tokens, which leaves half of the budget to the layers."
+            f"smallest width of 16 channels, but the budget is {num_params:,}. Give the model more parameters, or "
+            f"train a tokenizer of at most about {affordable:,} tokens, which leaves half of the budget for the layers."
         )
     nearest = min(candidates, key=lambda shape: abs(shape.num_params - num_params))
     return (
         f"No well-shaped model with {vocab_size:,} tokens comes within {BUDGET_TOLERANCE:.0%} of {num_params:,} "
         f"parameters: the nearest has {nearest.num_params:,}, of which {vocab_size:,} x {nearest.hidden_size} = "
-        f"{vocab_size * nearest.hidden_size:,} are embeddings. Take that as the budget, or a smaller vocabulary."
+        f"{vocab_size * nearest.hidden_size:,} are embeddings. Use that as the budget, or a smaller vocabulary."
     )

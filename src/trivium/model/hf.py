@@ -64,8 +64,8 @@ def find_folder(name: str, with_weights: bool = True) -> Path:
     except Exception as error:  # includes errors of the HTTP library, which varies
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
-            f"{name!r} is not a local folder and could not be fetched from the Hub: {reason} Check the name and the "
-            "connection, log in if the model is gated, or give the path of a local folder."
+            f"{name!r} is not a local folder and could not be downloaded from the Hub: {reason} Check the name and the "
+            "connection, log in (hf auth login) if the model is gated, or give the path of a local folder."
         ) from error
 
 
@@ -151,15 +151,16 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         )
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{folder / INDEX} has no weight_map of tensor names to files. Fetch the file again.")
+        raise ConfigError(f"{folder / INDEX} has no weight_map of tensor names to files. Download the file again.")
     for shard in set(weight_map.values()):
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise ConfigError(
-                f"{folder / INDEX} names the weight file {shard!r}; expected the plain name of a .safetensors file in "
-                "the same folder. The index is damaged or malicious: download the model from a trusted source."
+                f"{folder / INDEX} lists the weight file {shard!r}; expected the name of a .safetensors file in the "
+                "same folder, without a path. The index is damaged or malicious: download the model from a trusted "
+                "source."
             )
         if not (folder / shard).is_file():
-            raise ConfigError(f"{folder / INDEX} names {shard}, which is not there. Fetch the missing file.")
+            raise ConfigError(f"{folder / INDEX} lists {shard}, which is missing. Download the missing file.")
     return {name: folder / shard for name, shard in weight_map.items()}
 
 
@@ -173,14 +174,14 @@ def _header(path: Path, name: str) -> tuple[int, ...]:
         raise damaged(path, error) from None
     if dtype not in ("F32", "BF16", "F16"):
         raise ConfigError(
-            f"{path} stores {name} as {dtype}; expected F32, BF16 or F16. Use the unquantized model of the same name."
+            f"{path} stores {name} as {dtype}; expected F32, BF16 or F16. Use the unquantized version of this model."
         )
     return shape
 
 
 def damaged(path: Path, error: Exception) -> ConfigError:
     """The error for a safetensors file that cannot be read."""
-    return ConfigError(f"{path} is not a whole safetensors file ({error}). Download it again.")
+    return ConfigError(f"{path} is not a complete safetensors file ({error}). Download it again.")
 
 
 def compare(
@@ -198,7 +199,7 @@ def compare(
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ConfigError(
             f"The weights in {folder} do not fit its {config}: {'; '.join(problems[:5])}{more}. "
-            "Expected exactly the tensors of that model; use a complete folder of one model."
+            "Expected exactly the tensors of that model; use a complete model folder."
         )
 
 
@@ -208,7 +209,7 @@ def _require_equal(embeddings: Path, head: Path) -> None:
     if not all(torch.equal(left, right) for left, right in pairs):
         raise ConfigError(
             f"{head.parent} has tie_word_embeddings true, but its {HEAD} differs from {EMBEDDINGS}. "
-            "Set tie_word_embeddings to false in config.json if both were trained, or remove the stale head."
+            "Set tie_word_embeddings to false in config.json if both were trained, or delete the unused head."
         )
 
 
@@ -257,7 +258,7 @@ def replacing(folder: Path, mark: str, size_bytes: int) -> Iterator[Path]:
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
         raise ConfigError(
-            f"{folder} is not empty and has no {mark}, so it is left alone. Choose another output folder."
+            f"{folder} is not empty and has no {mark}, so it was not touched. Choose another output folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     require_free_space(folder.parent, size_bytes + (64 << 20), "the model's weights")

@@ -48,16 +48,16 @@ def settle_shape(run: Run, shape: QwenShape | None, num_tokens: int, tokenizer: 
     if shape is not None and run.weights != "random":
         if run.model.vocab_size not in (None, shape.vocab_size):
             raise ConfigError(
-                f"model.vocab_size is {run.model.vocab_size:,} and the pretrained embedding table has "
-                f"{shape.vocab_size:,} entries. Remove model.vocab_size, or train with weights: random."
+                f"model.vocab_size is {run.model.vocab_size:,}, but the pretrained embedding table has "
+                f"{shape.vocab_size:,} rows. Remove model.vocab_size, or train with weights: random."
             )
         vocab_size = shape.vocab_size
     elif shape is not None and run.model.name is not None and run.tokenizer is not None and run.tokenizer.path:
         vocab_size = run.model.vocab_size or max(shape.vocab_size, vocab_size)
     if vocab_size < num_tokens:
         raise ConfigError(
-            f"The tokenizer in {tokenizer} has {num_tokens:,} tokens and the model's embedding table has "
-            f"{vocab_size:,} entries. Set model.vocab_size to at least {num_tokens}, or use the model's own tokenizer."
+            f"The tokenizer in {tokenizer} has {num_tokens:,} tokens, but the model's embedding table has only "
+            f"{vocab_size:,} rows. Set model.vocab_size to at least {num_tokens}, or use the model's own tokenizer."
         )
     if shape is None:
         assert run.model.params is not None
@@ -99,7 +99,10 @@ def shape_of_name(name: str) -> QwenShape | None:
     if "/" not in name:
         return catalog.get(name)  # raises with the nearest name
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ConfigError(f"There is no folder {name!r}. Give the path of a model's folder, or the name of a model.")
+        raise ConfigError(
+            f"There is no folder {name!r}. Give the path of a model folder, or the name of a model, for example "
+            "Qwen/Qwen3-0.6B."
+        )
     return None
 
 
@@ -141,7 +144,7 @@ def _tokenizer_size(path: str) -> int:
     if not file.is_file():
         shape = shape_of_name(path)
         if shape is None:
-            raise ConfigError(f"The size of the tokenizer {path!r} is unknown. Set model.vocab_size.")
+            raise ConfigError(f"The vocabulary size of the tokenizer {path!r} is unknown. Set model.vocab_size.")
         return shape.vocab_size
     content: Any = read_json(file)
     try:
@@ -164,5 +167,7 @@ def read_json(path: Path) -> dict[str, object]:
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}). Download the file again.") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}; expected a JSON object. Download the file again.")
+        raise ConfigError(
+            f"{path} contains a {type(content).__name__}; expected a JSON object. Download the file again."
+        )
     return content

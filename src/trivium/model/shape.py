@@ -127,9 +127,7 @@ class QwenShape:
 
     def __post_init__(self) -> None:
         if self.family not in get_args(Family):
-            raise ConfigError(
-                f"The model family is {self.family!r}; Trivium builds 'qwen2' (Qwen2.5), 'qwen3' and 'llama'."
-            )
+            raise ConfigError(f"The model family is {self.family!r}; expected 'qwen2' (Qwen2.5), 'qwen3' or 'llama'.")
         for field in SIZE_FIELDS:
             value = getattr(self, field)
             if type(value) is not int or value <= 0:
@@ -240,14 +238,16 @@ class QwenShape:
         family = config.get("model_type")
         if family not in get_args(Family):
             raise ConfigError(
-                f"The model's config.json says model_type {family!r}; Trivium trains dense Qwen2.5 ('qwen2'), Qwen3 "
+                f"The model's config.json has model_type {family!r}; Trivium trains dense Qwen2.5 ('qwen2'), Qwen3 "
                 "('qwen3') and Llama ('llama', for example SmolLM2) models. Choose one of those."
             )
         _refuse_foreign_code(config)
         _refuse_other_arithmetic(config)
         missing = [field for field in SIZE_FIELDS[:6] if config.get(field) is None]
         if missing:
-            raise ConfigError(f"The model's config.json lacks {', '.join(missing)}; the model cannot be built without.")
+            raise ConfigError(
+                f"The model's config.json lacks {', '.join(missing)}, needed to build the model. Download it again."
+            )
         sizes = {field: cast(int, config[field]) for field in SIZE_FIELDS[:6]}
         traits = FAMILIES[cast(Family, family)]
         return cls(
@@ -273,8 +273,8 @@ def _refuse_foreign_code(config: Mapping[str, object]) -> None:
             )
         if key in ("quantization_config", "compression_config"):
             raise ConfigError(
-                f"The model's config.json has the key {key!r}: its weights are quantized. Trivium needs bf16, fp16 or "
-                "fp32 weights; use the unquantized model of the same name."
+                f"The model's config.json has the key {key!r}, so its weights are quantized. Trivium needs bf16, fp16 "
+                "or fp32 weights; use the unquantized version of this model."
             )
 
 
@@ -306,8 +306,8 @@ def _head_dim(config: Mapping[str, object], traits: Traits) -> int:
     hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
     if type(hidden_size) is not int or type(num_heads) is not int or num_heads <= 0 or hidden_size % num_heads:
         raise ConfigError(
-            f"The model's config.json gives no head_dim, and hidden_size {hidden_size!r} does not divide evenly "
-            f"by {num_heads!r} attention heads. Add head_dim or correct the two."
+            f"The model's config.json has no head_dim, and hidden_size {hidden_size!r} is not a multiple of "
+            f"num_attention_heads {num_heads!r}. Add head_dim, or correct these two values."
         )
     return hidden_size // num_heads
 

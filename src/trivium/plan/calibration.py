@@ -55,7 +55,7 @@ def load() -> Calibration | None:
     except (OSError, ValueError) as error:
         reason = printable(str(error).splitlines()[0])
         raise ConfigError(
-            f"{file} is not a calibration file ({reason}). Remove it, or measure again with `trivium plan --calibrate`."
+            f"{file} is not a calibration file ({reason}). Remove it, or measure again: trivium plan --calibrate"
         ) from None
 
 

@@ -65,8 +65,8 @@ def check(folders: Sequence[Path]) -> list[Outcome]:
     """
     if others := [str(folder) for folder in folders if not (folder / "run.yaml").is_file()]:
         raise ConfigError(
-            f"Not a run folder: {', '.join(others)}. Expected folders that `trivium train` made, with a run.yaml in "
-            "them. Name them as runs/NAME."
+            f"Not a run folder: {', '.join(others)}. Expected folders that `trivium train` wrote, with a run.yaml in "
+            "them, for example runs/NAME."
         )
     return [read_outcome(folder) for folder in folders]
 

@@ -41,19 +41,19 @@ class Approach:
 
 
 COMMON = "a common rule of thumb"
-CONTEXT = "Qwen's context is 32,768 tokens, and text that fits into the prompt needs no training"
-GURURANGAN = f"{COMMON}; Gururangan et al. 2020, arXiv:2004.10964, gain from far less text of the task itself"
+CONTEXT = "Qwen's context is 32,768 tokens, and text that fits in the prompt needs no training"
+GURURANGAN = f"{COMMON}; Gururangan et al. 2020, arXiv:2004.10964, gained from far less text from the task itself"
 APPROACHES: dict[str, tuple[Approach, ...]] = {
     "conversations": (
-        Approach("none", "no training (prompt or retrieve)", (), 0, 100, COMMON),
+        Approach("none", "no training (use prompting or retrieval)", (), 0, 100, COMMON),
         Approach("adapter", "LoRA", ("lora", "qlora"), 100, 10_000, COMMON),
         Approach("full", "full fine-tuning", ("full",), 10_000, 1_000_000, f"{COMMON}; LoRA is common too"),
     ),
     "documents": (
-        Approach("none", "no training (prompt or retrieve)", (), 0, 32_768, CONTEXT),
+        Approach("none", "no training (use prompting or retrieval)", (), 0, 32_768, CONTEXT),
         Approach("adapter", "LoRA on the text", ("lora", "qlora"), 32_768, 32_768, CONTEXT),
         Approach("continue", "continued pre-training", ("continue",), 10**9, 10**10, GURURANGAN),
-        Approach("scratch", "from scratch", ("scratch",), 10**11, None, COMMON),
+        Approach("scratch", "training from scratch", ("scratch",), 10**11, None, COMMON),
     ),
 }
 UNITS = {"conversations": "conversations", "documents": "tokens"}
@@ -99,9 +99,9 @@ class ModelChoice:
 def decide(situation: Situation) -> Decision:
     """Decide whether to train, with which approach, and on which model."""
     if situation.is_general:
-        return _no_training(["A general model already does it: choose one, write a prompt, and measure it."])
+        return _no_training(["A general model already does the task: choose one, write a prompt, and measure it."])
     tried = (
-        "It is not known whether a general model already does this: try that first, on a few dozen hard cases."
+        "It is not known whether a general model already does the task: try one first, on a few dozen hard cases."
         if situation.is_general is None
         else "A general model was tried and is not good enough."
     )
@@ -142,15 +142,15 @@ def _small_from_scratch(num_params: int, facts: DataFacts, tried: str) -> Decisi
     size, enough = short(num_params), short(num_params * TOKENS_PER_PARAM)
     return Decision(
         name="scratch",
-        title="from scratch",
+        title="training from scratch",
         method="scratch",
         model=size if parse_count(size) == num_params else str(num_params),
         budget_tokens=None,
         reasons=(
             tried,
             f"A model of {size} parameters was requested, and no published Qwen is that small.",
-            f"{short(facts.num_tokens)} tokens are {facts.num_tokens / num_params:.2g} for each parameter; about "
-            f"{TOKENS_PER_PARAM} are compute-optimal (Hoffmann et al. 2022, arXiv:2203.15556), which is {enough}. A "
+            f"{short(facts.num_tokens)} tokens are {facts.num_tokens / num_params:.2g} per parameter; about "
+            f"{TOKENS_PER_PARAM} ({enough} tokens) are compute-optimal (Hoffmann et al. 2022, arXiv:2203.15556). A "
             "small model keeps improving with more.",
         ),
     )
@@ -167,7 +167,7 @@ def _choose(situation: Situation, facts: DataFacts, approach: Approach) -> Model
     best_share, obstacles = 0.0, []
     for name, shape in _candidates(situation, facts, approach):
         if shape is None:
-            return ModelChoice(name, approach.methods[0], f"{name} was requested; its size is not known here.")
+            return ModelChoice(name, approach.methods[0], f"{name}: the requested model, of unknown size.")
         method = next((method for method in approach.methods if situation.fits(shape, method)), None)
         if method is None:
             obstacles.append(_too_large(situation, approach, name, shape))
@@ -182,7 +182,7 @@ def _choose(situation: Situation, facts: DataFacts, approach: Approach) -> Model
     if best or obstacles:
         return best or obstacles[0 if situation.starts_small else -1]
     most = short(facts.num_tokens / TOKENS_PER_PARAM)
-    return f"Not {approach.title}: {short(facts.num_tokens)} tokens are enough for {most} parameters only."
+    return f"Not {approach.title}: {short(facts.num_tokens)} tokens are enough for only {most} parameters."
 
 
 def _forbidden(situation: Situation, approach: Approach) -> str | None:
@@ -190,7 +190,7 @@ def _forbidden(situation: Situation, approach: Approach) -> str | None:
     is_adapter, model = approach.name == "adapter", situation.model
     why = []
     if situation.adapter_only and not is_adapter:
-        why.append("only the adapter may be shared, and this changes the base weights")
+        why.append("only an adapter may be published, but this changes the base weights")
     if situation.is_laptop and not is_adapter:
         why.append("it has to run on a laptop, or a machine without a large GPU")
     if model is not None and approach.name == "scratch":
@@ -249,7 +249,7 @@ def _model_choice(situation: Situation, facts: DataFacts, name: str, method: str
     # Two significant digits, which leaves some room for the error of the prediction.
     unit = 10 ** max(0, math.floor(math.log10(max(1.0, share * all_tokens))) - 1)
     budget_tokens = max(1, math.floor(share * all_tokens / unit) * unit)
-    why += f" The limits on time and cost allow {short(budget_tokens)} of {short(all_tokens)} tokens: use the best."
+    why += f" The time and cost limits allow {short(budget_tokens)} of {short(all_tokens)} tokens: use the best data."
     return ModelChoice(name, method, why, budget_tokens)
 
 
@@ -257,8 +257,8 @@ def _too_large(situation: Situation, approach: Approach, name: str, shape: QwenS
     needed = min(situation.least_memory(shape, method).total for method in approach.methods)
     has = situation.device.memory_bytes if situation.device else 0
     return (
-        f"Not {approach.title}: {name} needs {needed / GIB:.1f} GiB on each device with the smallest micro-batch, and "
-        f"{FIT_SHARE:.0%} of {has / GIB:.1f} GiB may be used."
+        f"Not {approach.title}: {name} needs {needed / GIB:.1f} GiB on each device with the smallest micro-batch, but "
+        f"only {FIT_SHARE:.0%} of {has / GIB:.1f} GiB may be used."
     )
 
 
@@ -273,7 +273,7 @@ def _too_expensive(situation: Situation, facts: DataFacts, approach: Approach, n
         for hours, money in ((needed.hours, needed.money), (situation.hours, situation.max_cost))
     )
     return (
-        f"Not {approach.title}: {short(tokens)} tokens, the least it suits, take {takes} with {name}, and the limit is "
+        f"Not {approach.title}: {short(tokens)} tokens, the least it suits, take {takes} with {name}, but the limit is "
         f"{limit}."
     )
 
@@ -284,14 +284,14 @@ def _why_amount(facts: DataFacts, selected: int) -> str:
     approach = approaches[selected]
     counted = f"{short(amount)} {UNITS[facts.kind]}"
     if approach.stop is None:
-        return f"{counted}: enough for {approach.title}, from {short(approach.start)} on ({approach.basis})."
+        return f"{counted}: enough for {approach.title}, at least {short(approach.start)} ({approach.basis})."
     if amount <= approach.stop:
         between = f"{short(approach.start)} to {short(approach.stop)}"
         return f"{counted}: the range of {approach.title}, {between} ({approach.basis})."
     gap = f"beyond {short(approach.stop)}"
     if selected + 1 < len(approaches):
         gap = f"between {short(approach.stop)} and {short(approaches[selected + 1].start)}"
-    return f"{counted}: a gap, because no rule covers data {gap}; {approach.title} is the next lower approach."
+    return f"{counted}: no rule covers this gap, {gap}; {approach.title} is the approach for less data."
 
 
 def short(count: float) -> str:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from trivium.config.inputs import Part
 from trivium.config.yaml_tree import Problem, parse_tree, printable, read_file
-from trivium.errors import ConfigError
+from trivium.errors import ConfigError, count_of
 from trivium.files import GIB
 
 GIGA, TERA = 1e9, 1e12
@@ -115,8 +115,8 @@ def get(name: str) -> Device:
     if name.lower() not in devices:
         near = difflib.get_close_matches(name.lower(), devices, n=1, cutoff=0)[0]
         raise ConfigError(
-            f"Unknown device {name!r}; the nearest is {near!r}. Known are {', '.join(devices)}. Add your own "
-            f"devices to {home_folder() / 'devices.yaml'}."
+            f"Unknown device {name!r}; the nearest is {near!r}. Known devices: {', '.join(devices)}. Add your own to "
+            f"{home_folder() / 'devices.yaml'}."
         )
     return devices[name.lower()]
 
@@ -147,7 +147,7 @@ def _device(name: str, values: dict[str, Any], path: Path) -> Device:
         first = error.errors(include_url=False, include_input=False)[0]
         key, reason = ".".join(str(part) for part in first["loc"]), first["msg"]
         known = ", ".join(DeviceEntry.model_fields)
-        raise ConfigError(printable(f"{path}: {name}.{key}: {reason}") + f". A device's keys are {known}.") from None
+        raise ConfigError(printable(f"{path}: {name}.{key}: {reason}") + f". Known keys: {known}.") from None
     return Device(
         name=name,
         memory_bytes=int(entry.memory_gib * GIB),
@@ -240,7 +240,7 @@ def processor() -> Device:
     bf16 = next(({"bf16": fp32 * ratio} for flag, ratio in BF16_RATIO.items() if flag in flags), {})
     return Device(
         name="this-cpu",
-        title=f"this processor ({model or platform.machine()}, {cores} cores)",
+        title=f"this processor ({model or platform.machine()}, {count_of(cores, 'core')})",
         kind="cpu",
         memory_bytes=host_memory_bytes(),
         bandwidth=min(cores * USUAL_BANDWIDTH_PER_CORE, MOST_CPU_BANDWIDTH),

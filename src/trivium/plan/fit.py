@@ -283,9 +283,9 @@ def is_base(name: str) -> bool:
 
 
 def pace(factor: float) -> str:
-    """A ratio of times in words."""
+    """A ratio of times as text."""
     if factor > 2:
-        return f"{factor:.1f} times as long"
+        return f"{factor:.1f} times as slow"
     if factor < 0.5:
         return f"{1 / factor:.1f} times as fast"
     return "as fast" if abs(factor - 1) < 0.005 else f"{abs(factor - 1):.0%} {'slower' if factor > 1 else 'faster'}"

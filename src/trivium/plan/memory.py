@@ -1,6 +1,6 @@
 """Predict the peak memory of an optimizer step on each device, by category, with closed formulas.
 
-The formulas follow the engine tensor by tensor: saved activations, logits, temporary buffers of the backward. The peak
+The formulas follow the engine tensor by tensor: saved activations, logits, temporary backward buffers. The peak
 is the largest of six instants. `tests/plan/test_trace.py` compares them with a run on fake tensors, and
 `bench/memory.py` with the allocator. Sharding over several devices follows the papers below and is not measured. Never
 imports torch.
@@ -38,7 +38,7 @@ class Memory:
         items: bytes by category at the peak; they add up to `total`.
         instant: the part of the step where the peak is.
         framework: bytes outside the allocator: the runtime, its kernels and libraries.
-        slack: bytes the allocator may reserve beyond, freed memory that it cannot reuse.
+        slack: bytes the allocator may reserve on top: freed memory that it cannot reuse.
     """
 
     items: dict[str, int]

@@ -22,7 +22,7 @@ from trivium.plan.speed import Cost, Speed, cost, predict_speed
 from trivium.plan.workload import DataFacts, Workload, num_adapter_params, of_run, with_batching
 
 TIE = 1.02
-"""Plans within this factor of the best price are as good; of these the one nearest to the defaults is taken."""
+"""Plans within this factor of the best price count as equal; the one nearest to the defaults is chosen."""
 MAX_MICRO_TOKENS = 65_536
 # The choices, defaults first. Paged states move to the host's memory when a GPU's is full.
 STATES = ("fp32", "8bit", "paged-8bit")
@@ -126,7 +126,7 @@ def settled(run: Run, workload: Workload) -> Run:
 
 
 def search(goal: Goal) -> Plan:
-    """The cheapest or fastest plan that fits; within 2 % the one nearest to the defaults, then with least memory.
+    """The cheapest or fastest plan that fits; within 2%, the one nearest to the defaults, then with the least memory.
 
     The cheapest plan uses several devices only if one is not enough.
 
@@ -269,16 +269,16 @@ def reasons(goal: Goal, plan: Plan) -> dict[str, str]:
     if run.adapter:
         num_params = num_adapter_params(work.shape, run.adapter)
         why["adapter"] = f"{num_params:,} parameters, {num_params / work.shape.num_params:.2%} of the model"
-    fast = "the device is fast at it" if work.compute_dtype == "bf16" else "the device is not fast at bf16"
+    fast = "fast on this device" if work.compute_dtype == "bf16" else "bf16 is slow on this device"
     why["precision"] = fast if "precision" not in goal.set_keys else GIVEN
     return {key: GIVEN if key in goal.set_keys else text for key, text in why.items()}
 
 
 def _versus(goal: Goal, plan: Plan, other: Workload) -> str:
-    """The memory or speed of another choice, all else equal."""
+    """The memory or speed of another choice, everything else being equal."""
     memory = peak_memory(other)
     if not fits(memory, plan.device.memory_bytes):
-        return f"would take {memory.total / GIB:.1f} GiB, and {plan.allowed_bytes / GIB:.1f} may be used"
+        return f"would need {memory.total / GIB:.1f} GiB, but only {plan.allowed_bytes / GIB:.1f} may be used"
     speed = predict_speed(other, plan.device, goal.calibration_of(plan.device))
     saved = (plan.memory.total - memory.total) / GIB
     space = f", with {saved:.1f} GiB less" if saved > 0.05 else ""
@@ -304,7 +304,7 @@ def _why_micro_batch(goal: Goal, plan: Plan) -> str:
     work = plan.workload
     larger = [size for size in micro_batch_sizes(work, work.step_tokens) if size > work.micro_tokens]
     if not larger:
-        return "the device's whole share of a step"
+        return "all tokens of a step on this device"
     return f"{larger[-1]:,} {_versus(goal, plan, with_batching(work, larger[-1], work.activation_checkpointing))}"
 
 
@@ -320,9 +320,9 @@ def _too_large(goal: Goal) -> str:
     needs = " and ".join(f"{method} needs at least {peak / GIB:.1f} GiB" for method, peak in least.items())
     on = device.title if num_devices == 1 else f"each of {num_devices} x {device.title}"
     lines = [
-        f"With a model of {goal.shape.num_params / 1e9:.3g}B parameters {needs} on {on}, where "
+        f"With a model of {goal.shape.num_params / 1e9:.3g}B parameters, {needs} on {on}, where "
         f"{FIT_SHARE * device.memory_bytes / GIB:.1f} of {device.memory_bytes / GIB:.1f} GiB may be used "
-        f"({1 - FIT_SHARE:.0%} stay free as a margin)."
+        f"({1 - FIT_SHARE:.0%} is kept free as a margin)."
     ]
     fixes = cheapest_fixes(goal.workload(goal.runs[0], device, num_devices), device)
     lines.append("The cheapest changes that make it fit:" if fixes else "No single change makes it fit.")
@@ -336,10 +336,10 @@ def why_too_expensive(goal: Goal, plans: list[Plan]) -> str:
     limits += [f"{goal.max_hours:g} h"] if goal.max_hours else []
     cheapest = min(costs, key=lambda entry: (entry[1].money or 0.0, entry[1].hours))
     fastest = min(costs, key=lambda entry: entry[1].hours)
-    text = f"It fits the memory, but not {' and '.join(limits)}"
+    text = f"It fits in memory, but exceeds the limit of {' and '.join(limits)}"
     for word, (plan, taken) in {"cheapest": cheapest, "fastest": fastest}.items():
         money = "" if taken.money is None else f"${taken.money:,.2f} and "
-        text += f"{':' if word == 'cheapest' else ';'} the {word} takes {money}{taken.hours:,.1f} h on "
+        text += f"{':' if word == 'cheapest' else ';'} the {word} plan takes {money}{taken.hours:,.1f} h on "
         text += f"{plan.workload.num_devices} x {plan.device.name}"
     share = min(
         (goal.max_cost or 0.0) / cheapest[1].money if goal.max_cost is not None and cheapest[1].money else 1.0,

@@ -28,13 +28,14 @@ def warnings(situation: Situation, method: str | None, model: str | None) -> tup
         found += _wrong_model(facts, model) if facts else []
     if defaults["trainable"] == "adapter" and situation.rank >= LARGE_RANK:
         found.append(
-            f"Rank {situation.rank}: a large adapter costs memory and time, and overfits small data sets more easily. "
-            "8 to 16 is usual; use more only for many examples."
+            f"Rank {situation.rank}: a large adapter costs memory and time and overfits small datasets more easily. "
+            "A rank of 8 to 16 is usual; go higher only with many examples."
         )
     if facts and facts.kind == "conversations" and 0 < facts.reasoning_share < LOW_REASONING_SHARE:
         found.append(
-            f"{facts.reasoning_share:.0%} of the conversations show reasoning: a reasoning model may unlearn it. The "
-            "guides of Qwen and Unsloth mix three parts with reasoning to one without: data.reasoning_share=0.75."
+            f"{facts.reasoning_share:.0%} of the conversations have reasoning: a reasoning model may forget how to "
+            "reason. The guides of Qwen and Unsloth mix three parts with reasoning and one part without: "
+            "data.reasoning_share=0.75."
         )
     return tuple(found)
 
@@ -44,7 +45,7 @@ def _forgetting(facts: DataFacts | None) -> list[str]:
     if facts and facts.kind == "conversations" and facts.num_rows < FEW_CONVERSATIONS:
         found.append(
             f"{short(facts.num_rows)} conversations: below {short(FEW_CONVERSATIONS)} LoRA is usually about as good as "
-            "full fine-tuning and more stable, because full fine-tuning overfits a small data set."
+            "full fine-tuning and more stable, because full fine-tuning overfits a small dataset."
         )
     found.append(
         "All weights change, so the model forgets something: mix in general text, and measure forgetting with "
@@ -62,21 +63,21 @@ def _wrong_model(facts: DataFacts, model: str | None) -> list[str]:
         if is_chat is not False:
             return []
         return [
-            f"{model} is a base model: its embeddings of <|im_start|> and <|im_end|> may be untrained and have to be "
-            "trained too. The chat version of the model needs fewer examples."
+            f"{model} is a base model: its embeddings of <|im_start|> and <|im_end|> may be untrained, so they have to "
+            "be trained too. The chat version of the model needs fewer examples."
         ]
     found = []
     if facts.num_tokens < FEW_TOKENS:
         found.append(
-            f"{short(facts.num_tokens)} tokens of plain text: below {short(FEW_TOKENS)} continued pre-training is said "
-            "to have little effect, though Gururangan et al. 2020 (arXiv:2004.10964) gain from far less text of the "
-            "task itself. For facts alone retrieval is more reliable; measure both."
+            f"{short(facts.num_tokens)} tokens of plain text: below {short(FEW_TOKENS)}, continued pre-training is "
+            "said to have little effect, though Gururangan et al. 2020 (arXiv:2004.10964) gained from far less text "
+            "from the task itself. For facts alone, retrieval is more reliable; measure both."
         )
     if model and is_chat:
         base = model.removesuffix("-Instruct") if model.endswith("-Instruct") else f"{model}-Base"
         found.append(
-            f"{model} was tuned for conversations, and plain text damages that: it may no longer answer or stop. Take "
-            f"{base if published_shape(base) else 'a base model'}, or mix conversations in."
+            f"{model} was tuned for conversations, and training on plain text damages that: it may no longer answer or "
+            f"stop. Use {base if published_shape(base) else 'a base model'}, or mix in conversations."
         )
     return found
 
@@ -85,14 +86,14 @@ def _compute(situation: Situation, facts: DataFacts, shape: QwenShape, method: s
     """The compute of training from scratch, and whether the data is enough."""
     size = shape.num_params
     flops = 6.0 * size * facts.num_tokens
-    text = f"6 x {short(size)} parameters x {short(facts.num_tokens)} tokens are {flops:.2g} FLOP"
+    text = f"6 x {short(size)} parameters x {short(facts.num_tokens)} tokens = {flops:.2g} FLOP"
     cost = situation.cost(shape, method, facts.num_tokens)
     if cost is not None and situation.device is not None:
-        text += f": {hours(cost.hours)} of {situation.devices} x {situation.device.title}"
+        text += f", {hours(cost.hours)} on {situation.devices} x {situation.device.title}"
     if facts.num_tokens < TOKENS_PER_PARAM * size:
         text += (
-            f". There are {facts.num_tokens / size:.2g} tokens for each parameter, and about {TOKENS_PER_PARAM} are "
-            f"recommended ({short(TOKENS_PER_PARAM * size)}): take a smaller model or more text"
+            f". That is {facts.num_tokens / size:.2g} tokens per parameter; about {TOKENS_PER_PARAM} are recommended "
+            f"({short(TOKENS_PER_PARAM * size)}): use a smaller model or more text"
         )
     return f"{text}."
 

@@ -35,7 +35,7 @@ class DataFacts:
         num_tokens: tokens of one epoch.
         mean_tokens: mean tokens of a record.
         supervised_share: share of supervised tokens when only answers have loss.
-        reasoning_share: share of the conversations that show reasoning.
+        reasoning_share: share of the conversations with reasoning.
         is_measured: whether the tokens were counted with the model's tokenizer.
     """
 
@@ -55,7 +55,7 @@ def given_facts(
 
     Raises: ConfigError if neither records nor tokens are given, or a number is not above zero.
     """
-    given = {"number of records": num_rows, "number of tokens": num_tokens, "mean tokens of a record": mean_tokens}
+    given = {"number of records": num_rows, "number of tokens": num_tokens, "mean tokens per record": mean_tokens}
     for name, value in given.items():
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"The {name} is {value}. Expected a number above zero.")

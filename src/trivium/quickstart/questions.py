@@ -81,7 +81,7 @@ def _turns(told: Story, kinds: Iterable[str]) -> list[dict[str, str]]:
 def write_questions(
     training: Path, held_out: Path, num_training: int, num_held_out: int, seed: int, questions_per_story: int
 ) -> None:
-    """Write two JSONL files of records without common stories; the held-out ones have one question each.
+    """Write two JSONL files of records with no stories in common; the held-out ones have one question each.
 
     The same arguments write the same bytes.
     """

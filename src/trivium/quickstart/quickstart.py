@@ -88,7 +88,7 @@ def train_on_text(text_file: Path, runs_dir: Path, overrides: tuple[str, ...]) -
     """Train only a model from scratch, on the user's text."""
     if not text_file.is_file():
         raise ConfigError(
-            f"{text_file} does not exist. Give the path of a text file, or none to train on generated stories."
+            f"{text_file} does not exist. Give the path of a text file, or no path to train on generated stories."
         )
     name = f"quickstart-{re.sub(r'[^A-Za-z0-9._-]+', '-', text_file.stem)}"
     settings = [f"name={name}", f"data.sources.0.path={quote(str(text_file))}"]

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+from trivium.errors import count_of
 from trivium.files import atomic_write
 from trivium.plan.speed import hours
 from trivium.report.style import facts, page
@@ -98,7 +99,7 @@ def table(comparison: Comparison) -> list[TableRow]:
         TableRow("Quality", "valid JSON", of("scores", "json_valid"), "{:.1%}", "high"),
         TableRow("Quality", "stop rate", of("scores", "stop_rate"), "{:.1%}", "high"),
         TableRow("Forgetting", "general loss", of("general", "loss"), "{:.4f}"),
-        TableRow("Forgetting", "rise of general loss", [comparison.forgotten(m) for m in models], "{:+.4f}", "low"),
+        TableRow("Forgetting", "increase in general loss", [comparison.forgotten(m) for m in models], "{:+.4f}", "low"),
         TableRow("Cost", "parameters trained", [m.num_trained_params for m in models], "{:,.0f}"),
         TableRow("Cost", "training time", [m.train_seconds for m in models], "seconds"),
         TableRow("Cost", "tokens/s", [m.tokens_per_second for m in models], "{:,.0f}"),
@@ -217,10 +218,10 @@ def _answers(comparison: Comparison) -> str:
         parts.append(f'{_prompt(question)}\n<div class="strip" tabindex="0">\n{"".join(cards)}</div>')
     more = len(comparison.questions) - SHOWN_QUESTIONS
     if more > 0:
-        parts.append(f'<p class="note">comparison.json has {more:,} more prompts with their answers.</p>')
+        parts.append(f'<p class="note">comparison.json has {count_of(more, "more prompt")} with answers.</p>')
     against = "the expected answer" if comparison.questions[0].answer is not None else "the first model's answer"
     return (
-        f'<section>\n<h2>Answers</h2>\n<p class="note">The first difference from {against} is marked.</p>\n'
+        f'<section>\n<h2>Answers</h2>\n<p class="note">The first word that differs from {against} is marked.</p>\n'
         + "\n".join(parts)
         + "\n</section>"
     )

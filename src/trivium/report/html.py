@@ -16,7 +16,7 @@ from trivium.report.style import facts, page
 STATUS_MEANS = {
     "finished": "The run is finished.",
     "failed": "The run failed.",
-    "running": "The run is in progress; this page shows its state at the time the page was written.",
+    "running": "The run is in progress; this page shows its state when the page was written.",
     "stopped": "The run is not finished, and no process is running it. Run the same command again to resume.",
 }
 SMALL_PLOTS = {
@@ -134,11 +134,11 @@ def _plan(record: Record) -> str:
     }
     items = sorted((plan.memory_items or {}).items(), key=lambda item: -item[1])
     table = ", ".join(f"{name} {size / GIB:,.2f}" for name, size in items if size >= GIB / 100)
-    rates = "speeds measured on this machine" if plan.is_calibrated else "speeds of a data sheet"
+    rates = "speeds measured on this machine" if plan.is_calibrated else "speeds from a data sheet"
     return (
         f"<section>\n<h2>Plan</h2>\n{facts(rows.items())}"
-        f'<p class="note">Predicted at the first start for {escape(plan.device)}, with {rates}. In parentheses: the '
-        "bounds of a prediction, and its error relative to the measurement. Memory is "
+        f'<p class="note">Predicted when the run first started, for {escape(plan.device)}, with {rates}. Parentheses '
+        "show the bounds of a prediction and its error relative to the measurement. Memory is "
         f"{escape(plan.measured_how)}. The predicted peak is {escape(plan.instant)}; its parts in GiB: "
         f"{escape(table)}.</p>\n</section>"
     )
@@ -196,5 +196,5 @@ def _origin(record: Record) -> str:
         if text
     ]
     if record.missing:
-        parts.append(f'<p class="note">Not in the folder: {escape(", ".join(record.missing))}.</p>')
+        parts.append(f'<p class="note">Missing from the folder: {escape(", ".join(record.missing))}.</p>')
     return "<section>\n<h2>Configuration and provenance</h2>\n" + "\n".join(parts) + "\n</section>"

@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from trivium.errors import count_of
 from trivium.plan.speed import hours
 
 BARS = "".join(chr(0x2581 + level) for level in range(8))
@@ -73,7 +74,7 @@ def describe(record: dict[str, Any], num_steps: int) -> str:
             f"MFU {record['train/mfu']:.0%}  {record['train/peak_memory_gib']:.2f} GiB"
         )
     if "eval/loss" in record:
-        return f"{step}  held-out loss {record['eval/loss']:.4f} over {record['eval/num_tokens']:,} tokens"
+        return f"{step}  held-out loss {record['eval/loss']:.4f} over {count_of(record['eval/num_tokens'], 'token')}"
     return f"{step}  sample: {record['prompt']}{record['text']}".replace("\n", " ")
 
 
@@ -130,7 +131,7 @@ class LivePanel:
         left = (time.monotonic() - self.start) / taken * (self.num_steps - self.current_step) if taken else None
         cells = [
             ("step", f"{self.current_step:,} of {self.num_steps:,}"),
-            ("left", hours(left / 3600) if left is not None else "?"),
+            ("time left", hours(left / 3600) if left is not None else "?"),
             ("loss", self._figure("train/loss", ".4f")),
             ("held-out", self._figure("eval/loss", ".4f")),
             ("tokens/s", self._figure("train/tokens_per_second", ",.0f")),

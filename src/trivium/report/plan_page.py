@@ -67,7 +67,7 @@ def _decision(decision: Decision) -> list[Any]:
 
 def _title(plan: Plan) -> Text:
     work, run = plan.workload, plan.run
-    name = run.model.name or f"a model of {work.shape.num_params / 1e6:,.3g}M parameters"
+    name = run.model.name or f"a model with {work.shape.num_params / 1e6:,.3g}M parameters"
     count = f"{work.num_devices} x " if work.num_devices > 1 else ""
     trained = f"{work.num_trained_params:,} of {work.shape.num_params:,} parameters are trained"
     return Text.assemble((f"{run.method} of {name} on {count}{plan.device.title}", "bold"), f"\n  {trained}\n")
@@ -78,7 +78,7 @@ def _memory(plan: Plan) -> list[Any]:
     title = Text.assemble(
         ("Memory", "bold"),
         f"  {_gib(memory.total)} of {_gib(device)} at the peak ({memory.instant}); {_gib(plan.allowed_bytes)} may be "
-        f"used, {1 - FIT_SHARE:.0%} stay free",
+        f"used, {1 - FIT_SHARE:.0%} is kept free",
     )
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True)
@@ -106,11 +106,11 @@ def _speed(plan: Plan) -> list[Any]:
     if plan.cost and plan.num_tokens:
         rows.append(("run", f"{time_and_money(plan.cost)} for {plan.num_tokens:,} tokens"))
     else:
-        rows.append(("run", "unknown, because it depends on the data: give --data, or --rows and --tokens"))
+        rows.append(("run", "depends on the data: add --data FILE, or --rows NUMBER --kind conversations"))
     device = plan.device
     if device.price_per_hour is not None:
-        seen = f", seen {device.price_date}" if device.price_date else ""
-        rows.append(("price", f"${device.price_per_hour:.2f} an hour for one{seen}"))
+        seen = f" (as of {device.price_date})" if device.price_date else ""
+        rows.append(("price", f"${device.price_per_hour:.2f} per device and hour{seen}"))
     return _section("Time and cost", rows)
 
 

@@ -101,7 +101,7 @@ def read_questions(path: Path) -> list[EvalPrompt]:
         except ValueError as error:
             raise BadData(f"{path}:{number}: {error}. {PROMPT_FORMAT}") from None
     if not questions:
-        raise BadData(f"{path} contains no prompt. {PROMPT_FORMAT}")
+        raise BadData(f"{path} contains no prompts. {PROMPT_FORMAT}")
     return questions
 
 
@@ -153,7 +153,7 @@ def prompt_text(tokenizer: Any, question: EvalPrompt, as_chat: bool, thinking: b
     except (TemplateError, TypeError, ValueError) as error:
         raise BadData(
             f"The chat template cannot render these messages: {error}. Found {json.dumps(question.turns)[:200]}; "
-            "expected roles and contents that the template supports."
+            "expected roles and content that the template supports."
         ) from error
 
 
@@ -185,8 +185,8 @@ def answers(
     as_chat = loaded.converses if as_chat is None else as_chat
     if as_chat and loaded.template is None:
         raise ConfigError(
-            f"The tokenizer of {loaded.place.folder} has no usable chat template. Use the tokenizer of the "
-            "model's chat version."
+            f"The tokenizer of {loaded.place.folder} has no usable chat template. Use the tokenizer of the model's "
+            "chat version."
         )
     stops = list(loaded.stop_ids if stop_ids is None else stop_ids)
     texts = [prompt_text(tokenizer, question, as_chat, thinking) for question in questions]

@@ -100,7 +100,7 @@ class Dialogue:
         while self.turns and self.turns[-1]["role"] == "assistant":
             self.turns.pop()
         if not self.turns:
-            raise ConfigError("There is no message to answer again.")
+            raise ConfigError("There is no message to answer again. Type a message first.")
         yield from self._answer()
 
     def _answer(self) -> Generator[str]:
@@ -126,7 +126,7 @@ class Dialogue:
         Raises: ConfigError when no answer is complete.
         """
         if all("train" in turn for turn in self.turns if turn["role"] == "assistant"):
-            raise ConfigError("No answer is complete, so there is nothing to save. Ask something, or use /retry.")
+            raise ConfigError("No answer is complete, so there is nothing to save. Type a message, or use /retry.")
         kept: list[dict[str, Any]] = []
         for turn in self.messages:
             if turn["role"] == "assistant" and not turn["content"].strip():

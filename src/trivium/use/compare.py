@@ -71,7 +71,7 @@ class Comparison:
     notes: list[str]
 
     def forgotten(self, model: ComparedModel) -> float | None:
-        """How much the general loss is above the base model's; None if either is missing."""
+        """The increase of the general loss over the base model's; None if either is missing."""
         before = next((other.general for other in self.models if other.name == model.base), None)
         return None if before is None or model.general is None else model.general.loss - before.loss
 
@@ -276,7 +276,7 @@ def own_held_out(
     if not runs:
         return None, None
     if not same_tokenizer:
-        note("No held-out loss, because the tokenizers of the models differ. Add --held-out FILE to measure one.")
+        note("No held-out loss, because the models' tokenizers differ. Add --held-out FILE to measure one.")
         return None, None
     name, run_folder = runs[0]
     try:

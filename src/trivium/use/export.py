@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from trivium.data.batch.pack import NO_LABEL
 from trivium.engine.record import read_record
-from trivium.errors import ConfigError, TriviumError
+from trivium.errors import ConfigError, TriviumError, count_of
 from trivium.files import fsync_directory, require_free_space
 from trivium.model import hf
 from trivium.use.answers import EvalPrompt, prompt_text
@@ -81,7 +81,7 @@ def export(name: str, out: Path, merge: bool, dtype: torch.dtype | None, note: N
     """
     place = find(name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists, and export never overwrites. Choose another --out.")
+        raise ConfigError(f"{out} already exists. Choose a new folder for --out; nothing is overwritten.")
     if merge and place.kind != "adapter":
         raise ConfigError(f"{place.folder} is not an adapter, so there is nothing to merge. Remove --merge to copy it.")
     if dtype is not None and not merge:
@@ -138,7 +138,7 @@ def _cast(network: Any, dtype: torch.dtype) -> Any:
 
 def _against_quantized(place: FoundModel, prompts: list[Passage], merged: Logits, note: Note) -> dict[str, Any]:
     """How much the merged model differs from the adapter on its NF4 base model, which is what was trained."""
-    note(f"{place.folder} was trained on its base model in NF4; measuring how much the merged model differs")
+    note(f"{place.folder} was trained on an NF4 base model; measuring how much the merged model differs")
     try:
         trained = logits_of(load(place, dtype=torch.float32, nf4=True).network, prompts)
     except ConfigError as error:
@@ -233,8 +233,9 @@ def _require_equal(expected: Logits, reloaded: Logits, what: str) -> float:
     found = difference(expected, reloaded)
     if math.isnan(found) or found > MAX_DIFFERENCE:
         raise TriviumError(
-            f"The logits of {what} differ by up to {found:.3g} on {len(expected)} prompts; at most {MAX_DIFFERENCE:g} "
-            "is allowed. The export was deleted. An adapter on tied embeddings cannot be merged; serve it unmerged."
+            f"The logits of {what} differ by up to {found:.3g} on {count_of(len(expected), 'prompt')}; at most "
+            f"{MAX_DIFFERENCE:g} is allowed. The export was deleted. An adapter on tied embeddings cannot be merged; "
+            "serve it unmerged."
         )
     return found
 

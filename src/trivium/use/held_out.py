@@ -23,7 +23,7 @@ from trivium.data.chat.samples import ConversationSettings
 from trivium.data.store.build import BuildSettings, build_sources
 from trivium.engine.prepare import prepare
 from trivium.engine.runfolder import RunFolder
-from trivium.errors import BadData, ConfigError
+from trivium.errors import BadData, ConfigError, count_of
 from trivium.use.load import Loaded
 
 BATCH_TOKENS = 8192
@@ -109,13 +109,13 @@ def passages_of_file(
             max_document_mib=MAX_DOCUMENT_MIB,
         )
         (built,) = build_sources([Source(path=str(path))], tokenizer, settings)
-        for unused in ("rejected", "duplicates", "dropped_turns"):
-            if built.report[unused]:
-                note(f"{path}: left out {built.report[unused]:,} {unused.replace('_', ' ')}")
+        for key, noun in (("rejected", "rejected record"), ("duplicates", "duplicate"), ("dropped_turns", "answer")):
+            if built.report[key]:
+                note(f"{path}: left out {count_of(built.report[key], noun)}")
         store = built.open()
         passages = _passages(sequential_batches(store, seq_len, seq_len, store.num_tokens))
     if not passages:
-        raise BadData(f"{path} has no supervised token. Give a file of documents, or of conversations with answers.")
+        raise BadData(f"{path} has no supervised tokens. Give a file of documents, or of conversations with answers.")
     return passages
 
 

@@ -17,7 +17,7 @@ from trivium.data.chat.template import ChatTemplate, describe_template
 from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.record import read_record
 from trivium.engine.runfolder import RunFolder
-from trivium.errors import ConfigError, TriviumError, first_lines
+from trivium.errors import ConfigError, TriviumError, count_of, first_lines
 from trivium.model import hf
 from trivium.model.quantize import quantize_projections
 
@@ -99,7 +99,7 @@ def find(name: str) -> FoundModel:
         if not (folder / hf.ADAPTER_WEIGHTS).is_file():
             raise ConfigError(
                 f"{folder} has no {hf.ADAPTER_WEIGHTS}. Other formats are refused because they can run code. Save the "
-                "adapter again with safetensors."
+                "adapter again with PEFT's save_pretrained, which writes safetensors."
             )
         return FoundModel(
             "adapter",
@@ -178,8 +178,8 @@ def load(
         model = load_adapter(model, place)
         if place.was_quantized and not nf4:
             note(
-                f"{place.folder} was trained on its base model in NF4; here it runs on the full-precision base model, "
-                "so its outputs differ slightly. --nf4 quantizes the base model."
+                f"{place.folder} was trained on an NF4 base model; here it runs on the full-precision base model, so "
+                "its outputs differ slightly. Add --nf4 to quantize the base model."
             )
     network = model.get_base_model() if place.kind == "adapter" else model
     if (place.folder / "generation_config.json").is_file():  # an adapter's settings win over its base model's
@@ -223,12 +223,12 @@ def load_network(folder: Path, dtype: torch.dtype | Literal["auto"] = "auto", nf
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"{folder} cannot be loaded: {first_lines(error)} Expected a Hugging Face folder with weights in "
-            "safetensors. Download it again, or give a finished run."
+            "safetensors. Download it again, or give the folder of a finished run."
         ) from error
     if missing := sorted(map(str, report["missing_keys"])):
         raise ConfigError(
-            f"{folder} cannot be loaded: {len(missing)} weights are missing, for example {missing[0]}. Download the "
-            "folder again."
+            f"{folder} cannot be loaded: it lacks {count_of(len(missing), 'weight')}, for example {missing[0]}. "
+            "Download the folder again."
         )
     if nf4:
         quantize_projections(model, model.dtype)
@@ -253,6 +253,6 @@ def load_adapter(model: Any, place: FoundModel) -> Any:
         ) from error
     if any("missing adapter keys" in str(warning.message) for warning in caught):
         raise ConfigError(
-            f"The adapter {place.folder} lacks weights that its {hf.ADAPTER_CONFIG} names. Save or download it again."
+            f"The adapter {place.folder} lacks weights that its {hf.ADAPTER_CONFIG} lists. Save or download it again."
         )
     return adapted

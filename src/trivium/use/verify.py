@@ -13,7 +13,7 @@ from trivium.data.batch.pack import step_digest
 from trivium.engine import checkpoint
 from trivium.engine.prepare import prepare
 from trivium.engine.runfolder import RunFolder
-from trivium.errors import TriviumError
+from trivium.errors import TriviumError, count_of
 from trivium.files import sha256_file
 
 
@@ -62,20 +62,20 @@ def verify(path: Path, note: Callable[[str], None], every: Callable[[int, int], 
         if (record["digest"], record["num_tokens"]) != (digest, num_tokens):
             raise TriviumError(
                 f"Step {step:,} of {path} did not read the expected tokens: the ledger has {record['digest'][:12]} "
-                f"after {record['num_tokens']:,} tokens, and the data gives {digest[:12]} after {num_tokens:,}. Either "
+                f"after {record['num_tokens']:,} tokens, but the data gives {digest[:12]} after {num_tokens:,}. Either "
                 "the ledger or the data was changed."
             )
         every(step, len(records))
     finished = folder.read("finished.json")
     if finished is not None and (finished["step"], finished["ledger"]) != (len(records), digest):
         raise TriviumError(
-            f"{path}: finished.json says step {finished['step']}, and the ledger ends at step {len(records)}."
+            f"{path}: finished.json says step {finished['step']}, but the ledger ends at step {len(records)}."
         )
     for name, expected in (finished or {}).get("model_sha256", {}).items():
         if sha256_file(folder.result / name) != expected:
             raise TriviumError(f"{folder.result / name} was changed after the run: its SHA-256 differs.")
     if finished is not None and len(records) != job.num_steps:
-        raise TriviumError(f"{path} is marked as finished after {len(records)} of {job.num_steps} steps.")
+        raise TriviumError(f"{path} is marked as finished after {len(records)} of {count_of(job.num_steps, 'step')}.")
     verified = []
     for step in checkpoint.steps(folder.checkpoints):
         state = checkpoint.verify(checkpoint.step_folder(folder.checkpoints, step))

@@ -125,7 +125,7 @@ class Order:
         self.whole = whole
         for source, source_lengths in enumerate(self.lengths):
             if not source_lengths.sum():
-                raise BadData(f"Source {source} has no tokens to train on. Look at it with: trivium data inspect")
+                raise BadData(f"Source {source} has no tokens to train on. See why with: trivium data inspect FILE")
         self.documents_per_epoch = self._documents_per_epoch(weights)
         self._epoch = lru_cache(maxsize=2)(self._lay_out_epoch)
         self._sequences_in_epoch: list[int] = []
@@ -181,7 +181,7 @@ class Order:
         return BestFit(np.concatenate(ordered), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
 
     def num_sequences(self, epoch: int) -> int:
-        """Packed sequences of an epoch; not all of them need be full."""
+        """Packed sequences of an epoch; some may not be full."""
         with self._counting:
             while len(self._sequences_in_epoch) <= epoch:
                 self._sequences_in_epoch.append(self._count_sequences(len(self._sequences_in_epoch)))

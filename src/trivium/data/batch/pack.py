@@ -92,7 +92,7 @@ class Batch:
 
 
 def pack(stores: Sequence[TokenStore], spans: np.ndarray, num_tokens: int) -> Batch:
-    """Concatenate pieces of documents to a batch of `num_tokens`, filled up with unsupervised padding.
+    """Concatenate pieces of documents into a batch of `num_tokens`, padded with unsupervised tokens.
 
     Each sequence of a document becomes its own piece, and no label crosses into the next one.
 
@@ -149,9 +149,9 @@ def _default_columns(stores: Sequence[TokenStore], num_tokens: int) -> dict[str,
             expected = declared.setdefault(column.name, column).dtype
             if column.dtype != expected:
                 raise BadData(
-                    f"Column {column.name!r} of source {source} has dtype {column.dtype}, another source or Trivium "
-                    f"itself declares it as {expected}. Expected one dtype in all sources; build this store again with "
-                    f"{expected}, or leave the source out of the mixture."
+                    f"Column {column.name!r} of source {source} has dtype {column.dtype}, but another source or "
+                    f"Trivium itself declares it as {expected}. Expected one dtype in all sources; rebuild this store "
+                    f"with {expected}, or remove the source."
                 )
     return {name: np.full(num_tokens, column.default, column.dtype) for name, column in declared.items()}
 

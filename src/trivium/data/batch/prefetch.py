@@ -50,7 +50,7 @@ class Prefetch:
         self._thread.join()
 
     def next(self) -> list[Batch]:
-        """The micro-batches of the next step; raises what the source raised for it, IndexError after the last one."""
+        """The micro-batches of the next step; re-raises the source's error, or IndexError after the last step."""
         while True:
             try:
                 found = self._ready.get(timeout=POLL_SECONDS)

@@ -103,16 +103,16 @@ def detect(records: Sequence[object], layout: RecordLayout, where: str) -> Recor
     if not counts:
         names = list(dict.fromkeys(name for record in objects for name in record))
         raise BadData(
-            f"{where}: the records have the fields {', '.join(map(repr, names[:12])) or '(none)'}, which fit no known "
-            "format. Expected messages; conversations (ShareGPT); instruction and output (Alpaca); prompt and "
+            f"{where}: the records have the fields {', '.join(map(repr, names[:12])) or '(none)'}, which match no "
+            "known format. Expected messages; conversations (ShareGPT); instruction and output (Alpaca); prompt and "
             f"completion, response or answer; or {layout.text_field!r} for plain text. Set `fields`, for example "
             "{prompt: question, answer: reply}, or set `field` to the field with the text."
         )
     ((best, _),) = counts.most_common(1)
     if best == "both":
         raise BadData(
-            f"{where}: the records have both a text ({layout.text_field!r}) and a question with an answer. Set "
-            "`format` to text, alpaca or prompt."
+            f"{where}: the records have both a text ({layout.text_field!r}) and a question with an answer, so the "
+            "format is ambiguous. Set `format` to text, alpaca or prompt."
         )
     return replace(layout, format=cast(Format, best))
 
@@ -139,7 +139,7 @@ def from_dataset_info(source: "Source") -> "tuple[Source, RecordLayout | None]":
     assert source.path is not None and source.dataset is not None
     path = Path(source.path).expanduser()
     path = path / INFO_NAME if path.is_dir() else path
-    where = f"{path}, data set {source.dataset!r}"
+    where = f"{path}, dataset {source.dataset!r}"
     entry = _info_entry(path, source.dataset)
     _refuse_unknown(entry, INFO_KEYS, where, "key")
     place: dict[str, Any] = {"dataset": None, "subset": entry.get("subset"), "split": entry.get("split", "train")}
@@ -148,7 +148,7 @@ def from_dataset_info(source: "Source") -> "tuple[Source, RecordLayout | None]":
     elif "file_name" in entry:
         place["path"] = str(path.parent / entry["file_name"])
     else:
-        raise ConfigError(f"{where}: names neither file_name nor hf_hub_url. Expected records in a file or on the Hub.")
+        raise ConfigError(f"{where} has neither file_name nor hf_hub_url. Set one to the file or Hub dataset.")
     layout = _info_layout(entry, where)
     if layout.format == "text":
         return source.model_copy(update=place | {"format": "text", "field": layout.text_field}), None
@@ -160,12 +160,12 @@ def _info_entry(path: Path, name: str) -> dict[str, Any]:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error}). Expected a LLaMA-Factory {INFO_NAME}, or its folder."
+            f"{path} cannot be read ({error}). Expected a LLaMA-Factory {INFO_NAME}, or its folder."
         ) from None
     entry = info.get(name) if isinstance(info, dict) else None
     if not isinstance(entry, dict):
         known = ", ".join(list(info)[:12]) if isinstance(info, dict) else "no entries"
-        raise ConfigError(f"{path}: has no data set {name!r}. Expected one of its entries: {known}.")
+        raise ConfigError(f"{path} has no dataset {name!r}. Expected one of its entries: {known}.")
     return entry
 
 

@@ -1,4 +1,4 @@
-"""Samples: encode a conversation as token ids and loss weights, and prove that prompts equal those of serving.
+"""Samples: encode a conversation as token ids and loss weights, and verify that prompts equal those of serving.
 
 Before every supervised answer, a sample has exactly the ids of `apply_chat_template(history,
 add_generation_prompt=True)`; the answer is encoded separately, as a model generates it. If the template renders earlier
@@ -163,7 +163,7 @@ class ChatEncoder:
                 growing.append(_Growing())
             growing[-1].extend(cut, index, turn.weight)
         if not growing:
-            raise RecordError(Reason.LONGER_THAN_SEQ_LEN, f"no answer fits into {self._seq_len:,} tokens")
+            raise RecordError(Reason.LONGER_THAN_SEQ_LEN, f"no answer fits in {self._seq_len:,} tokens")
         self._prove(growing)
         samples = [sample.sample() for sample in growing]
         return Encoded(samples, num_dropped, num_cut, first > 0, num_lost, has_control_text)
@@ -222,7 +222,7 @@ class ChatEncoder:
         end = rest.rfind(self.template.end_of_turn)
         if end < 0:
             raise BadData(
-                f"{where}: the chat template ends it with {rest[-40:]!r} and not with {self.template.end_of_turn}. "
+                f"{where}: the chat template ends it with {rest[-40:]!r} instead of {self.template.end_of_turn}. "
                 "Expected every answer to end with the token that stops generation. Use the model's own chat template, "
                 "or correct this one."
             )

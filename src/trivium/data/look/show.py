@@ -1,4 +1,4 @@
-"""Show documents and conversations as spans of text with their loss weights, and the proof of each answer."""
+"""Show documents and conversations as spans of text with their loss weights, and verify each answer's prompt."""
 
 import json
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class TextSpan:
 
 @dataclass
 class AnswerProof:
-    """A supervised answer whose prompt equals, id for id, the prompt that serving sends."""
+    """A supervised answer whose prompt equals, token for token, the prompt that serving sends."""
 
     turn: int
     """Number of the message, from 1."""
@@ -65,7 +65,7 @@ def _turn_text(turn: Turn) -> str:
 def as_samples(
     where: str, conversation: Conversation, encoder: ChatEncoder, tokenizer: "PreTrainedTokenizerFast"
 ) -> list[Shown]:
-    """The samples of a conversation, with the proof of each answer.
+    """The samples of a conversation, with an `AnswerProof` for each answer.
 
     Raises: RecordError when there are none, BadData when a prompt differs from what serving sends.
     """
@@ -78,9 +78,11 @@ def as_samples(
         shown.append(Shown(name, as_spans(sample.ids, sample.weights, tokenizer), len(sample.ids), proofs))
     notes = describe_notes(vars(encoded) | {"control_token_records": encoded.has_control_text})
     if encoded.split:
-        notes.insert(0, "the start of the history was dropped before later answers to make them fit")
+        notes.insert(0, "the beginning of the history was dropped so that later answers fit")
     elif num_samples > 1:
-        notes.insert(0, f"{num_samples} samples, since the template renders earlier messages differently later")
+        notes.insert(
+            0, f"{num_samples} samples, since the template renders earlier messages differently in later prompts"
+        )
     shown[0].notes = notes
     return shown
 

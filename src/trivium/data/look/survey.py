@@ -39,7 +39,7 @@ LOOKED_AT_DOCUMENTS = 10_000
 
 # UTF-8 bytes per token by script. Measured with Qwen's tokenizer (2.5 and 3 give the same) on the prose of the Hugging
 # Face course in 22 languages: English 5.0 bytes per token, other European languages 3.3 to 4.1, Python 4.1, Korean 3.7,
-# Japanese 4.7, Chinese 3.9 to 4.5, Russian 5.8, Hindi 2.8, Thai 5.2, Burmese 2.1. Estimates are within about 20 % for
+# Japanese 4.7, Chinese 3.9 to 4.5, Russian 5.8, Hindi 2.8, Thai 5.2, Burmese 2.1. Estimates are within about 20% for
 # most of these.
 SCRIPTS: tuple[tuple[re.Pattern[str], float], ...] = (
     (re.compile(r"[\x00-\x7f]+"), 4.4),
@@ -81,7 +81,7 @@ class Survey:
 
     @property
     def how(self) -> str:
-        """The method in words."""
+        """How the data was surveyed, as text."""
         share = f"{self.read_share:.2g} of the data read, evenly spread"
         read = "all records read" if self.read_share == 1.0 else share
         return f"{read}; tokens {'counted' if self.is_measured else 'estimated from the bytes of the text'}"
@@ -114,7 +114,7 @@ def survey(
     """Survey sources together.
 
     Args:
-        sources: files, folders, Hub data sets or external stores.
+        sources: files, folders, Hub datasets or external stores.
         tokenizer: the model's, loaded; None to estimate tokens.
         conversations: how conversations become samples; no length limit by default.
         cache_dir: folder of the stores, which is skipped if it is inside a source.
@@ -128,7 +128,7 @@ def survey(
     num_tokens = sum(tokens)
     if not num_tokens:
         names = ", ".join(str(source.path or source.hub or source.store) for source in sources)
-        raise BadData(f"{names}: no usable record was found. See the rejects with: trivium data inspect")
+        raise BadData(f"{names}: no usable record was found. See the rejects with: trivium data inspect FILE")
     reasoned = sum(found[index].tally.reasoning_documents * found[index].factor for index in chats)
     return Survey(
         num_rows=max(1, round(sum(one.num_rows for one in found))),
@@ -154,8 +154,8 @@ def _survey(
     read, num_bytes = _estimate(corpus, _blocks(corpus, sizes, MOST_BYTES_READ))
     if not sizes and num_bytes >= MOST_BYTES_READ:
         raise BadData(
-            f"{corpus.name}: is larger than {MOST_BYTES_READ >> 20} MiB, and its total size is unknown. Give the "
-            "number of its records or tokens instead, or download it."
+            f"{corpus.name} is larger than {MOST_BYTES_READ >> 20} MiB, and its total size is unknown. Give numbers "
+            "instead (--rows or --tokens, with --kind), or download it."
         )
     num_records = _records_by_footer(corpus)
     if num_records is None:
@@ -166,7 +166,7 @@ def _survey(
 
 
 def _blocks(corpus: Corpus, sizes: list[int], most_bytes: int) -> Iterator[SourceBlock]:
-    """All of a small corpus, else blocks spread evenly over it; the beginning of a Hub data set."""
+    """All of a small corpus, else blocks spread evenly over it; the beginning of a Hub dataset."""
     if isinstance(corpus, FileCorpus):
         yield from corpus.blocks() if sum(sizes) <= most_bytes else spread_blocks(corpus, sizes, most_bytes)
         return

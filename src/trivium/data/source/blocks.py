@@ -81,7 +81,7 @@ def list_files(root: Path) -> list[SourceFile]:
         return [SourceFile(root, root.name)]
     if not root.is_dir():
         raise ConfigError(
-            f"{root}: no such file or folder. Check the path of the source; it is relative to the current directory."
+            f"{root}: no such file or folder. Check the path; relative paths start at the current directory."
         )
     found: list[SourceFile] = []
     visited: set[str] = set()
@@ -102,7 +102,7 @@ def list_files(root: Path) -> list[SourceFile]:
 
 def _refuse_folder(error: OSError) -> None:
     raise BadData(
-        f"{error.filename}: the folder cannot be opened ({error.strerror}). Grant read permission or leave it out."
+        f"{error.filename}: the folder cannot be opened ({error.strerror}). Grant read permission or remove it."
     )
 
 
@@ -166,8 +166,8 @@ def _file_errors(path: Path) -> Iterator[None]:
         yield
     except (gzip.BadGzipFile, zlib.error, EOFError, OSError) as error:
         raise BadData(
-            f"{path}: cannot be read to its end ({error.__class__.__name__}: {error}). Expected a complete, readable "
-            "file whose content matches its suffix; restore it or leave it out."
+            f"{path} cannot be read to the end ({error.__class__.__name__}: {error}). Expected a complete, readable "
+            "file whose content matches its suffix; restore or remove it."
         ) from error
 
 
@@ -229,8 +229,8 @@ def _list_entries(path: Path, block_bytes: int) -> Iterator[Any]:
             if place > block_bytes:
                 buffer, place = buffer[place:], 0
     raise BadData(
-        f"{path}: is a JSON list that breaks off or is not JSON after entry {number:,}. Restore the file, or convert "
-        "it to one object per line (jq -c '.[]'), where a broken record does not affect the others."
+        f"{path}: the JSON list is cut off or invalid after entry {number:,}. Restore the file, or store one object "
+        "per line (.jsonl), where a broken record does not affect the others."
     )
 
 
@@ -320,14 +320,12 @@ def _read_parquet(
         with parquet.ParquetFile(file.path) as table:
             names = table.schema_arrow.names
             if file.layout is None and reading.field not in names:
-                raise BadData(
-                    f"{file.path}: has no column {reading.field!r}; it has {', '.join(names)}. Set `field` to one."
-                )
+                raise BadData(f"{file.path} has no column {reading.field!r}. Set `field` to one of {', '.join(names)}.")
             field = reading.field if file.layout is None else None
             records = _parquet_records(table, [reading.field] if field else names, start.offset)
             yield from json_pieces(records, file.name, file.layout, field, start, block_bytes)
     except pyarrow.ArrowException as error:
-        raise BadData(f"{file.path}: is not a valid Parquet file ({error}). Restore it or leave it out.") from error
+        raise BadData(f"{file.path} is not a valid Parquet file ({error}). Restore or remove it.") from error
 
 
 def _parquet_records(table: Any, columns: list[str], first_record: int) -> Iterator[dict[str, object]]:

@@ -1,6 +1,6 @@
-"""Corpora: the files or Hub data set of a source, its identity for caching, and its blocks of records.
+"""Corpora: the files or Hub dataset of a source, its identity for caching, and its blocks of records.
 
-The identity of a corpus contains the SHA-256 of each file, or the revision of a Hub data set.
+The identity of a corpus contains the SHA-256 of each file, or the revision of a Hub dataset.
 """
 
 import json
@@ -112,7 +112,7 @@ class FileHashes:
             found = compute()
         except OSError as error:
             raise BadData(
-                f"{path}: cannot be read ({error.strerror}). Give read permission, or leave the file out."
+                f"{path} cannot be read ({error.strerror}). Grant read permission, or remove the file."
             ) from error
         if time.time_ns() - path.stat().st_mtime_ns > FRESH_NANOSECONDS:
             self._known[key] = [before, found]
@@ -195,8 +195,8 @@ class FileCorpus:
         for file, before in zip(self.files, self.stamps, strict=True):
             if not file.path.exists() or stamp(file.path) != before:
                 raise BadData(
-                    f"{file.path}: changed while it was being read, so no store was built. Run the same command again "
-                    "when no other program writes to the file."
+                    f"{file.path} changed while it was being read, so no store was built. Run the same command again "
+                    "when no other program is writing to the file."
                 )
 
 
@@ -209,7 +209,7 @@ def _with_layout(file: SourceFile, source: Source, layout: RecordLayout | None, 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A streamed Hub data set; `identifier` is its id, or a folder that `datasets` can load."""
+    """A streamed Hub dataset; `identifier` is its id, or a folder that `datasets` can load."""
 
     identifier: str
     subset: str | None
@@ -289,7 +289,8 @@ class HubCorpus:
         except Exception as error:  # `datasets` passes on any error of its readers and of the network
             message = " ".join(str(error).split())[:300]
             raise BadData(
-                f"{self.name}: `datasets` cannot read it ({type(error).__name__}: {message}). Check the id and split."
+                f"{self.name}: `datasets` cannot read it ({type(error).__name__}: {message}). Check its id, `subset` "
+                "and `split`."
             ) from error
 
     def require_unchanged(self) -> None:
@@ -309,7 +310,7 @@ def _hub_commit(identifier: str, revision: str | None) -> str:
         commit = HfApi().dataset_info(identifier, revision=revision).sha
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise ConfigError(
-            f"Hub data set {identifier}: the revision cannot be looked up ({type(error).__name__}). Check the id and "
+            f"Hub dataset {identifier}: the revision cannot be looked up ({type(error).__name__}). Check the id and "
             "the network, or set `revision` to the 40 hex digits of a commit."
         ) from error
     assert commit is not None

@@ -32,7 +32,7 @@ from trivium.data.store.partial import REJECTS, Partial
 from trivium.data.store.publish import publish
 from trivium.data.store.tally import Tally
 from trivium.data.tokenizer import Encoding, document_encoding, token_dtype
-from trivium.errors import BadData, TriviumError
+from trivium.errors import BadData, TriviumError, count_of
 from trivium.files import FolderLock, require_free_space, sha256_file
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class BuildProgress(NamedTuple):
     @property
     def figures(self) -> str:
         """The counts, formatted for users."""
-        return f"{self.num_tokens:,} tokens, {self.num_rejected:,} records rejected"
+        return f"{count_of(self.num_tokens, 'token')}, {count_of(self.num_rejected, 'record')} rejected"
 
     def __str__(self) -> str:
         share = f" of about {self.total_bytes / 2**20:,.0f}" if self.total_bytes else ""
@@ -242,7 +242,7 @@ class StoreJob:
             self._require_few_rejects(partial.tally, partial_folder)
             if not partial.tally.num_samples:
                 raise BadData(
-                    f"{self.corpus.name}: has no documents. Expected at least one record with text; check that it is "
+                    f"{self.corpus.name} has no documents. Expected at least one record with text; check that it is "
                     "the right file."
                 )
             publish(partial, folder, self.settings.held_out, self.encoding.added_ids, inputs)
@@ -273,9 +273,9 @@ class StoreJob:
             return
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in tally.rejected_by_reason.most_common(3))
         raise BadData(
-            f"{self.corpus.name}: {tally.rejected:,} of {tally.records:,} records cannot be used "
+            f"{self.corpus.name}: {tally.rejected:,} of {count_of(tally.records, 'record')} cannot be used "
             f"({tally.reject_share:.1%}, expected at most {most:.1%}): {reasons}. {folder / REJECTS} lists each with "
-            "file, line and reason. Correct the data, or raise max_reject_share."
+            "file, line and reason. Correct the data, or raise data.max_reject_share."
         )
 
 
@@ -295,7 +295,7 @@ def made_once(folder: Path, make: Callable[[Path], None], note: Callable[[str], 
         try:
             lock.acquire(wait=False)
         except TriviumError:
-            note(f"{folder.name} is being built by another process; waiting for it")
+            note(f"another process is building {folder.name}; waiting for it")
             lock.acquire(wait=True)
         if not folder.exists():
             make(folder)
@@ -310,7 +310,7 @@ def _checked_manifest(folder: Path, cache_dir: Path) -> dict[str, Any]:
         expected = dict(manifest["sha256"])
     except (OSError, ValueError, KeyError) as error:
         raise BadData(
-            f"{folder / 'manifest.json'}: cannot be read ({type(error).__name__}). Expected the manifest of the build. "
+            f"{folder / 'manifest.json'} cannot be read ({type(error).__name__}). Expected the manifest of the build. "
             f"Delete {folder} and run the same command again; check the disk."
         ) from None
     hashes = FileHashes(cache_dir)
@@ -325,8 +325,8 @@ def _check_hashes(folder: Path, expected_hashes: dict[str, str], sha256: Callabl
         found = sha256(folder / name) if (folder / name).is_file() else "missing"
         if found != expected:
             raise BadData(
-                f"{folder / name}: its SHA-256 is {found[:12]}, the manifest says {expected[:12]}, so it is not what "
-                f"was built. Delete {folder} and run the same command again; check the disk."
+                f"{folder / name}: its SHA-256 is {found[:12]}, but the manifest says {expected[:12]}, so it changed "
+                f"after it was built. Delete {folder} and run the same command again; check the disk."
             )
 
 
@@ -338,8 +338,8 @@ def _external_store(prefix: Path, encoding: Encoding, cache_dir: Path) -> BuiltS
     hashes.save()
     if largest >= encoding.vocab_size:
         raise BadData(
-            f"{prefix}: contains token {largest:,}, and the tokenizer has {encoding.vocab_size:,} tokens. Expected a "
-            "store built with this tokenizer; name the store's own tokenizer, or build the store again from its text."
+            f"{prefix} contains token {largest:,}, but the tokenizer has only {encoding.vocab_size:,} tokens. Expected "
+            "a store built with this tokenizer; set tokenizer to the store's, or rebuild the store from its text."
         )
     return BuiltStore(str(prefix), prefix, {}, {})
 
@@ -358,5 +358,6 @@ def _disk_full_explained(folder: Path) -> Iterator[None]:
         if error.errno != errno.ENOSPC:
             raise
         raise TriviumError(
-            f"Disk full while writing {folder}. Finished work is kept; free some space and run the same command again."
+            f"The disk is full while writing {folder}. Finished work is kept; free some space and run the same command "
+            "again."
         ) from error

@@ -177,8 +177,8 @@ def encode_blocks(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise TriviumError(
-            "A tokenizing worker died, most likely killed because memory ran out. Finished work is kept; run the same "
-            "command again, with fewer workers if memory is short."
+            "A tokenizer process died, most likely killed because memory ran out. Finished work is kept; run the same "
+            "command again, with data.workers=1 (or --workers 1) if memory is short."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

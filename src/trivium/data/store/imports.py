@@ -21,7 +21,7 @@ from trivium.data.store.megatron import StoreWriter
 from trivium.data.store.partial import REJECTS
 from trivium.data.store.tally import Tally
 from trivium.data.tokenizer import token_dtype
-from trivium.errors import BadData, ConfigError
+from trivium.errors import BadData, ConfigError, count_of
 from trivium.files import atomic_write, fsync_directory
 
 IGNORED = -100
@@ -38,7 +38,7 @@ def import_padded_mmap(folder: Path, out: Path) -> dict[str, Any]:
     Raises: ConfigError when `out` exists, BadData when the folder has no valid set or no supervised token.
     """
     if out.exists():
-        raise ConfigError(f"{out}: exists already. Name a new folder; nothing is overwritten.")
+        raise ConfigError(f"{out} already exists. Choose a new folder for --out; nothing is overwritten.")
     largest = max((int(ids.max()) for ids, _ in read_padded_mmap(folder)), default=0)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -57,7 +57,8 @@ def import_padded_mmap(folder: Path, out: Path) -> dict[str, Any]:
     if not tally.num_samples:
         shutil.rmtree(partial)
         raise BadData(
-            f"{folder}: none of its {tally.records:,} samples has a supervised token. Expected labels other than -100."
+            f"{folder}: none of the {count_of(tally.records, 'sample')} has a supervised token. Expected labels other "
+            "than -100."
         )
     report = {
         **tally.counts(),
@@ -81,7 +82,7 @@ def read_padded_mmap(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     names = sorted(path.name.removesuffix(IDS_SUFFIX) for path in folder.glob("*" + IDS_SUFFIX))
     if not names:
         raise BadData(
-            f"{folder}: has no *{IDS_SUFFIX} file. Expected a folder written by Qwen3-Coder's binarize_data.py with "
+            f"{folder} has no *{IDS_SUFFIX} file. Expected a folder written by Qwen3-Coder's binarize_data.py with "
             "--save_format .mmap."
         )
     for name in names:
@@ -92,8 +93,8 @@ def _read_set(prefix: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     ids, labels, lengths = (_open(Path(f"{prefix}.{part}.mmap")) for part in ("input_ids", "labels", "lengths"))
     if ids.shape != labels.shape or lengths.shape != (len(ids), 1):
         raise BadData(
-            f"{prefix}: its ids are {ids.shape}, its labels {labels.shape} and its lengths {lengths.shape}. Expected "
-            "ids and labels of one shape, and one length a sample; binarize the data again."
+            f"{prefix}: found shapes {ids.shape} for ids, {labels.shape} for labels and {lengths.shape} for lengths. "
+            "Expected ids and labels of one shape, and one length per sample; binarize the data again."
         )
     for number, (padded_ids, padded_labels, (length,)) in enumerate(zip(ids, labels, lengths, strict=True)):
         sample, label = np.array(padded_ids[: max(length, 0)]), np.array(padded_labels[: max(length, 0)])
@@ -104,7 +105,7 @@ def _read_set(prefix: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             or not np.array_equal(sample[supervised], label[supervised])
         ):
             raise BadData(
-                f"{prefix}: sample {number} of {len(ids)} has length {length}, and it or its content is invalid. "
+                f"{prefix}: sample {number} of {len(ids)} (length {length}) is invalid. "
                 f"Expected 1 to {ids.shape[1]:,} tokens, none negative, and labels equal to their tokens or {IGNORED}; "
                 "binarize the data again."
             )
@@ -120,12 +121,12 @@ def _open(path: Path) -> np.ndarray:
         num_bytes = path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadData(
-            f"{path}: it or its {shape_path.name} cannot be read ({type(error).__name__}: {error}). Expected both "
-            "files as written by the binarizer; copy the whole folder."
+            f"{path} or {shape_path.name} cannot be read ({type(error).__name__}: {error}). Expected both files as "
+            "written by the binarizer; copy the whole folder again."
         ) from None
     if num_samples < 1 or longest < 1 or num_bytes != num_samples * longest * np.dtype(np.int32).itemsize:
         raise BadData(
-            f"{path}: has {num_bytes:,} bytes, and {shape_path.name} describes {num_samples:,} samples of {longest:,} "
+            f"{path} has {num_bytes:,} bytes, but {shape_path.name} describes {num_samples:,} samples of {longest:,} "
             "int32. Expected the same size; copy both files again."
         )
     return np.memmap(path, dtype=np.int32, mode="r", shape=(num_samples, longest))

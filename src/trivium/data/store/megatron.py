@@ -159,7 +159,7 @@ class Store:
         for file in (self._index_path, self.bin_path):
             if not file.is_file():
                 raise BadData(
-                    f"{file}: no such file. Expected a store's folder, or the common prefix of a .bin and an .idx."
+                    f"{file}: no such file. Expected a store's folder, or the common prefix of a .bin and an .idx file."
                 )
         self._map_index()
         self.num_tokens = self._check_index()
@@ -177,8 +177,8 @@ class Store:
         found = path.stat().st_size if path.is_file() else None
         if found != num_values * np.dtype(column.dtype).itemsize:
             raise BadData(
-                f"{path}: is missing or has {found or 0:,} bytes. Expected {num_values:,} values of {column.dtype}, "
-                f"one per {column.per} of {self._index_path}; copy or build the store again."
+                f"{path} is missing or has the wrong size ({found or 0:,} bytes). Expected {num_values:,} values of "
+                f"{column.dtype}, one per {column.per} of {self._index_path}; copy or build the store again."
             )
         return np.memmap(path, column.dtype, "r") if num_values else np.empty(0, column.dtype)
 
@@ -187,7 +187,7 @@ class Store:
         with self._index_path.open("rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise self._broken(f"starts with {header[:9]!r} instead of Megatron's {MAGIC!r}, or is cut short")
+            raise self._broken(f"is truncated or does not start with Megatron's {MAGIC!r} (found {header[:9]!r})")
         _, version, code, num_sequences, num_borders = HEADER.unpack(header)
         if version != VERSION or code not in DTYPE_CODES:
             raise self._broken(
@@ -196,7 +196,7 @@ class Store:
         self.dtype = np.dtype(DTYPE_CODES[code])
         expected, found = HEADER.size + 12 * num_sequences + 8 * num_borders, self._index_path.stat().st_size
         if found != expected:
-            raise self._broken(f"has {found:,} bytes; its header promises {expected:,}")
+            raise self._broken(f"has {found:,} bytes; its header implies {expected:,}")
         if num_borders == 0:
             raise self._broken("has no document borders")
         index = self._index = np.memmap(self._index_path, np.uint8, "r")
@@ -223,11 +223,11 @@ class Store:
             for first in range(0, len(borders), CHUNK_ITEMS)
         )
         if borders[0] != 0 or borders[-1] != num_sequences or not rising:
-            raise self._broken(f"has document borders that do not rise from 0 to its {num_sequences:,} sequences")
+            raise self._broken(f"has document borders that do not rise from 0 to {num_sequences:,} (its sequences)")
         expected, found = end * self.dtype.itemsize, self.bin_path.stat().st_size
         if found != expected:
             raise BadData(
-                f"{self.bin_path}: has {found:,} bytes and its .idx promises {expected:,}. Expected the same size; "
+                f"{self.bin_path} has {found:,} bytes, but its .idx implies {expected:,}. Expected the same size; "
                 "copy or build the store again."
             )
         return end
@@ -240,7 +240,9 @@ class Store:
         return np.diff(ends[self._borders])
 
     def _broken(self, found: str) -> BadData:
-        return BadData(f"{self._index_path}: {found}. Expected a whole Megatron index; copy or build the store again.")
+        return BadData(
+            f"{self._index_path} {found}. Expected a complete Megatron index; copy or build the store again."
+        )
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -362,7 +364,7 @@ def read_columns(path: Path) -> tuple[Column, ...]:
     names = {column.name for column in columns if column.dtype in COLUMN_DTYPES and column.per in ("token", "document")}
     if not columns or len(names) != len(columns) or not all(COLUMN_NAME.fullmatch(name) for name in names):
         raise BadData(
-            f"{declaration}: is invalid. Expected a list of columns with different names, each with a dtype of "
+            f"{declaration} is invalid. Expected a list of columns with different names, each with a dtype of "
             f"{', '.join(COLUMN_DTYPES)} and per: token or document; copy or build the store again."
         )
     return columns

@@ -74,7 +74,7 @@ def publish(
 
 
 def held_out_share(num_distinct: int) -> float:
-    """The share to hold out by default: 1 %, but about 20 documents if a tenth of the data is as many."""
+    """The share to hold out by default: 1%, but about 20 documents if a tenth of the data is that many."""
     return max(USUAL_SHARE, min(MAX_SMALL_SHARE, ENOUGH_HELD_OUT / max(1, num_distinct)))
 
 
@@ -182,7 +182,7 @@ def _buckets(path: Path) -> Iterator[np.ndarray]:
 
 
 def round_lengths(lengths: np.ndarray) -> np.ndarray:
-    """Lengths rounded down to ten significant bits: exact below 1,024, within 0.2 % above."""
+    """Lengths rounded down to ten significant bits: exact below 1,024, within 0.2% above."""
     _, exponent = np.frexp(lengths.astype(np.float64))
     shift = np.maximum(exponent - EXACT_LENGTH_BITS, 0)
     return (lengths >> shift) << shift

@@ -1,4 +1,4 @@
-"""Tally: counts of the records that were read, as stored in report.json, and their description in words."""
+"""Tally: counts of the records that were read, as stored in report.json, and as text."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from trivium.data.chat.formats import Conversation, Document
 from trivium.data.rejects import Reject
+from trivium.errors import count_of
 
 COUNTS = (
     "records",
@@ -21,10 +22,10 @@ COUNTS = (
 """The counts shown to users, under their names in report.json."""
 
 NOTES = {
-    "dropped_turns": "answers dropped: too long, or not preceded by a message",
-    "cut_turns": "answers cut to fit",
-    "lost_reasoning_turns": "answers whose reasoning the template leaves out",
-    "control_token_records": "records with control tokens in their text",
+    "dropped_turns": ("answer", "dropped: too long, or not preceded by a message"),
+    "cut_turns": ("answer", "cut to fit"),
+    "lost_reasoning_turns": ("answer", "with reasoning that the template leaves out"),
+    "control_token_records": ("record", "containing control tokens as text"),
 }
 
 
@@ -96,12 +97,13 @@ class Tally:
 def describe_counts(counts: Mapping[str, int]) -> list[str]:
     """Lines for users: the records, then the notes of `describe_notes`."""
     whole = (
-        f"{counts['records']:,} records = {counts['kept']:,} kept + {counts['split']:,} split into several samples + "
+        f"{count_of(counts['records'], 'record')} = {counts['kept']:,} kept + "
+        f"{counts['split']:,} split into several samples + "
         f"{counts['rejected']:,} rejected"
     )
     return [whole, *describe_notes(counts)]
 
 
 def describe_notes(counts: Mapping[str, int]) -> list[str]:
-    """Lines for users about dropped, cut or suspicious content; none for counts of 0."""
-    return [f"{counts[name]:,} {what}" for name, what in NOTES.items() if counts.get(name)]
+    """Lines for users about dropped, cut or suspicious content; zero counts have no line."""
+    return [f"{count_of(counts[name], noun)} {what}" for name, (noun, what) in NOTES.items() if counts.get(name)]

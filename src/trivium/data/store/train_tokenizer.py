@@ -39,8 +39,8 @@ def train_tokenizer_from_sources(
     for source in sources:
         if source.store is not None:
             raise ConfigError(
-                f"{source.store}: is a store of tokens, and a tokenizer is trained on text. Name an existing tokenizer "
-                "by its path."
+                f"{source.store} is a token store, but a tokenizer is trained on text. Set tokenizer to an existing "
+                "one."
             )
     cache_dir.mkdir(parents=True, exist_ok=True)
     corpora = [open_corpus(source, max_document_mib, cache_dir) for source in sources]
@@ -90,7 +90,7 @@ def sample_texts(corpora: Sequence[Corpus], max_bytes: int) -> Iterator[str]:
     if not num_texts:
         names = ", ".join(corpus.name for corpus in corpora)
         raise BadData(
-            f"{names}: no record has text, so no tokenizer can be trained. See why with: trivium data inspect"
+            f"{names}: no record has text, so no tokenizer can be trained. See why with: trivium data inspect FILE"
         )
 
 
