@@ -9,7 +9,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trivium.api import TrainedRun, load, open_run, train
+    from trivium.api import (
+        Diagnosis,
+        LoadedModel,
+        ModelComparison,
+        Report,
+        TrainedRun,
+        TrainingPlan,
+        compare,
+        doctor,
+        evaluate,
+        export,
+        load,
+        open_run,
+        plan,
+        train,
+    )
     from trivium.errors import BadData, ConfigError, DoesNotFit, Stopped, TriviumError
 
     __version__: str
@@ -19,13 +34,23 @@ ERRORS = ("BadData", "ConfigError", "DoesNotFit", "Stopped", "TriviumError")
 __all__ = [
     "BadData",
     "ConfigError",
+    "Diagnosis",
     "DoesNotFit",
+    "LoadedModel",
+    "ModelComparison",
+    "Report",
     "Stopped",
     "TrainedRun",
+    "TrainingPlan",
     "TriviumError",
     "__version__",
+    "compare",
+    "doctor",
+    "evaluate",
+    "export",
     "load",
     "open_run",
+    "plan",
     "train",
 ]
 
