@@ -12,6 +12,7 @@ from contextlib import chdir
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from click.testing import CliRunner
@@ -100,6 +101,8 @@ def test_a_run_shows_its_metrics_and_report(workplace):
     assert run.metrics["step"] == sorted({line["step"] for line in lines})
     assert len({len(column) for column in run.metrics.values()}) == 1
     assert run.metrics["train/loss"][0] is None and run.metrics["eval/loss"][0] == lines[0]["eval/loss"]
+    frame = pandas.DataFrame(run.metrics)
+    assert frame["eval/loss"].dropna().iloc[-1] == run.held_out_loss and len(frame) == len(run.metrics["step"])
     page = (workplace / "runs/small/report.html").read_text()
     assert "srcdoc" in run.report._repr_html_() and page.splitlines()[0][:5] in "<!doctype <!DOCTYPE"
     assert "runs/small" in repr(run) and f"{run.held_out_loss:.4f}" in repr(run)

@@ -202,7 +202,9 @@ def find_console() -> tuple[Console, bool]:
     A notebook shows stderr as an error, and would make every line that rich prints an output of its own.
     """
     console = Console(stderr=True)
-    return (Console(file=sys.stdout, force_jupyter=False), True) if console.is_jupyter else (console, False)
+    if not console.is_jupyter:
+        return console, False
+    return Console(file=sys.stdout, force_jupyter=False, force_terminal=False, color_system=None), True
 
 
 def watch() -> LivePanel | PlainLines:
