@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
 def test_the_examples_run(tmp_path, monkeypatch, capsys):
     teach(make_base(tmp_path / "Qwen" / "Qwen3-0.6B"), PAIRS, steps=10)
-    write_conversations(tmp_path / "chats.jsonl", 60)
+    write_conversations(tmp_path / "chats.jsonl", 40)
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in PAIRS]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)

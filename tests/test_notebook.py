@@ -44,8 +44,7 @@ def test_the_notebook_runs_and_its_adapter_answers():
     assert "\x1b[2K" not in text and "<run runs/lora: finished" in text
 
 
-@pytest.mark.long
-def test_the_stop_button_saves_and_the_same_cell_continues(tmp_path):
+def test_the_stop_button_saves_and_the_same_cell_continues_in_a_panel(tmp_path):
     from jupyter_client.manager import start_new_kernel
 
     corpus = write_corpus(tmp_path / "stories.jsonl", 60)
@@ -63,8 +62,15 @@ def test_the_stop_button_saves_and_the_same_cell_continues(tmp_path):
         assert (reply["status"], reply["ename"]) == ("error", "Stopped")
         assert len(reply["traceback"]) == 1 and "Everything is saved" in reply["traceback"][0]
         assert folder.has_progress and not folder.is_finished
-        again = client.execute_interactive(code, timeout=120, output_hook=lambda message: None)
+        messages = []
+        again = client.execute_interactive(code, timeout=120, output_hook=messages.append)
         assert again["content"]["status"] == "ok"
+        drawn = [message for message in messages if message["msg_type"].endswith("display_data")]
+        assert [message["msg_type"] for message in drawn[:2]] == ["display_data", "update_display_data"]
+        assert len({message["content"]["transient"]["display_id"] for message in drawn}) == 1
+        assert "300 of 300" in drawn[-1]["content"]["data"]["text/html"]
+        lines = "".join(message["content"]["text"] for message in messages if message["msg_type"] == "stream")
+        assert "resumed after step" in lines and "\x1b" not in lines
         assert folder.is_finished
     finally:
         client.stop_channels()

@@ -134,7 +134,7 @@ def plan(
     write: File | None = None,
     **keys: Any,
 ) -> TrainingPlan:
-    """Plan a run: method, memory, time and cost. Keys that are set are kept, all others are searched.
+    """Plan a run: method, memory, time and cost. Keys that you set are kept; all others are searched.
 
     Args:
         target: a run file, a model (a name, a folder, or a size like 25M), or None if keys or data say what to plan.
@@ -142,13 +142,13 @@ def plan(
         data: files or folders of training data, or the key `data` of a run as a dict.
         rows, tokens, kind: the data in numbers, instead of files.
         device: the device to train on (`l40s`), or `any` for the best one to rent. Default: this machine.
-        devices: number of devices. Default: 1, or up to 8 of a rented GPU.
-        memory: memory of a device in GiB. Default: all of it.
-        method: training method. Default: chosen by the data.
+        devices: number of devices. Default: 1, or up to 8 for a rented GPU.
+        memory: memory to use on each device, in GiB. Default: all of it.
+        method: training method. Default: chosen to suit the data.
         prefer: what to optimize.
         max_cost, max_hours: limits of the run in US dollars and hours.
-        adapter_only: only an adapter may be published, because of the model's license.
-        general: whether an existing model already does the task.
+        adapter_only: the model's license lets you publish only an adapter.
+        general: whether an existing model already does the task well enough.
         write: write the plan as a run file.
         keys: other keys of a run file as Python values; with `model` they are the run to plan.
 
@@ -254,7 +254,7 @@ def compare(
         models: run folders, folders of models or adapters, or Hub ids.
         prompts: a file of prompts, with or without expected answers.
         held_out: measure the loss on this file. Default: the first run's held-out set.
-        general: measure forgetting: the rise of the loss on this file of general text.
+        general: measure forgetting: the increase in loss on this file of general text.
         out: write report.html and comparison.json into this folder.
         max_new_tokens: maximum tokens of an answer.
         thinking: turn reasoning on, if the template has the switch.

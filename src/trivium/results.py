@@ -64,8 +64,13 @@ class TrainedRun:
 
     @property
     def report(self) -> Report:
-        """The run's report.html."""
-        return Report(self.folder / "report.html")
+        """The run's report.html, written now if the run was killed before it could."""
+        path = self.folder / "report.html"
+        if path.is_file():
+            return Report(path)
+        from trivium.report.html import write_report
+
+        return Report(write_report(self.folder))
 
     @cached_property
     def metrics(self) -> dict[str, list[Any]]:
