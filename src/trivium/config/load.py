@@ -62,7 +62,8 @@ def load_run(
     """
     problems: list[Problem] = []
     try:
-        tree = parse_tree(read_file(path), str(path), problems) if path else Node({}, COMMAND_LINE)
+        nothing = Node({}, COMMAND_LINE if arguments is None else ARGUMENT)
+        tree = parse_tree(read_file(path), str(path), problems) if path else nothing
     except Problem as problem:
         raise ConfigError(str(problem)) from None
     if tree.value is None:

@@ -161,7 +161,7 @@ def _runs(request: PlanRequest, methods: Sequence[str], model: str) -> list[Reso
     runs = []
     for method in methods:
         name = model if METHOD_DEFAULTS[method]["weights"] == "random" else hub_id(model)
-        runs.append(load_run(None, [f"method={method}", f"model={quote(name)}", *given], request.keys))
+        runs.append(load_run(None, [f"method={method}", f"model={quote(name)}", *given], request.keys or None))
     return runs
 
 
