@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 
-.PHONY: help install quickstart tokenizers test test-long test-gpu lint format bench clean
+.PHONY: help install quickstart tokenizers test test-long test-gpu lint format notebook bench clean
 
 help:
 	@echo "make quickstart   watch models learn, from nothing and then in every way (installs what it needs; minutes)"
@@ -41,6 +41,11 @@ format: .venv/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Run the example and write its outputs back.
+notebook: .venv/dev.stamp
+	$(BIN)/python examples/execute.py
+	$(BIN)/ruff format examples
+
 # bench/tokenize_corpus.py needs a checkout of Megatron-LM and bench/sft.py a folder with Qwen3's tokenizer: run them by hand.
 bench: .venv/dev.stamp
 	$(BIN)/python bench/startup.py
@@ -50,7 +55,7 @@ bench: .venv/dev.stamp
 
 clean:
 	rm -rf .venv .cache .pytest_cache .hypothesis .ruff_cache .import_linter_cache dist
-	find src tests bench -name __pycache__ -prune -exec rm -rf {} +
+	find src tests bench examples -name __pycache__ -prune -exec rm -rf {} +
 
 # The build backend is installed first, from the lock, so that nothing that pip fetches floats.
 .venv/core.stamp: pyproject.toml requirements.lock

@@ -9,6 +9,10 @@ class TriviumError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback: the message says what to do."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(TriviumError):
     """The run file or a flag is wrong; nothing was written."""

@@ -1,14 +1,8 @@
 """`trivium compare`: options and printing. The table goes to stdout, the report's path to stderr."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-from trivium.cli.progress import waiting
-
-if TYPE_CHECKING:
-    from trivium.use.compare import Comparison
 
 FILE = click.Path(path_type=Path)
 
@@ -49,42 +43,20 @@ def compare(
       trivium compare runs/lora runs/qlora runs/full --prompts questions.jsonl
       trivium compare runs/lora --general encyclopedia.jsonl --json
     """
+    from trivium.api import compare as compare_models
+
+    found = compare_models(
+        *models,
+        prompts=prompts,
+        held_out=held_out,
+        general=general,
+        out=out,
+        max_new_tokens=max_new_tokens,
+        thinking=thinking,
+    )
     from trivium.report.comparison import as_json as to_json
-    from trivium.report.comparison import write_comparison
-    from trivium.use.compare import compare as compare_models
+    from trivium.report.comparison import as_text
 
-    with waiting() as wait:
-        comparison = compare_models(
-            models,
-            prompts=prompts,
-            held_out=held_out,
-            general=general,
-            max_new_tokens=max_new_tokens,
-            thinking=thinking,
-            note=wait.note,
-            bar=wait.bar,
-        )
-    page = write_comparison(comparison, out)
-    if as_json:
-        click.echo(to_json(comparison), nl=False)
-    else:
-        print_table(comparison)
-    click.echo(f"report: {page}", err=True)
-
-
-def print_table(comparison: "Comparison") -> None:
-    """Print the table to stdout, with the best value of each row in bold."""
-    from trivium.report.comparison import table
-
-    rows = table(comparison)
-    names = [model.name for model in comparison.models]
-    columns = zip(names, *([row.text(value) for value in row.values] for row in rows), strict=True)
-    widths = [3 + max(map(len, column)) for column in columns]
-    label_width = max(len(row.label) for row in rows)
-    click.echo(" " * label_width + "".join(name.rjust(width) for name, width in zip(names, widths, strict=True)))
-    for row in rows:
-        cells = [
-            click.style(row.text(value).rjust(width), bold=(value is not None and value == row.best) or None)
-            for value, width in zip(row.values, widths, strict=True)
-        ]
-        click.echo(row.label.ljust(label_width) + "".join(cells))
+    comparison = found.comparison
+    click.echo(to_json(comparison) if as_json else as_text(comparison), nl=False)
+    click.echo(f"report: {out / 'report.html'}", err=True)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
-from trivium.cli.progress import building
 from trivium.config.inputs import Data, Source
 from trivium.errors import ConfigError, count_of
+from trivium.report.progress import building
 
 if TYPE_CHECKING:
     from trivium.data.chat.samples import ConversationSettings

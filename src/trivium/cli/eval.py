@@ -1,18 +1,11 @@
 """`trivium eval`: options and printing."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from trivium.cli.progress import waiting
 from trivium.config.inputs import Data
-from trivium.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trivium.use.answers import EvalPrompt, ModelAnswer
 
 FILE = click.Path(path_type=Path)
 SEQ_LEN: int = Data.model_fields["seq_len"].default
@@ -57,81 +50,17 @@ def eval(
       trivium eval runs/tuned --prompts questions.jsonl --answers answers.jsonl
       trivium eval Qwen/Qwen3-0.6B --held-out stories.jsonl --json
     """
-    if answers_file is not None and prompts is None:
-        raise click.UsageError("--answers FILE stores the answers to --prompts FILE. Add --prompts FILE.")
-    from trivium.use import harness
-    from trivium.use.answers import answers, read_questions, score
-    from trivium.use.held_out import measure, passages_of_file, passages_of_run
-    from trivium.use.load import load
+    from trivium.api import evaluate
 
-    if tasks is not None:
-        harness.require_harness()
-    questions = read_questions(prompts) if prompts is not None else []
-    found: dict[str, Any] = {"model": model}
-    with waiting() as wait:
-        loaded = load(model, wait.note, nf4=nf4)
-        passages = []
-        if held_out is not None:
-            passages = passages_of_file(held_out, loaded.tokenizer, seq_len, wait.note)
-        elif prompts is None and tasks is None:
-            if loaded.place.run_folder is None:
-                raise ConfigError(f"{model} is not a run folder, so it has no held-out set. Add --held-out FILE.")
-            passages = passages_of_run(loaded.place.run_folder, wait.note)
-        if passages:
-            found["held_out"] = asdict(measure(loaded, passages, wait.bar("held-out loss")))
-        if questions:
-            given = answers(
-                loaded, questions, max_new_tokens=max_new_tokens, thinking=thinking, every=wait.bar("answers")
-            )
-            found["prompts"] = asdict(score(questions, given))
-            if answers_file is not None:
-                write_answers(answers_file, questions, given)
-        if tasks is not None:
-            found["lm_eval"] = harness.run_tasks(loaded, [task.strip() for task in tasks.split(",")])
-    if as_json:
-        click.echo(json.dumps(found, indent=1))
-        return
-    for name, value in _lines(found):
-        click.echo(f"{name:<20} {value}")
-
-
-def write_answers(path: Path, questions: "list[EvalPrompt]", given: "list[ModelAnswer]") -> None:
-    """Write one JSON line per answer: prompt, expected answer, answer."""
-    from trivium.files import atomic_write
-    from trivium.use.answers import matches
-
-    lines = [
-        json.dumps(
-            {
-                "messages": question.turns,
-                "expected": question.answer,
-                **asdict(answer),
-                "is_exact": matches(question, answer) if question.answer is not None else None,
-            },
-            ensure_ascii=False,
-        )
-        for question, answer in zip(questions, given, strict=True)
-    ]
-    atomic_write(path, "".join(line + "\n" for line in lines))
-
-
-def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Labels and values of the results."""
-    lines = []
-    if "held_out" in found:
-        held_out = found["held_out"]
-        lines += [
-            ("held-out loss", f"{held_out['loss']:.4f} nats per token"),
-            ("perplexity", f"{held_out['perplexity']:,.3f}"),
-            ("bits per byte", f"{held_out['bits_per_byte']:.4f}"),
-            ("supervised tokens", f"{held_out['num_tokens']:,}"),
-        ]
-    if "prompts" in found:
-        scores = found["prompts"]
-        lines.append(("prompts", f"{scores['num_questions']:,}"))
-        for key, label in (("exact_match", "exact match"), ("json_valid", "valid JSON"), ("stop_rate", "stop rate")):
-            if scores[key] is not None:
-                lines.append((label, f"{scores[key]:.1%}"))
-    for task, figures in found.get("lm_eval", {}).items():
-        lines += [(f"{task} {name.removesuffix(',none')}", f"{value:.4f}") for name, value in figures.items()]
-    return lines
+    found = evaluate(
+        model,
+        held_out=held_out,
+        prompts=prompts,
+        answers=answers_file,
+        lm_eval=tasks.split(",") if tasks is not None else (),
+        seq_len=seq_len,
+        max_new_tokens=max_new_tokens,
+        thinking=thinking,
+        nf4=nf4,
+    )
+    click.echo(json.dumps(found.figures, indent=1) if as_json else found)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trivium.cli.progress import waiting
+from trivium.api import DTYPES, Dtype
 from trivium.errors import count_of
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 @click.option("--merge", is_flag=True, help="Merge the adapter into its base model, so that PEFT is not needed.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(DTYPES),
     help="Dtype of the merged weights. Default: the base model's.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
-def export(model: str, out: Path, merge: bool, dtype: str | None, as_json: bool) -> None:
+def export(model: str, out: Path, merge: bool, dtype: Dtype | None, as_json: bool) -> None:
     """Export MODEL (a run folder, or the folder of a model or an adapter) to a Hugging Face folder.
 
     The export is loaded again with transformers (and PEFT) and its logits are compared with the original's. If they
@@ -35,12 +35,9 @@ def export(model: str, out: Path, merge: bool, dtype: str | None, as_json: bool)
       trivium export runs/tuned --merge --out tuned-merged
       trivium export runs/tuned --out tuned-adapter
     """
-    import torch
+    from trivium.api import export as write
 
-    from trivium.use.export import export as write
-
-    with waiting() as wait:
-        done = write(model, out, merge, getattr(torch, dtype) if dtype else None, wait.note)
+    done = write(model, out, merge=merge, dtype=dtype)
     if as_json:
         click.echo(json.dumps(asdict(done), indent=1))
         return

@@ -5,7 +5,6 @@ A verb is imported only when it runs, so that `trivium --help` is fast. Data goe
 
 import difflib
 import importlib
-import os
 import shlex
 import shutil
 import sys
@@ -105,7 +104,4 @@ def trivium(debug: bool) -> None:
 
 def main() -> None:
     """Entry point of the `trivium` command."""
-    # OpenMP threads that spin make training 20 times slower when another process needs a core; yielding after a short
-    # spin costs a few percent on an idle machine. libgomp reads this when torch loads it.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     trivium(prog_name="trivium")

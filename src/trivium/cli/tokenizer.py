@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from trivium.cli.data import DEFAULT_CACHE_DIR, DEFAULTS, DOCUMENTS, source_of
-from trivium.cli.progress import building
 from trivium.errors import ConfigError
+from trivium.report.progress import building
 
 if TYPE_CHECKING:
     from trivium.data.tokenizer import TokenizerKind

@@ -22,11 +22,6 @@ def train(run_file: Path, overrides: tuple[str, ...], allow: tuple[str, ...]) ->
       trivium train story.yaml
       trivium train story.yaml budget.tokens=3M optimizer.lr=1e-3
     """
-    from trivium.config.load import load_run
+    from trivium.api import train as train_run
 
-    resolved = load_run(run_file, overrides)
-
-    from trivium.doctor.examine import allowed_ids
-    from trivium.train import train as train_run
-
-    click.echo(train_run(resolved, allowed_ids(allow)).result)
+    click.echo(train_run(run_file, *overrides, allow=allow).result)

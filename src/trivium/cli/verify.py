@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from trivium.cli.progress import waiting
 from trivium.errors import count_of
+from trivium.report.progress import waiting
 
 
 @click.command()

@@ -1,12 +1,14 @@
-"""Loads a run file with `key=value` overrides into a validated `Run`, and writes a `Run` as YAML.
+"""Loads a run file, with overrides or Python values, into a validated `Run`, and writes a `Run` as YAML.
 
 Every value keeps its origin, so that errors name file and line, and the copy in the run folder tells chosen values from
 defaults. All problems are reported at once, one paragraph each. Never imports torch.
 """
 
 import difflib
+import numbers
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ from trivium.config.yaml_tree import (
 from trivium.errors import ConfigError
 
 COMMAND_LINE = Place("command line")
+ARGUMENT = Place("argument")
 FILE_NAME = Place("file name")
+METHOD = Place("method")
 MAX_PROBLEMS_SHOWN = 20
 ENOUGH_COLUMNS = 60
 BARE_TEXT = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*( [A-Za-z0-9_./-]+)*")
@@ -42,20 +46,33 @@ class ResolvedRun:
     origins: dict[str, str]
 
 
-def load_run(path: Path | None, overrides: Sequence[str] = ()) -> ResolvedRun:
-    """Read a run file (or none), apply `key=value` overrides, fill in defaults, and validate.
+def load_run(
+    path: Path | None, overrides: Sequence[str] = (), arguments: Mapping[str, Any] | None = None
+) -> ResolvedRun:
+    """Read a run file (or none), set Python values and `key=value` overrides, fill in defaults, and validate.
 
-    The last override of a key wins. Raises: ConfigError with one paragraph per problem.
+    The last value of a key wins. A run of arguments alone is named after its method.
+
+    Args:
+        path: the run file.
+        overrides: `key=value` with dotted keys, as on the command line.
+        arguments: values by key; a dict sets the keys that it holds and leaves the others of its part.
+
+    Raises: ConfigError with one paragraph per problem.
     """
     problems: list[Problem] = []
     try:
-        tree = parse_tree(read_file(path), str(path), problems) if path else Node({}, COMMAND_LINE)
+        nothing = Node({}, COMMAND_LINE if arguments is None else ARGUMENT)
+        tree = parse_tree(read_file(path), str(path), problems) if path else nothing
     except Problem as problem:
         raise ConfigError(str(problem)) from None
     if tree.value is None:
         tree.value = {}
     if not isinstance(tree.value, dict):
         raise ConfigError(f"{tree.place}: found {_show(tree.plain())}; expected keys, for example `method: scratch`")
+    tree = _write_out(tree, ())
+    for name, value in (arguments or {}).items():
+        _set_argument(tree, (name,), value)
     tree = _write_out(tree, ())
     for override in overrides:
         try:
@@ -64,6 +81,8 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> ResolvedRun:
             problems.append(problem)
     if path and isinstance(tree.value, dict):
         tree.value.setdefault("name", Node(path.stem, FILE_NAME))
+    elif arguments and isinstance(tree.value, dict) and "method" in tree.value:
+        tree.value.setdefault("name", Node(tree.value["method"].value, METHOD))
     run = _validate(tree, problems)
     if run is None or problems:
         raise ConfigError(_paragraphs(problems))
@@ -92,6 +111,32 @@ def _as_node(value: Any, place: Place) -> Node:
     if isinstance(value, dict):
         return Node({name: _as_node(item, place) for name, item in value.items()}, place)
     return value if isinstance(value, Node) else Node(value, place)
+
+
+def _set_argument(node: Node, path: KeyPath, value: Any) -> None:
+    """Set one Python value in the parent of its key; validation refuses unknown keys later."""
+    key = key_at(path)
+    children = node.value
+    assert isinstance(children, dict)
+    child = children.setdefault(str(path[-1]), Node(None, ARGUMENT))
+    if isinstance(value, Mapping) and isinstance(child.value, dict) and key and key.part:
+        for name, inner in value.items():
+            _set_argument(child, (*path, str(name)), inner)
+    else:
+        child.value, child.place = _as_node(_plain_value(value), ARGUMENT).value, ARGUMENT
+
+
+def _plain_value(value: Any) -> Any:
+    """A Python value as a run file would have it: paths become text, tuples lists, numbers of libraries plain ones."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain_value(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(inner) for inner in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return value
 
 
 def _override(tree: Node, override: str) -> Node:

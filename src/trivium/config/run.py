@@ -210,7 +210,7 @@ class Run(Part):
     method: Literal["lora", "qlora", "full", "continue", "scratch"]
     """The training method. It only sets defaults of the other keys."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-    """Name of the run folder. Default: the run file's name."""
+    """Name of the run folder. Default: the run file's name; in Python without a run file, the method."""
     model: Model
     """The model to train."""
     data: Data

@@ -6,6 +6,7 @@ Forward, backward and the optimizer step are in `engine.py`.
 """
 
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -80,14 +81,18 @@ class Progress:
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a request to stop after the step; a second one has its default effect."""
+    """Turns the first SIGTERM or SIGINT into a request to stop after the step; a second one has its default effect.
+
+    Python delivers signals to the main thread only, so a run in another thread leaves their handlers alone.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        is_main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGTERM, signal.SIGINT) if is_main else ():
             self._previous[number] = signal.signal(number, self._request)
         return self
 
@@ -138,7 +143,7 @@ def run_loop(job: Job, engine: Engine, machine: Machine, folder: RunFolder, obse
                 name = signal.Signals(stop.signal).name if stop.signal else "a signal to another process"
                 raise Stopped(
                     f"Stopped by {name} after step {progress.step:,} of {num_steps:,}. "
-                    "Everything is saved; run the same command again to continue."
+                    "Everything is saved; run the same command again to continue (in Python, make the same call again)."
                 )
     if ranks.is_first:
         finish(job, engine, folder, progress)

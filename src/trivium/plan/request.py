@@ -3,10 +3,11 @@
 Reads the run file and a model's config.json. The caller passes in the functions that need torch or Arrow.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from trivium.config.inputs import COUNT_PATTERN, Source, parse_count
 from trivium.config.load import ResolvedRun, load_run, quote
@@ -18,14 +19,15 @@ from trivium.plan import calibration, devices
 from trivium.plan.amount import settle_amount
 from trivium.plan.decide import Decision, decide
 from trivium.plan.devices import Device
-from trivium.plan.search import Goal
+from trivium.plan.search import Goal, Plan
 from trivium.plan.situation import Situation
-from trivium.plan.workload import DataFacts
+from trivium.plan.workload import DataFacts, given_facts
 
 NODE = (1, 2, 4, 8)
 """Numbers of rented devices to try by default, up to one node."""
 NO_DATA_YET = "data.jsonl"
 """Placeholder path when the user gives no files."""
+MAX_AMOUNT = 1e18
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class PlanRequest:
     Attributes:
         target: a run file, a model's name or folder, or a size like `25M`; None if only the data is known.
         overrides: `key=value` overrides of the run file.
-        sources: training files, instead of the run file's.
+        keys: keys of a run file as Python values; with a `model`, they are the run to plan.
+        sources: training files, instead of the run's.
         facts: the data in numbers, if given in numbers.
         device: a name, `any` for every device with a price, None for this machine.
         num_devices: None to choose for rented GPUs.
@@ -48,6 +51,7 @@ class PlanRequest:
 
     target: str | None = None
     overrides: tuple[str, ...] = ()
+    keys: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     facts: DataFacts | None = None
     device: str | None = None
@@ -66,6 +70,11 @@ class PlanRequest:
         """The target, if it is a run file."""
         path = Path(self.target) if self.target else None
         return path if path and (path.is_file() or path.suffix in (".yaml", ".yml")) else None
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run file or keys say which run to plan; otherwise the target or the data does."""
+        return self.run_file is not None or "model" in self.keys
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -95,8 +104,10 @@ def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> 
 
     Raises: ConfigError if the run file, model, device or method is wrong.
     """
-    if request.run_file:
-        return _of_run_file(request, survey, read_hub)
+    if request.has_run:
+        if request.target and not request.run_file:
+            raise ConfigError(f"Found two models to plan: {request.target} and the key model. Expected one of them.")
+        return _of_run(request, survey, read_hub)
     facts = request.facts or (survey([Source(path=path) for path in request.sources]) if request.sources else None)
     situation = _situation(request, facts)
     if request.method is None and (facts is not None or request.is_general):
@@ -113,10 +124,11 @@ def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> 
     return ResolvedRequest(situation, None, _goal(request, _runs(request, methods, request.target), facts, read_hub))
 
 
-def _of_run_file(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> ResolvedRequest:
+def _of_run(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> ResolvedRequest:
     method = (f"method={request.method}",) if request.method else ()
-    resolved = load_run(request.run_file, [*request.overrides, *method])
-    sources = [Source(path=path) for path in request.sources] or resolved.run.data.sources
+    files = {"data": {"sources": list(request.sources)}} if request.sources else {}
+    resolved = load_run(request.run_file, [*request.overrides, *method], {**request.keys, **files})
+    sources = resolved.run.data.sources
     exist = all(source.path is not None and Path(source.path).exists() for source in sources)
     facts = request.facts or (survey(sources) if exist else None)
     goal = _goal(request, [resolved], facts, read_hub)
@@ -145,11 +157,11 @@ def _is_size(target: str) -> bool:
 def _runs(request: PlanRequest, methods: Sequence[str], model: str) -> list[ResolvedRun]:
     """A run of each method on the model and the data."""
     paths = ", ".join(quote(path) for path in request.sources or (NO_DATA_YET,))
-    given = [f"data=[{paths}]", f"name={request.name}", *request.overrides]
+    given = [f"data.sources=[{paths}]", f"name={request.name}", *request.overrides]
     runs = []
     for method in methods:
         name = model if METHOD_DEFAULTS[method]["weights"] == "random" else hub_id(model)
-        runs.append(load_run(None, [f"method={method}", f"model={quote(name)}", *given]))
+        runs.append(load_run(None, [f"method={method}", f"model={quote(name)}", *given], request.keys or None))
     return runs
 
 
@@ -158,7 +170,7 @@ def _goal(request: PlanRequest, resolved: Sequence[ResolvedRun], facts: DataFact
     runs = tuple(settle_amount(entry.run, facts) for entry in resolved)
     run = runs[0]
     set_keys = {key for key, origin in resolved[0].origins.items() if not origin.startswith("default")}
-    set_keys -= set() if request.run_file or request.method else {"method"}
+    set_keys -= set() if request.has_run or request.method else {"method"}
     choices = request.devices
     counts = NODE if request.device and choices[0].kind == "gpu" else NODE[:1]
     if request.num_devices or "parallel.devices" in set_keys:
@@ -183,7 +195,7 @@ def _goal(request: PlanRequest, resolved: Sequence[ResolvedRun], facts: DataFact
 
 
 def _situation(request: PlanRequest, facts: DataFacts | None) -> Situation:
-    choices, target = request.devices, None if request.run_file else request.target
+    choices, target = request.devices, None if request.has_run else request.target
     is_size = target is not None and _is_size(target)
     return Situation(
         facts=facts,
@@ -199,3 +211,54 @@ def _situation(request: PlanRequest, facts: DataFacts | None) -> Situation:
         num_params=cast(int, parse_count(target)) if is_size else None,
         calibration=calibration.load(),
     )
+
+
+def amount(name: str, value: str | float) -> float:
+    """A number above zero, with an optional suffix as in run files: 0.5, 24, 10K, 1.5B.
+
+    Raises: ConfigError that calls the number `name`.
+    """
+    text = str(value).replace(",", "").replace("_", "")
+    count = parse_count(text)
+    try:
+        number = float(text if isinstance(count, str) or not count else str(count))
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= MAX_AMOUNT:
+        raise ConfigError(
+            f"{name} is {value!r}; expected a number above zero and up to {MAX_AMOUNT:.0e}, for example 0.5 or 10K."
+        )
+    return number
+
+
+def one_of(name: str, value: str | None, choices: Collection[str]) -> None:
+    """Raise ConfigError unless the value is one of the choices or None."""
+    if value is not None and value not in choices:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+
+
+def facts_in_numbers(rows: float | None, tokens: float | None, kind: Any, has_files: bool) -> DataFacts | None:
+    """The facts from --rows, --tokens and --kind; None without them.
+
+    Raises: ConfigError when they are incomplete, or given in addition to files.
+    """
+    if rows is None and tokens is None:
+        if kind is not None:
+            raise ConfigError(
+                f"--kind {kind} was given without an amount. Add --rows, --tokens or both; with --data, remove --kind."
+            )
+        return None
+    if has_files or kind is None:
+        given = "with --data" if has_files else "without --kind"
+        raise ConfigError(
+            f"Found --rows or --tokens {given}. Expected either --data FILE alone, or --rows or --tokens with --kind "
+            "conversations or --kind documents."
+        )
+    return given_facts(kind, *(None if count is None else round(count) for count in (rows, tokens)))
+
+
+def placeholder_notes(plan: Plan) -> list[str]:
+    """Notes for the header of a written run file: the data that it names may not exist."""
+    if [source.path for source in plan.run.data.sources] == [NO_DATA_YET]:
+        return [f"{NO_DATA_YET} is a placeholder: replace it with the path of your data."]
+    return []

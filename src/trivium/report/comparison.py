@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+import click
+
 from trivium.errors import count_of
 from trivium.files import atomic_write
 from trivium.plan.speed import hours
@@ -110,6 +112,23 @@ def table(comparison: Comparison) -> list[TableRow]:
         bits = of("held_out", "bits_per_byte")
         rows.insert(1, TableRow("Quality", "held-out bits per byte", bits, "{:.4f}", "low"))
     return [row for row in rows if any(value is not None for value in row.values)]
+
+
+def as_text(comparison: Comparison) -> str:
+    """The table as lines of text, with the best value of each row in bold."""
+    rows = table(comparison)
+    names = [model.name for model in comparison.models]
+    columns = zip(names, *([row.text(value) for value in row.values] for row in rows), strict=True)
+    widths = [3 + max(map(len, column)) for column in columns]
+    label_width = max(len(row.label) for row in rows)
+    lines = [" " * label_width + "".join(name.rjust(width) for name, width in zip(names, widths, strict=True))]
+    for row in rows:
+        cells = [
+            click.style(row.text(value).rjust(width), bold=(value is not None and value == row.best) or None)
+            for value, width in zip(row.values, widths, strict=True)
+        ]
+        lines.append(row.label.ljust(label_width) + "".join(cells))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:

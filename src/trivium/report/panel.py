@@ -1,6 +1,9 @@
-"""Shows a run on stderr: as a live panel on a terminal, otherwise as plain lines. Both are Observers of the loop."""
+"""Shows a run as a live panel on a terminal or in a notebook, otherwise as plain lines: Observers of the loop."""
 
+import sys
 import time
+from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +20,7 @@ from trivium.plan.speed import hours
 BARS = "".join(chr(0x2581 + level) for level in range(8))
 CURVE_COLUMNS = 60
 CURVE_ROWS = 5
+NOTEBOOK_SECONDS = 0.5
 
 
 def curve(values: list[float], columns: int = CURVE_COLUMNS, rows: int = CURVE_ROWS) -> list[str]:
@@ -90,7 +94,9 @@ class LivePanel:
         self.first_step = self.current_step = self.num_steps = 0
         self.start = time.monotonic()
         # Last, because it draws immediately.
-        self.live = Live(console=console, refresh_per_second=4, transient=False, get_renderable=self._render)
+        self.live: Live | InPlace = Live(
+            console=console, refresh_per_second=4, transient=False, get_renderable=self._render
+        )
 
     def __enter__(self) -> "LivePanel":
         return self
@@ -101,7 +107,7 @@ class LivePanel:
 
     def note(self, text: str) -> None:
         """Print one line above the panel."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def begin(self, step: int, num_steps: int) -> None:
         """Show the panel: the step after `step` is about to start."""
@@ -153,7 +159,57 @@ class LivePanel:
         return format(self.latest[name], form) if name in self.latest else "-"
 
 
-def watch() -> LivePanel | PlainLines:
-    """A live panel if stderr is a terminal, otherwise plain lines."""
+class InPlace:
+    """Draws in the output of a notebook's cell; stands in for rich's Live, which needs ipywidgets there."""
+
+    def __init__(self, draw: Callable[[], Panel]) -> None:
+        self.draw = draw
+        self.handle: Any = None
+        self.drawn = 0.0
+
+    def start(self) -> None:
+        """Show the panel."""
+        # Imported by name because type checkers do not find the optional package; here it is running.
+        self.handle = import_module("IPython.display").display(self.draw(), display_id=True)
+
+    def refresh(self) -> None:
+        """Replace the panel, unless it is new."""
+        if self.handle is not None and time.monotonic() - self.drawn > NOTEBOOK_SECONDS:
+            self.stop()
+
+    def stop(self) -> None:
+        """Show the last state."""
+        self.handle.update(self.draw())
+        self.drawn = time.monotonic()
+
+
+class NotebookPanel(LivePanel):
+    """The panel in a notebook."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.live = InPlace(self._render)
+
+    def step(self, step: int, loss: float) -> None:
+        """A step is done."""
+        super().step(step, loss)
+        self.live.refresh()
+
+
+def find_console() -> tuple[Console, bool]:
+    """The console for progress, and whether a notebook shows it: stderr, or in a notebook stdout, as lines of text.
+
+    A notebook shows stderr as an error, and would make every line that rich prints an output of its own.
+    """
     console = Console(stderr=True)
+    if not console.is_jupyter:
+        return console, False
+    return Console(file=sys.stdout, force_jupyter=False, force_terminal=False, color_system=None), True
+
+
+def watch() -> LivePanel | PlainLines:
+    """A live panel if stderr is a terminal or a notebook, otherwise plain lines."""
+    console, is_notebook = find_console()
+    if is_notebook:
+        return NotebookPanel(console)
     return LivePanel(console) if console.is_terminal else PlainLines(console)

@@ -29,7 +29,15 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 def print_page(advice: Advice, next_commands: Iterable[str]) -> None:
     """Print the page to stdout."""
     columns = min(shutil.get_terminal_size().columns, MAX_COLUMNS) if sys.stdout.isatty() else MAX_COLUMNS
-    console = Console(width=columns, highlight=False)
+    click.echo(_text(advice, next_commands, Console(width=columns, highlight=False)))
+
+
+def page_text(advice: Advice) -> str:
+    """The page as plain text."""
+    return _text(advice, (), Console(width=MAX_COLUMNS, highlight=False, color_system=None, force_jupyter=False))
+
+
+def _text(advice: Advice, next_commands: Iterable[str], console: Console) -> str:
     plan = advice.plan
     parts = [*_decision(advice.decision)] if advice.decision else []
     if plan:
@@ -38,8 +46,7 @@ def print_page(advice: Advice, next_commands: Iterable[str]) -> None:
     parts += _section("Next", [("$", command) for command in next_commands])
     with console.capture() as capture:
         console.print(Group(*parts))
-    for line in capture.get().rstrip().splitlines():
-        click.echo(line.rstrip())
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
 def bar(share: float, columns: int = BAR_COLUMNS) -> str:

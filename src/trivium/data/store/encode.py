@@ -8,12 +8,15 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -170,7 +173,8 @@ def encode_blocks(
     pending: deque[Future[EncodedBlock]] = deque()
     try:
         for block in blocks:
-            pending.append(pool.submit(_encode_block, block))
+            with without_main():
+                pending.append(pool.submit(_encode_block, block))
             if len(pending) > BLOCKS_A_WORKER * workers:
                 yield pending.popleft().result()
         while pending:
@@ -182,6 +186,20 @@ def encode_blocks(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """Hide the program's main module while a worker starts.
+
+    A new worker would run a script's file again, and with it the call of `trivium.train` that needs the worker.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 _encode: BlockEncoder

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars and remarks on a terminal, otherwise only remarks."""
+"""Progress of what takes long: bars and remarks on a terminal, otherwise only remarks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +22,11 @@ class Waiting(NamedTuple):
 @contextmanager
 def _progress() -> "Iterator[tuple[Progress, Callable[[str], None]]]":
     """Bars that disappear at the end, and a function that prints one line above them."""
-    from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    from trivium.report.panel import find_console
+
+    console, _ = find_console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         yield bars, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
 
