@@ -65,18 +65,18 @@ def train_trivium(dtype: str, steps: int) -> tuple[int, float]:
     init_weights(model, seed=0)
     model.compute_dtype = getattr(torch, dtype)
     engine = Engine(model, Optimizer(lr=5e-5, weight_decay=0.0))
-    rows = StoreBatches(
+    source = StoreBatches(
         [store],
         Order([store.lengths], None, 1024, seed=0),
         sequences_per_step=2,
         sequences_per_micro_batch=2,
-        num_rows=None,
+        num_sequences=None,
     )
     num_tokens, start = 0, 0.0
     for step in range(steps + WARMUP_STEPS):
         if step == WARMUP_STEPS:
             start = time.perf_counter()
-        batches = rows.step(step)
+        batches = source.step(step)
         engine.forward_backward(batches)
         engine.optimizer_step(5e-5, batches)
         num_tokens += sum(batch.num_tokens for batch in batches) if step >= WARMUP_STEPS else 0

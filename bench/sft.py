@@ -121,10 +121,10 @@ class Count:
 def train_trivium(method: str, folder: Path, steps: int) -> dict[str, float]:
     """As `trivium train` does it, without the records and checkpoints."""
     from trivium.config.run import Run, with_method_defaults
-    from trivium.engine import engine as engine_module
     from trivium.engine.build import build_engine
     from trivium.engine.device import probe
     from trivium.engine.prepare import prepare
+    from trivium.model import qwen
 
     values = {
         "method": method,
@@ -141,7 +141,7 @@ def train_trivium(method: str, folder: Path, steps: int) -> dict[str, float]:
     machine, job = probe(run.device, run.precision), prepare(run, note=lambda _: None)
     engine = build_engine(job, machine)
     count = Count()
-    engine_module.cross_entropy_sum = count.in_head(engine_module.cross_entropy_sum)  # its gradients are computed there
+    qwen.cross_entropy_sum = count.in_head(qwen.cross_entropy_sum)  # its gradients are computed there
     for step in range(steps + WARMUP_STEPS):
         batches = job.batches.step(step)
         for batch in batches:
