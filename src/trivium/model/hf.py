@@ -5,10 +5,11 @@ leave the folder. Weights are copied in pieces, so a model is never in memory tw
 """
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -35,10 +36,18 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-MODEL_FILES = ("config.json", "generation_config.json")
+GENERATION_CONFIG = "generation_config.json"
+MODEL_FILES = ("config.json", GENERATION_CONFIG)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WEIGHT_FILES = (INDEX, "model*.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
+STORED_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
 PIECE_BYTES, COPY_VALUES = 1 << 26, 1 << 22
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -72,7 +81,7 @@ def find_folder(name: str, with_weights: bool = True) -> Path:
 def read_stop_ids(*folders: Path) -> list[int]:
     """EOS ids from the first generation_config.json or config.json in `folders` that has any; empty if none has."""
     for folder in folders:
-        for name in ("generation_config.json", "config.json"):
+        for name in (GENERATION_CONFIG, "config.json"):
             eos = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
             if eos is not None:
                 return [int(token) for token in eos] if isinstance(eos, list) else [int(str(eos))]
@@ -240,14 +249,34 @@ def save_folder(
 
     Raises: ConfigError when `folder` holds something other than a model; TriviumError when the disk is full.
     """
-    size_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if generation is None:
         generation = {} if tokenizer_folder is None else _tokenizer_ids(tokenizer_folder)
-    config = model.shape.to_hf_config() | {"dtype": str(dtype).removeprefix("torch.")} | _token_ids(generation)
-    with replacing(folder, "config.json", size_bytes) as temporary:
-        atomic_write(temporary / "config.json", as_json(config))
+    tensors = [tensor_source(name, parameter, dtype) for name, parameter in model.named_parameters()]
+    with replacing(folder, "config.json", sum(tensor.num_bytes for tensor in tensors)) as temporary:
+        write_model(temporary, model.shape, dtype, tensors, generation, max_shard_bytes)
         write_companions(temporary, tokenizer_folder, generation)
-        _write_weights(model, temporary, dtype, max_shard_bytes)
+
+
+def write_model(
+    folder: Path,
+    shape: QwenShape,
+    dtype: torch.dtype,
+    tensors: Iterable[TensorSource],
+    generation: Mapping[str, object],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config.json and the weights into an existing folder.
+
+    The config has the dtype twice, like `rope_theta`: readers before transformers 4.56 know only `torch_dtype`.
+
+    Args:
+        dtype: what config.json says of the tensors.
+        generation: see `save_folder`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    config = shape.to_hf_config() | {"dtype": name, "torch_dtype": name} | _token_ids(generation)
+    atomic_write(folder / "config.json", as_json(config))
+    _write_weights(folder, tensors, max_shard_bytes)
 
 
 @contextmanager
@@ -277,7 +306,7 @@ def replacing(folder: Path, mark: str, size_bytes: int) -> Iterator[Path]:
 
 def write_companions(folder: Path, tokenizer_folder: Path | None, generation: Mapping[str, object]) -> None:
     """Write generation_config.json and copy the tokenizer's files."""
-    atomic_write(folder / "generation_config.json", as_json(generation))
+    atomic_write(folder / GENERATION_CONFIG, as_json(generation))
     for name in TOKENIZER_FILES:
         if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
             atomic_write(folder / name, (tokenizer_folder / name).read_bytes())
@@ -290,7 +319,7 @@ def as_json(content: Mapping[str, object]) -> str:
 
 def _token_ids(generation: Mapping[str, object]) -> dict[str, object]:
     """The special token ids of config.json, which has a single EOS id: the first."""
-    ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
+    ids = {key: generation[key] for key in TOKEN_IDS if key in generation}
     if isinstance(ids.get("eos_token_id"), list):
         ids["eos_token_id"] = ids["eos_token_id"][0]
     return ids
@@ -310,11 +339,10 @@ def _tokenizer_ids(tokenizer_folder: Path) -> dict[str, object]:
     return ids
 
 
-def _write_weights(model: Qwen, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_weights(folder: Path, tensors: Iterable[TensorSource], max_shard_bytes: int) -> None:
     """Write one safetensors file, or several of at most `max_shard_bytes` and an index."""
     shards: list[list[TensorSource]] = [[]]
-    for name, parameter in model.named_parameters():
-        source = tensor_source(name, parameter, dtype)
+    for source in tensors:
         if shards[-1] and sum(other.num_bytes for other in shards[-1]) + source.num_bytes > max_shard_bytes:
             shards.append([])
         shards[-1].append(source)
@@ -337,3 +365,32 @@ def tensor_source(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -
             yield piece.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data
 
     return TensorSource(name, STORED_DTYPES[dtype], tuple(tensor.shape), tensor.numel() * dtype.itemsize, read)
+
+
+def stored_sources(path: Path) -> list[TensorSource]:
+    """The tensors of a safetensors file in its order, to write exactly as they are stored.
+
+    Raises: ConfigError when the file is damaged or a tensor is not F32, BF16 or F16.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.offset_keys()
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from None
+    return [stored_source(path, name) for name in names]
+
+
+def stored_source(path: Path, name: str) -> TensorSource:
+    """A tensor to write exactly as it is stored in a safetensors file.
+
+    Raises: ConfigError when it is not F32, BF16 or F16.
+    """
+    shape = _header(path, name)
+    with safe_open(path, framework="pt") as file:
+        dtype = file.get_slice(name)[:0].dtype
+
+    def read() -> Iterator[memoryview]:
+        for piece in _pieces(path, name):
+            yield piece.contiguous().view(torch.uint8).numpy().data
+
+    return TensorSource(name, STORED_DTYPES[dtype], shape, math.prod(shape) * dtype.itemsize, read)
