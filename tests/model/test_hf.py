@@ -164,6 +164,29 @@ def test_load_weights_names_tensors_that_do_not_fit(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bad", "words"), [(float("nan"), "a NaN"), (float("-inf"), "an infinity")])
+def test_weights_that_are_not_finite_are_named(dtype: torch.dtype, bad: float, words: str, tmp_path: Path):
+    shards = save(model_of(UNTIED), tmp_path, max_shard_bytes=20_000)
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = hf.find_tensors(Qwen(UNTIED), shards)[name]
+    tensors = {key: value.to(dtype) for key, value in load_file(file).items()}
+    tensors[name][13, 7] = bad
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=rf"{file.name} holds {words} in {name}, first in row 13;"):
+        hf.load_weights(Qwen(UNTIED), shards)
+
+
+def test_weights_with_a_sum_that_overflows_are_loaded(tmp_path: Path):
+    """A finite tensor may have an infinite sum."""
+    folder = save(model_of(TIED), tmp_path)
+    large = torch.full((96, 32), 3e38)
+    rewrite(folder, {hf.EMBEDDINGS: large})
+    model = Qwen(TIED)
+    hf.load_weights(model, folder)
+    assert torch.equal(model.model.embed_tokens.weight, large)
+
+
 def test_load_weights_refuses_an_untied_model_without_head(tmp_path: Path) -> None:
     folder = save(model_of(UNTIED), tmp_path / "model")
     rewrite(folder, {hf.HEAD: None})

@@ -101,7 +101,9 @@ def written(tmp_path_factory) -> dict[str, tuple[Path, Path | None]]:
 
 
 @pytest.mark.long
-def test_older_transformers_computes_the_same(older: Path, written: dict[str, tuple[Path, Path | None]], tmp_path: Path):
+def test_older_transformers_computes_the_same(
+    older: Path, written: dict[str, tuple[Path, Path | None]], tmp_path: Path
+):
     folders = {name: [str(base), adapter and str(adapter)] for name, (base, adapter) in written.items()}
     asked = json.dumps([IDS, folders, str(tmp_path / "logits.safetensors")])
     environment = os.environ | {"PYTHONPATH": str(older), "HF_HUB_OFFLINE": "1"}
