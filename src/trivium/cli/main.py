@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from trivium.errors import TriviumError
+from trivium.files import full_disk_explained
 
 VERBS = {
     "quickstart": "Train small models with every method and compare them, in minutes.",
@@ -64,7 +65,8 @@ class VerbGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb. Click handles usage errors (exit code 2) and broken pipes (1, silently)."""
         try:
-            return super().invoke(ctx)
+            with full_disk_explained(None, "Files that were whole before are unchanged."):
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except (KeyboardInterrupt, click.Abort):

@@ -259,12 +259,14 @@ def save_folder(
         generation: content of generation_config.json, whose token ids also go to config.json; None takes the EOS, pad
             and BOS of the tokenizer.
 
-    Raises: ConfigError when `folder` holds something other than a model; TriviumError when the disk is full.
+    Raises: ConfigError when `folder` holds something other than a model; DoesNotFit when the disk has not enough free
+        space.
     """
     if generation is None:
         generation = {} if tokenizer_folder is None else _tokenizer_ids(tokenizer_folder)
     tensors = [tensor_source(name, parameter, dtype) for name, parameter in model.named_parameters()]
-    with replacing(folder, "config.json", sum(tensor.num_bytes for tensor in tensors)) as temporary:
+    size_bytes = sum(tensor.num_bytes for tensor in tensors) + companion_bytes(tokenizer_folder)
+    with replacing(folder, "config.json", size_bytes) as temporary:
         write_model(temporary, model.shape, dtype, tensors, generation, max_shard_bytes)
         write_companions(temporary, tokenizer_folder, generation)
 
@@ -295,14 +297,14 @@ def write_model(
 def replacing(folder: Path, mark: str, size_bytes: int) -> Iterator[Path]:
     """A temporary folder for `size_bytes` that is fsynced and replaces `folder` at the end of the block.
 
-    Raises: ConfigError when `folder` has files but no file `mark`; TriviumError when the disk is full.
+    Raises: ConfigError when `folder` has files but no file `mark`; DoesNotFit when the disk has not enough free space.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
         raise ConfigError(
             f"{folder} is not empty and has no {mark}, so it was not touched. Choose another output folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    require_free_space(folder.parent, size_bytes + (64 << 20), "the model's weights")
+    require_free_space(folder.parent, size_bytes, "the result")
     temporary, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "replaced"))
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -314,6 +316,12 @@ def replacing(folder: Path, mark: str, size_bytes: int) -> Iterator[Path]:
     os.rename(temporary, folder)
     fsync_directory(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def companion_bytes(tokenizer_folder: Path | None) -> int:
+    """Bytes of the tokenizer files that `write_companions` copies."""
+    files = [] if tokenizer_folder is None else [tokenizer_folder / name for name in TOKENIZER_FILES]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def write_companions(folder: Path, tokenizer_folder: Path | None, generation: Mapping[str, object]) -> None:

@@ -19,7 +19,14 @@ from torch.nn.functional import cross_entropy
 from trivium.data.batch.pack import NO_LABEL
 from trivium.engine.record import read_record
 from trivium.errors import ConfigError, TriviumError, count_of
-from trivium.files import TensorSource, atomic_write, fsync_directory, require_free_space, write_safetensors
+from trivium.files import (
+    TensorSource,
+    atomic_write,
+    fsync_directory,
+    full_disk_explained,
+    require_free_space,
+    write_safetensors,
+)
 from trivium.model import hf
 from trivium.model.qwen import Qwen
 from trivium.use.answers import EvalPrompt, prompt_text
@@ -92,9 +99,10 @@ def export(name: str, out: Path, merge: bool, dtype: torch.dtype | None, note: N
     staging = out.with_name(f".{out.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        done = _merged(place, staging, dtype, note) if merge else _copied(place, staging, note)
+        with full_disk_explained(staging, "The part of an export was deleted."):
+            done = _merged(place, staging, dtype, note) if merge else _copied(place, staging, note)
+            _sync(staging)
         _note_left_out([place.folder, *([place.model_folder] if merge else [])], note)
-        _sync(staging)
         if out.exists():
             out.rmdir()
         os.rename(staging, out)
@@ -193,7 +201,9 @@ def _copied(place: FoundModel, staging: Path, note: Note) -> dict[str, Any]:
 def _copy_adapter(folder: Path, staging: Path) -> None:
     """Write an adapter's weights, and its configuration and tokenizer as they are."""
     tensors = hf.stored_sources(folder / hf.ADAPTER_WEIGHTS)
-    require_free_space(staging.parent, sum(tensor.num_bytes for tensor in tensors) + (64 << 20), "the copy")
+    require_free_space(
+        staging.parent, sum(tensor.num_bytes for tensor in tensors) + hf.companion_bytes(folder), "the copy"
+    )
     staging.mkdir()
     for name in (hf.ADAPTER_CONFIG, hf.GENERATION_CONFIG, *hf.TOKENIZER_FILES):
         if (folder / name).is_file():
@@ -211,10 +221,12 @@ def _write_model(loaded: Loaded, staging: Path, dtype: torch.dtype, tensors: lis
     ids = {key: getattr(generation, key) for key in hf.TOKEN_IDS if getattr(generation, key) is not None}
     stored = [folder / hf.GENERATION_CONFIG for folder in folders if (folder / hf.GENERATION_CONFIG).is_file()]
     settings = (hf.read_json(stored[0]) if stored else {}) | ids
-    require_free_space(staging.parent, sum(tensor.num_bytes for tensor in tensors) + (64 << 20), "the model")
+    owner = next(folder for folder in folders if (folder / "tokenizer.json").is_file())
+    size_bytes = sum(tensor.num_bytes for tensor in tensors) + hf.companion_bytes(owner)
+    require_free_space(staging.parent, size_bytes, "the model")
     staging.mkdir()
     hf.write_model(staging, hf.read_shape(place.model_folder), dtype, tensors, settings)
-    hf.write_companions(staging, next(each for each in folders if (each / "tokenizer.json").is_file()), settings)
+    hf.write_companions(staging, owner, settings)
     config, name = loaded.network.config, str(dtype).removeprefix("torch.")
     return {
         "rope_theta": config.rope_parameters["rope_theta"],
