@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from trivium.errors import DoesNotFit, TriviumError
+from trivium.errors import ConfigError, DoesNotFit, TriviumError
 
 MIB, GIB = 1 << 20, 1 << 30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -48,6 +49,21 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in constant memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_regular(*paths: Path) -> None:
+    """Raise ConfigError for a named pipe, a device or a socket, or a link to one: reading it may never end."""
+    for path in paths:
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            continue  # missing, or a broken link
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            kind = "named pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+            raise ConfigError(
+                f"{path} is a {kind}; expected a regular file, since reading this may never end. Put the file itself "
+                "there."
+            )
 
 
 def with_reserve(num_bytes: int) -> int:

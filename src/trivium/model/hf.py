@@ -19,7 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trivium.errors import ConfigError
-from trivium.files import TensorSource, atomic_write, fsync_directory, require_free_space, write_safetensors
+from trivium.files import (
+    TensorSource,
+    atomic_write,
+    fsync_directory,
+    require_free_space,
+    require_regular,
+    write_safetensors,
+)
 from trivium.model.qwen import Qwen
 from trivium.model.resolve import read_json
 from trivium.model.shape import QwenShape
@@ -55,9 +62,10 @@ MAX_SHARD_BYTES = 5 * 2**30
 def find_folder(name: str, with_weights: bool = True) -> Path:
     """The local folder of a model: `name` if it is a folder, else the downloaded Hub repository `owner/name`.
 
-    Raises: ConfigError when `name` is neither, or the download fails.
+    Raises: ConfigError when `name` is neither, the download fails, or something in the folder is not a regular file.
     """
     if Path(name).is_dir():
+        require_regular(*Path(name).iterdir())
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ConfigError(

@@ -13,6 +13,7 @@ from typing import Any
 from trivium.config.inputs import TrainTokenizer
 from trivium.config.run import Run
 from trivium.errors import ConfigError
+from trivium.files import require_regular
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
 
@@ -86,6 +87,7 @@ def shape_of_name(name: str) -> QwenShape | None:
     Raises: ConfigError when there is no such folder or size, or the folder has no readable config.json.
     """
     if Path(name).is_dir():
+        require_regular(*Path(name).iterdir())
         file = Path(name) / "config.json"
         if not file.is_file():
             raise ConfigError(
