@@ -25,7 +25,7 @@ from trivium.doctor.examine import require_sound, require_startable
 from trivium.doctor.findings import Finding
 from trivium.doctor.machine import disk_needed
 from trivium.doctor.prepared import PreparedRun
-from trivium.engine import plan_record
+from trivium.engine import checkpoint, plan_record
 from trivium.engine.build import build_engine
 from trivium.engine.device import Machine, begin_peak, is_out_of_memory, probe, return_freed_blocks
 from trivium.engine.loop import Observer, Silent, run_loop
@@ -34,7 +34,7 @@ from trivium.engine.provenance import BATCHING_KEYS, begun_machine, describe_job
 from trivium.engine.ranks import Ranks
 from trivium.engine.runfolder import RunFolder, now
 from trivium.engine.trackers import open_trackers, require_trackers
-from trivium.errors import ConfigError, Stopped
+from trivium.errors import ConfigError, Interrupted, Stopped
 from trivium.files import atomic_write, full_disk_explained
 from trivium.plan.check import PLAN_FILE
 from trivium.report.html import write_report
@@ -52,7 +52,7 @@ def train(resolved: ResolvedRun, allowed: frozenset[str] = frozenset()) -> RunFo
 
     Returns: the run folder; its result is in `model/` or `adapter/`.
 
-    Raises: the errors of `train_quietly`, after writing the report.
+    Raises: the errors of `train_quietly`, after writing the report; Interrupted for a Ctrl-C that ends it at once.
     """
     path = Path(resolved.run.runs_dir) / resolved.run.name
     with watch() as observer:
@@ -60,6 +60,8 @@ def train(resolved: ResolvedRun, allowed: frozenset[str] = frozenset()) -> RunFo
             folder = train_quietly(resolved, observer, allowed)
         except ConfigError:
             raise  # the folder did not change, so its report is up to date
+        except KeyboardInterrupt as error:
+            raise interrupted(path) from error  # at once, without a report
         except BaseException:
             with suppress(OSError, MemoryError):  # a full disk or memory must not hide the error
                 if (path / "metrics.jsonl").is_file():
@@ -67,6 +69,17 @@ def train(resolved: ResolvedRun, allowed: frozenset[str] = frozenset()) -> RunFo
             raise
     write_report(path)
     return folder
+
+
+def interrupted(path: Path) -> Interrupted:
+    """What Ctrl-C leaves of a run that did not end its step, the second one or one before training."""
+    steps = checkpoint.steps(path / "checkpoints")
+    saved = (
+        f"Its newest checkpoint is after step {steps[0]:,}; later steps are lost, and run again by the same command."
+        if steps
+        else "It has no checkpoint yet; the same command starts it again, with the token stores that are complete."
+    )
+    return Interrupted(f"Interrupted: {path} was stopped at once. {saved}")
 
 
 def train_quietly(resolved: ResolvedRun, observer: Observer, allowed: frozenset[str] = frozenset()) -> RunFolder:

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from trivium.errors import TriviumError
+from trivium.errors import TriviumError, printable
 from trivium.files import full_disk_explained
 
 VERBS = {
@@ -85,7 +85,7 @@ class VerbGroup(click.Group):
 
 def print_paragraphs(message: str) -> None:
     """Print each line of a message to stderr, wrapped if stderr is a terminal."""
-    for line in message.splitlines():
+    for line in printable(message).splitlines():
         paragraph = f"trivium: {line}"
         if sys.stderr.isatty():
             columns = min(shutil.get_terminal_size().columns, MAX_COLUMNS)
