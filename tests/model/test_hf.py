@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trivium.errors import ConfigError, TriviumError
 from trivium.model import hf
 from trivium.model.qwen import Documents, Qwen, init_weights
+from trivium.model.resolve import shape_of_name
 from trivium.model.shape import QwenShape
 
 TIED = QwenShape("qwen3", 96, 32, 64, 2, 4, 2, 16, True)
@@ -245,6 +247,26 @@ def test_save_folder_replaces_an_older_model(tmp_path: Path) -> None:
     hf.load_weights(again, save(newer, tmp_path / "model"))
     assert all(torch.equal(a, b) for a, b in zip(newer.parameters(), again.parameters(), strict=True))
     assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("result", "hint"),
+    [
+        ("model", "Set model: {run}/model."),
+        ("adapter", "trivium export {run} --merge --out {run}-merged. Then set model: {run}-merged."),
+        (None, "finish it with: trivium train {run}/run.yaml"),
+    ],
+)
+def test_the_folder_of_a_run_hints_at_its_model(result: str | None, hint: str, tmp_path: Path):
+    run = tmp_path / "run"
+    if result is None:
+        run.mkdir()
+    else:
+        save(model_of(TIED), run / result)
+    (run / "run.yaml").write_text("method: full\n")
+    for read in (hf.find_folder, shape_of_name):
+        with pytest.raises(ConfigError, match=re.escape(hint.format(run=run))):
+            read(str(run))
 
 
 def test_find_folder_explains_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from trivium.files import (
     write_safetensors,
 )
 from trivium.model.qwen import Qwen
-from trivium.model.resolve import read_json
+from trivium.model.resolve import read_json, require_no_run_folder
 from trivium.model.shape import QwenShape
 
 WEIGHTS = "model.safetensors"
@@ -66,6 +66,7 @@ def find_folder(name: str, with_weights: bool = True) -> Path:
     """
     if Path(name).is_dir():
         require_regular(*Path(name).iterdir())
+        require_no_run_folder(Path(name))
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ConfigError(
