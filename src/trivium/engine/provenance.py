@@ -146,8 +146,8 @@ def reasons_for_no_held_out(job: Job) -> list[str]:
             reason = "the held-out documents have no supervised token within eval.max_tokens"
         else:
             reason = (
-                f"{built.name} has only one distinct document, {count_of(built.report['documents'], 'time')}; copies of a "
-                "document are never held out from each other"
+                f"{built.name} has only one distinct document, {count_of(built.report['documents'], 'time')}; copies "
+                "of a document are never held out from each other"
             )
             if not built.has_conversations:
                 reason += " (a text file is one document; to split it, set data.sources.0.documents=line)"
