@@ -3,6 +3,11 @@
 A message is one paragraph: what was found, what was expected, what to do. Any other exception is a bug.
 """
 
+import re
+
+# C0 without tab and line feed, DEL, C1, a carriage return that is not part of a line end, and lone surrogates.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)")
+
 
 class TriviumError(Exception):
     """A command failed for a reason the user can fix."""
@@ -36,6 +41,20 @@ class Stopped(TriviumError):
     """A signal stopped the run after it saved a checkpoint; the same command resumes it."""
 
     exit_code = 75
+
+
+class Interrupted(TriviumError):
+    """Ctrl-C ended a run at once; the message says what was saved."""
+
+    exit_code = 130
+
+
+def printable(text: str) -> str:
+    """Text from a file, a model or a folder's name with its control characters shown as escapes, like \\x1b.
+
+    A terminal obeys them: they clear the screen, change its title, or hide text.
+    """
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def count_of(number: int, noun: str) -> str:

@@ -7,15 +7,18 @@ import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from trivium.errors import TriviumError
+from trivium.errors import ConfigError, DoesNotFit, TriviumError
 
 MIB, GIB = 1 << 20, 1 << 30
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fsync_directory(folder: Path) -> None:
@@ -32,7 +35,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with errors_named(path), temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -48,15 +51,77 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raise TriviumError if the disk of `folder` has fewer than `needed_bytes` free."""
-    free_bytes = shutil.disk_usage(folder).free
+def require_regular(*paths: Path) -> None:
+    """Raise ConfigError for a named pipe, a device or a socket, or a link to one: reading it may never end."""
+    for path in paths:
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            continue  # missing, or a broken link
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            kind = "named pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+            raise ConfigError(
+                f"{path} is a {kind}; expected a regular file, since reading this may never end. Put the file itself "
+                "there."
+            )
+
+
+def with_reserve(num_bytes: int) -> int:
+    """What must be free before `num_bytes` are written: a sixteenth more, 1 to 64 MiB, for small files beside them."""
+    return num_bytes + min(max(num_bytes // 16, MIB), 64 * MIB)
+
+
+def require_free_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise DoesNotFit if the disk of `folder` has less free than `num_bytes` with their reserve."""
+    needed_bytes, free_bytes = with_reserve(num_bytes), shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise TriviumError(
-            f"Not enough disk space in {folder} for {what}: {needed_bytes / 2**20:,.1f} MiB needed, "
-            f"{free_bytes / 2**20:,.1f} MiB free. Nothing was written or removed. Free some space and run the same "
+        raise DoesNotFit(
+            f"Not enough disk space in {folder} for {what}: {needed_bytes / MIB:,.1f} MiB needed, "
+            f"{free_bytes / MIB:,.1f} MiB free. Nothing was written or removed. Free some space and run the same "
             "command again."
         )
+
+
+@contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """Add the path to an error of a write: the system names a file only when it is opened."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
+def full_disk_explained(
+    folder: Path | None, kept: str, needed_bytes: Callable[[], int] | None = None
+) -> Iterator[None]:
+    """Raise DoesNotFit for a write that fails in the block because the disk, a quota or a size limit is full.
+
+    Args:
+        folder: where the block writes, for errors that name no file; None if unknown.
+        kept: a sentence on what of the work is kept.
+        needed_bytes: what the whole work still needs, if that is known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        found = error.filename if isinstance(error.filename, str) else folder
+        place = existing_parent(Path(found or "."))
+        needed = f" {needed_bytes() / MIB:,.1f} MiB are needed to finish." if needed_bytes else ""
+        raise DoesNotFit(
+            f"The disk is full: {found or 'a file'} could not be written ({error.strerror}), and "
+            f"{shutil.disk_usage(place).free / MIB:,.1f} MiB are free in {place}.{needed} {kept} Free some space and "
+            "run the same command again."
+        ) from error
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest parent that exists."""
+    there = path.absolute()
+    return next(path for path in (there, *there.parents) if path.exists())
 
 
 class FolderLock:
@@ -135,7 +200,7 @@ def write_safetensors(path: Path, tensors: Iterable[TensorSource], metadata: dic
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with errors_named(path), path.open("wb") as file:
         for chunk in (len(encoded).to_bytes(8, "little"), encoded):
             digest.update(chunk)
             file.write(chunk)

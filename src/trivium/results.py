@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trivium.errors import TriviumError
+from trivium.errors import TriviumError, printable
 
 if TYPE_CHECKING:
     from trivium.doctor.findings import Finding
@@ -171,7 +171,7 @@ class Diagnosis:
         label = click.style(f"{finding.severity}{mark}", fg=COLORS[finding.severity], bold=True)
         lines = [f"{label}  {click.style(finding.id, bold=True)} {finding.title}"]
         texts = {"Found:": finding.found, "Expected:": finding.expected, "Fix:": finding.fix}
-        lines += [wrapper.fill(f"{name:<10}{text}") for name, text in texts.items()]
+        lines += [wrapper.fill(f"{name:<10}{printable(text)}") for name, text in texts.items()]
         return "\n".join([*lines, f"  {finding.anchor}"])
 
     def __repr__(self) -> str:

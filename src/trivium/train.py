@@ -23,20 +23,24 @@ from trivium.config.load import ResolvedRun, differences, dump_run, flatten, loa
 from trivium.config.run import Run
 from trivium.doctor.examine import require_sound, require_startable
 from trivium.doctor.findings import Finding
-from trivium.engine import plan_record
+from trivium.doctor.machine import disk_needed
+from trivium.doctor.prepared import PreparedRun
+from trivium.engine import checkpoint, plan_record
 from trivium.engine.build import build_engine
 from trivium.engine.device import Machine, begin_peak, is_out_of_memory, probe, return_freed_blocks
 from trivium.engine.loop import Observer, Silent, run_loop
-from trivium.engine.prepare import Job, prepare
+from trivium.engine.prepare import Job, cache_folder, prepare
 from trivium.engine.provenance import BATCHING_KEYS, begun_machine, describe_job, record_start, versions
 from trivium.engine.ranks import Ranks
 from trivium.engine.runfolder import RunFolder, now
 from trivium.engine.trackers import open_trackers, require_trackers
-from trivium.errors import ConfigError, Stopped
-from trivium.files import atomic_write
+from trivium.errors import ConfigError, Interrupted, Stopped
+from trivium.files import atomic_write, full_disk_explained
 from trivium.plan.check import PLAN_FILE
 from trivium.report.html import write_report
 from trivium.report.panel import watch
+
+KEPT = "Checkpoints are whole, and the run resumes from the newest one."
 
 
 def train(resolved: ResolvedRun, allowed: frozenset[str] = frozenset()) -> RunFolder:
@@ -48,7 +52,7 @@ def train(resolved: ResolvedRun, allowed: frozenset[str] = frozenset()) -> RunFo
 
     Returns: the run folder; its result is in `model/` or `adapter/`.
 
-    Raises: the errors of `train_quietly`, after writing the report.
+    Raises: the errors of `train_quietly`, after writing the report; Interrupted for a Ctrl-C that ends it at once.
     """
     path = Path(resolved.run.runs_dir) / resolved.run.name
     with watch() as observer:
@@ -56,6 +60,8 @@ def train(resolved: ResolvedRun, allowed: frozenset[str] = frozenset()) -> RunFo
             folder = train_quietly(resolved, observer, allowed)
         except ConfigError:
             raise  # the folder did not change, so its report is up to date
+        except KeyboardInterrupt as error:
+            raise interrupted(path) from error  # at once, without a report
         except BaseException:
             with suppress(OSError, MemoryError):  # a full disk or memory must not hide the error
                 if (path / "metrics.jsonl").is_file():
@@ -65,6 +71,17 @@ def train(resolved: ResolvedRun, allowed: frozenset[str] = frozenset()) -> RunFo
     return folder
 
 
+def interrupted(path: Path) -> Interrupted:
+    """What Ctrl-C leaves of a run that did not end its step, the second one or one before training."""
+    steps = checkpoint.steps(path / "checkpoints")
+    saved = (
+        f"Its newest checkpoint is after step {steps[0]:,}; later steps are lost, and run again by the same command."
+        if steps
+        else "It has no checkpoint yet; the same command starts it again, with the token stores that are complete."
+    )
+    return Interrupted(f"Interrupted: {path} was stopped at once. {saved}")
+
+
 def train_quietly(resolved: ResolvedRun, observer: Observer, allowed: frozenset[str] = frozenset()) -> RunFolder:
     """`train` without its panel and report.
 
@@ -72,7 +89,7 @@ def train_quietly(resolved: ResolvedRun, observer: Observer, allowed: frozenset[
         ConfigError: the configuration is wrong, or the folder belongs to another run; nothing was changed.
         BadData: the data cannot be used; nothing was changed.
         Stopped: a signal arrived and everything was saved.
-        DoesNotFit: memory ran out; saved files are unchanged.
+        DoesNotFit: memory or the disk ran out; saved files are unchanged.
         TriviumError: the run could not continue; `failure.json` says why.
     """
     ranks = Ranks.current()
@@ -85,11 +102,12 @@ def train_quietly(resolved: ResolvedRun, observer: Observer, allowed: frozenset[
         return folder
     require_trackers(run.log.trackers)
     machine = agree(probe(run.device, run.precision), ranks)
-    with ranks.first_goes_first():  # rank 0 builds the data, the others read it
+    in_cache = full_disk_explained(cache_folder(run), "Finished work is kept.")
+    with in_cache, ranks.first_goes_first():  # rank 0 builds the data, the others read it
         job = prepare(run, observer.note, machine)
     show(require_sound(job, machine, allowed), observer)
 
-    with opened(folder):
+    with opened(folder), full_disk_explained(folder.path, KEPT, lambda: disk_needed(PreparedRun(job, machine, []))):
         # Another process may have finished the run while this one prepared.
         if not ranks.from_first(is_finished(folder, run, observer)):
             build_and_loop(resolved, job, machine, folder, observer, ranks)

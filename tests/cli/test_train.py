@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from tests.engine.runs import write_corpus
 from trivium.cli.main import trivium as cli
 from trivium.engine.runfolder import RunFolder
+from trivium.train import interrupted
 
 RUN_FILE = """
 method: scratch
@@ -164,6 +165,25 @@ def test_a_signal_finishes_the_step_saves_and_exits_75(workplace, stop):
     assert proof.exit_code == 0 and "unfinished" in proof.stdout
 
 
+def test_a_second_ctrl_c_says_what_was_saved(workplace):
+    command = [sys.executable, "-m", "trivium.cli", "train", "small.yaml", "name=twice", "budget.steps=40"]
+    command += ["batch.tokens=2097152", "batch.micro_tokens=256", "checkpoint.every_steps=1"]  # long steps
+    process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, text=True)
+    folder = RunFolder(workplace / "runs" / "twice")
+    while process.poll() is None and not (folder.path / "metrics.jsonl").is_file():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "trivium: Interrupted: runs/twice was stopped at once. It has no checkpoint yet; the same" in errors
+    fast = invoke(workplace, "train", "small.yaml", "name=thrice", "budget.steps=2")
+    assert fast.exit_code == 0
+    assert "newest checkpoint is after step 2; later" in str(interrupted(workplace / "runs" / "thrice"))
+
+
 def test_an_adapter_is_trained_on_conversations_and_its_result_named(workplace):
     rows = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]} for n in "abc"
@@ -187,7 +207,7 @@ def test_nan_stops_the_run_and_names_the_documents(workplace):
     broken = workplace / "broken"
     shutil.copytree(workplace / "runs" / "small" / "model", broken)
     weights = load_file(broken / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
+    weights["model.layers.0.mlp.up_proj.weight"][0] = 3e38  # finite, but no sum of it is
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     for held_out, what in ((0.0, "the loss is nan"), (0.05, "the held-out loss is nan")):
         (workplace / "nan.yaml").write_text(

@@ -431,6 +431,30 @@ def test_describe_template_refuses_unusable_templates(byte):
     assert caught.value.reason == Reason.TEMPLATE
 
 
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        (LOOP, "needs more than 1 second of computing"),
+        ("{{ 'x' * 3000000000 }}", "needs more than 256 MiB of memory"),
+        (
+            "{% set ns = namespace(s='x' * 999) %}{% for a in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+            "MiB",
+        ),
+        ("{% if tools %}" + LOOP + "{% endif %}", "1 second"),
+        ("{% for a in range(10 ** 12) %}{% endfor %}", "OverflowError: Range too big"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ 1 < 'a' }}", "TypeError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    ],
+)
+def test_describe_template_refuses_hostile_templates(start: str, reason: str, byte):
+    with pytest.raises(ConfigError, match=reason):
+        describe_template(with_template(byte, start + HEADED + PROMPT))
+
+
 def test_describe_template_knows_chatml(byte):
     template = describe_template(load_tokenizer(byte))
     assert (template.known_as, template.end_of_turn, template.end_of_turn_id) == ("plain ChatML", END, 258)

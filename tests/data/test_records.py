@@ -183,8 +183,39 @@ def test_list_files_sorts_and_follows_links_once(tmp_path):
     for name in ("b/inner/2.txt", "b/1.txt", "a.txt", "b/.hidden.txt", "b/image.png"):
         (tmp_path / name).write_text(name)
     os.symlink(tmp_path, tmp_path / "b" / "loop")
-    os.symlink(tmp_path / "gone.txt", tmp_path / "dangling.txt")
-    assert [file.name for file in list_files(tmp_path)] == ["a.txt", "b/1.txt", "b/inner/2.txt"]
+    os.symlink("1.txt", tmp_path / "b" / "link.txt")
+    assert [file.name for file in list_files(tmp_path)] == ["a.txt", "b/1.txt", "b/inner/2.txt", "b/link.txt"]
+
+
+def test_links_that_lead_out_of_a_data_folder_are_refused(tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "diary.txt").write_text("mine")
+    for number, (link, target) in enumerate([("diary.txt", "../secret/diary.txt"), ("more", "../secret")]):
+        folder = tmp_path / f"set-{number}"
+        folder.mkdir()
+        (folder / "a.txt").write_text("a")
+        (folder / link).symlink_to(target)
+        with pytest.raises(BadData, match=rf"{folder / link}: is a link to {tmp_path / 'secret'}.*, outside of"):
+            list_files(folder)
+    (tmp_path / "given.txt").symlink_to("secret/diary.txt")
+    (tmp_path / "given").symlink_to("secret")
+    assert [file.name for file in list_files(tmp_path / "given.txt")] == ["given.txt"]
+    assert [file.name for file in list_files(tmp_path / "given")] == ["diary.txt"]
+
+
+def test_links_of_the_hub_cache_are_followed(tmp_path):
+    """As huggingface_hub lays out a downloaded data set, and not to the blobs of another one."""
+    for name in ("mine", "other"):
+        (tmp_path / name / "blobs").mkdir(parents=True)
+        (tmp_path / name / "blobs" / "0af3").write_text("text")
+    snapshot = tmp_path / "mine" / "snapshots" / "4f2c"
+    (snapshot / "data").mkdir(parents=True)
+    (snapshot / "data" / "a.txt").symlink_to("../../../blobs/0af3")
+    assert [file.name for file in list_files(snapshot)] == ["data/a.txt"]
+    assert [file.name for file in list_files(snapshot / "data")] == ["a.txt"]
+    (snapshot / "b.txt").symlink_to("../../../other/blobs/0af3")
+    with pytest.raises(BadData, match="outside of"):
+        list_files(snapshot)
 
 
 def zstd(content: bytes) -> bytes:

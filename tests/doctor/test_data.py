@@ -1,5 +1,6 @@
 """Rules about what the rows became, provoked by rows and templates."""
 
+import gzip
 import json
 import os
 from dataclasses import replace
@@ -133,6 +134,21 @@ def test_q33_little_text_for_a_pretrained_model(base, texts, tmp_path):
     run = run_of(tmp_path, texts, method="continue", model=str(base), budget={"epochs": 3.0})
     found = found_in(prepared_of(run))["Q33"]
     assert found.severity == "info" and "3.0 times" in found.found
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.md", "rows.txt.gz"])
+def test_q34_json_lines_with_the_name_of_a_text(name, base, tmp_path):
+    rows = "".join(json.dumps(row) + "\n" for row in text_rows()).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)
+    run = run_of(tmp_path, path, method="continue", model=str(base), data={"held_out": 0.0})
+    assert str(path) in found_in(prepared_of(run))["Q34"].found
+    prose = tmp_path / "prose" / name
+    prose.parent.mkdir()
+    text = ("{1}: a note\n" + "A fox drew a house. " * 40).encode()
+    prose.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    run = run_of(tmp_path, prose, method="continue", model=str(base), data={"held_out": 0.0})
+    assert severity_of(prepared_of(run), "Q34") is None
 
 
 def test_examine_reads_every_byte_of_the_stores(base, tmp_path):

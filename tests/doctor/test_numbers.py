@@ -32,10 +32,9 @@ def test_q19_adapters_learn_in_a_range(prepared, rate, severity):
 
 
 def test_q19_large_models_need_lower_rates(prepared):
-    layers = 3_000_000_000 // prepared.job.shape.num_layer_matmul_params
-    large = replace(
-        prepared, job=replace(prepared.job, shape=replace(prepared.job.shape, num_hidden_layers=layers + 1))
-    )
+    wide = replace(prepared.job.shape, intermediate_size=1 << 18)
+    layers = 3_000_000_000 // wide.num_layer_matmul_params
+    large = replace(prepared, job=replace(prepared.job, shape=replace(wide, num_hidden_layers=layers + 1)))
     assert severity_of(with_rate(large, 1e-3), "Q19") == "warning"
     assert severity_of(with_rate(large, 9e-4), "Q19") is None
     assert "1e-3" not in str(severity_of(with_rate(prepared, 1e-3), "Q19"))

@@ -14,9 +14,9 @@ def loaded(base, chats, tmp_path) -> LoadedRun:
     return load(prepared_of(run))
 
 
-def test_m04_weights_with_nan(tokenizer, chats, tmp_path):
+def test_m04_weights_that_overflow(tokenizer, chats, tmp_path):
     def poison(model):
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+        model.model.layers[0].mlp.up_proj.weight[0] = 3e38
 
     base = write_base(tmp_path / "base", tokenizer, edit=poison)
     prepared = prepared_of(run_of(tmp_path, chats, method="full", model=str(base)))

@@ -156,6 +156,6 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 checkpoint.write(Path({str(tmp_path / "step-00000002")!r}), {{"model": {{"w": torch.zeros(100_000)}}}}, {{"step": 2}})
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "Writing step-00000002 failed" in result.stderr
+    assert "File too large" in result.stderr and ".step-00000002.tmp/model.safetensors" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert checkpoint.verify(tmp_path / "step-00000001")["step"] == 1

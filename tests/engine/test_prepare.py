@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.engine.runs import adapt_values, write_conversations
+from tests.engine.runs import adapt_values, run_values, write_conversations, write_corpus
 from tests.support.models import END_OF_TEXT, byte_tokenizer, write_base
 from trivium.config.run import Run, with_method_defaults
 from trivium.data.columns import loss_weights
 from trivium.data.store.megatron import Selection, Store
 from trivium.engine.loop import Silent
 from trivium.engine.prepare import Job, prepare
+from trivium.engine.provenance import reasons_for_no_held_out
 from trivium.errors import ConfigError
 
 TEMPLATE = """\
@@ -99,3 +100,28 @@ def test_inputs_digest_changes_with_the_template(base, tmp_path):
         assert prepared(base, data, tmp_path).inputs != before
     finally:
         template.write_text(original)
+
+
+def test_training_a_tokenizer_is_said_only_when_it_is_done(tmp_path):
+    """A resumed run uses the same tokenizer, and says so by saying nothing."""
+    run = Run.model_validate(with_method_defaults(run_values(write_corpus(tmp_path / "stories.jsonl"), tmp_path)))
+    for times in ([1], [1, 0]):
+        said: list[str] = []
+        prepare(run, said.append)
+        assert sum("training a byte tokenizer of 259 tokens" in line for line in said) == times[-1]
+
+
+@pytest.mark.parametrize(
+    ("num_copies", "held_out", "reason"),
+    [
+        (20, 0.1, "copies.jsonl has only one distinct document, 20 times; copies of a document are never held out"),
+        (20, 0.0, "data.held_out is 0"),
+    ],
+)
+def test_the_reason_for_an_empty_held_out_set_is_true(num_copies: int, held_out: float, reason: str, base, tmp_path):
+    turns = [{"role": "user", "content": "the only"}, {"role": "assistant", "content": "one"}]
+    data = tmp_path / "copies.jsonl"
+    data.write_text((json.dumps({"messages": turns}) + "\n") * num_copies)
+    job = prepared(base, data, tmp_path, held_out=held_out)
+    (found,) = reasons_for_no_held_out(job)
+    assert not job.held_out and reason in found and "text file" not in found

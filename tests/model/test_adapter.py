@@ -404,6 +404,18 @@ def test_pickled_and_damaged_adapters_are_refused(bases: dict[str, Path], tmp_pa
         adapter.load(load_base(bases["qwen2-tied"]), tmp_path)
 
 
+def test_adapters_that_are_not_finite_are_refused(base: Path, tmp_path: Path) -> None:
+    model = load_base(base)
+    adapter.inject(model, Adapter(rank=4), seed=1)
+    adapter.save(model, tmp_path, str(base), None, GENERATION)
+    tensors = load_file(tmp_path / adapter.WEIGHTS)
+    name = sorted(tensors)[0]
+    tensors[name][2, 0] = float("inf")
+    save_file(tensors, tmp_path / adapter.WEIGHTS)
+    with pytest.raises(ConfigError, match=f"an infinity in {name}, first in row 2;"):
+        adapter.load(load_base(base), tmp_path)
+
+
 def test_impossible_adapter_inits_are_refused(bases: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="at most 16"):
         adapter.inject(load_base(bases["qwen3-untied"]), Adapter(rank=17, init="pissa"), seed=0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trivium.errors import ConfigError, TriviumError
 from trivium.model import hf
 from trivium.model.qwen import Documents, Qwen, init_weights
+from trivium.model.resolve import shape_of_name
 from trivium.model.shape import QwenShape
 
 TIED = QwenShape("qwen3", 96, 32, 64, 2, 4, 2, 16, True)
@@ -164,6 +166,29 @@ def test_load_weights_names_tensors_that_do_not_fit(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bad", "words"), [(float("nan"), "a NaN"), (float("-inf"), "an infinity")])
+def test_weights_that_are_not_finite_are_named(dtype: torch.dtype, bad: float, words: str, tmp_path: Path):
+    shards = save(model_of(UNTIED), tmp_path, max_shard_bytes=20_000)
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = hf.find_tensors(Qwen(UNTIED), shards)[name]
+    tensors = {key: value.to(dtype) for key, value in load_file(file).items()}
+    tensors[name][13, 7] = bad
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=rf"{file.name} holds {words} in {name}, first in row 13;"):
+        hf.load_weights(Qwen(UNTIED), shards)
+
+
+def test_weights_with_a_sum_that_overflows_are_loaded(tmp_path: Path):
+    """A finite tensor may have an infinite sum."""
+    folder = save(model_of(TIED), tmp_path)
+    large = torch.full((96, 32), 3e38)
+    rewrite(folder, {hf.EMBEDDINGS: large})
+    model = Qwen(TIED)
+    hf.load_weights(model, folder)
+    assert torch.equal(model.model.embed_tokens.weight, large)
+
+
 def test_load_weights_refuses_an_untied_model_without_head(tmp_path: Path) -> None:
     folder = save(model_of(UNTIED), tmp_path / "model")
     rewrite(folder, {hf.HEAD: None})
@@ -222,6 +247,26 @@ def test_save_folder_replaces_an_older_model(tmp_path: Path) -> None:
     hf.load_weights(again, save(newer, tmp_path / "model"))
     assert all(torch.equal(a, b) for a, b in zip(newer.parameters(), again.parameters(), strict=True))
     assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("result", "hint"),
+    [
+        ("model", "Set model: {run}/model."),
+        ("adapter", "trivium export {run} --merge --out {run}-merged. Then set model: {run}-merged."),
+        (None, "finish it with: trivium train {run}/run.yaml"),
+    ],
+)
+def test_the_folder_of_a_run_hints_at_its_model(result: str | None, hint: str, tmp_path: Path):
+    run = tmp_path / "run"
+    if result is None:
+        run.mkdir()
+    else:
+        save(model_of(TIED), run / result)
+    (run / "run.yaml").write_text("method: full\n")
+    for read in (hf.find_folder, shape_of_name):
+        with pytest.raises(ConfigError, match=re.escape(hint.format(run=run))):
+            read(str(run))
 
 
 def test_find_folder_explains_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

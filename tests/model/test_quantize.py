@@ -1,5 +1,6 @@
 """NF4 weights compared with bitsandbytes and transformers: packing, gradients, memory."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_blockwise, quantize_4bit
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trivium.config.run import Adapter
@@ -187,6 +189,19 @@ def test_load_quantized_refuses_a_folder_of_another_shape(folder: Path, tmp_path
     with pytest.raises(ConfigError, match="do not fit"):
         load_quantized(model, folder, torch.float32, "cpu")
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_load_quantized_names_weights_that_are_not_finite(folder: Path, tmp_path: Path) -> None:
+    """Packed in four bits, a NaN would become an ordinary number."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(folder / hf.WEIGHTS)
+    tensors[name][5, 3] = float("nan")
+    shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+    save_file(tensors, tmp_path / hf.WEIGHTS)
+    with torch.device("meta"):
+        model = Qwen(hf.read_shape(folder))
+    with pytest.raises(ConfigError, match=f"a NaN in {name}, first in row 5;"):
+        load_quantized(model, tmp_path, torch.float32, "cpu")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")

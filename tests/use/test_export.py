@@ -1,6 +1,7 @@
 """Exports compute what they should by the word of stock PEFT and transformers, or they are not there."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.models import make_adapter, make_base, make_run
 from trivium.errors import ConfigError, TriviumError
 from trivium.files import sha256_file
-from trivium.use.export import export
+from trivium.use.export import export, require_config
 
 IDS = torch.tensor([[76, 105, 108, 121, 32, 100, 258, 256]])
 
@@ -97,14 +98,71 @@ def test_export_of_a_quantized_run_reports_the_difference(tmp_path: Path, base: 
     assert done.loss == pytest.approx(sum(a * n for a, n in losses) / sum(n for _, n in losses), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["adapter", "model"])
-def test_copied_export_has_the_same_bytes(kind: str, tmp_path: Path, base: Path, adapter: Path):
-    source = adapter if kind == "adapter" else base
-    done = export(str(source), tmp_path / "copy", merge=False, dtype=None, note=silent)
+def test_copied_adapter_has_the_same_bytes(tmp_path: Path, adapter: Path):
+    done = export(str(adapter), tmp_path / "copy", merge=False, dtype=None, note=silent)
     assert done.max_difference == 0.0
-    for file in (tmp_path / "copy").iterdir():
-        assert sha256_file(file) == sha256_file(source / file.name)
-    assert {file.suffix for file in (tmp_path / "copy").iterdir()} == {".json", ".jinja", ".safetensors"}
+    names = {file.name for file in (tmp_path / "copy").iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "generation_config.json"}
+    for name in names - {"adapter_model.safetensors"}:
+        assert sha256_file(tmp_path / "copy" / name) == sha256_file(adapter / name)
+    assert_same_tensors(tmp_path / "copy" / "adapter_model.safetensors", adapter / "adapter_model.safetensors")
+
+
+def assert_same_tensors(left: Path, right: Path) -> None:
+    one, other = load_file(left), load_file(right)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copied_model_has_the_same_weights(dtype: torch.dtype, tmp_path: Path):
+    base = make_base(tmp_path / "base", tie=False)
+    AutoModelForCausalLM.from_pretrained(base).to(dtype).save_pretrained(base)
+    done = export(str(base), tmp_path / "copy", merge=False, dtype=None, note=silent)
+    assert done.max_difference == 0.0
+    assert_same_tensors(tmp_path / "copy" / "model.safetensors", base / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert sha256_file(tmp_path / "copy" / name) == sha256_file(base / name)
+
+
+@pytest.mark.parametrize(("family", "tie"), [("qwen2", False), ("qwen3", True)])
+@pytest.mark.parametrize("kind", ["plain", "merged", "adapter"])
+def test_exports_are_readable_by_others(kind: str, family: str, tie: bool, tmp_path: Path):
+    """Readers before transformers 5 use only top-level keys, and servers run as other users."""
+    base = make_base(tmp_path / "base", tie=tie, family=family)
+    assert "rope_theta" not in json.loads((base / "config.json").read_text())
+    source = base if kind == "plain" else make_adapter(tmp_path / "adapter", base)
+    before = os.umask(0o027)
+    try:
+        export(str(source), tmp_path / "out", merge=kind == "merged", dtype=None, note=silent)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o640)
+    if kind != "adapter":
+        found = json.loads((tmp_path / "out" / "config.json").read_text())
+        wanted = {"rope_theta": 1e6, "head_dim": 16, "tie_word_embeddings": tie, "vocab_size": 320}
+        wanted |= {"dtype": "float32", "torch_dtype": "float32", "eos_token_id": 256 if kind == "plain" else 258}
+        assert {key: found.get(key) for key in wanted} == wanted
+        assert found["pad_token_id"] == 256
+
+
+def test_a_config_that_others_would_misread_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"rope_parameters": {"rope_theta": 1e6}, "vocab_size": 320}')
+    with pytest.raises(TriviumError, match=r"rope_theta None instead of 1000000\.0, so other programs"):
+        require_config(tmp_path, {"rope_theta": 1e6, "vocab_size": 320})
+    require_config(tmp_path, {"vocab_size": 320})
+
+
+def test_files_that_are_not_exported_are_named(tmp_path: Path):
+    base = make_base(tmp_path / "base")
+    for name in ("LICENSE", ".gitattributes", "pytorch_model.bin"):
+        (base / name).write_text("x")
+    said: list[str] = []
+    export(str(base), tmp_path / "copy", merge=False, dtype=None, note=said.append)
+    assert [line for line in said if line.startswith(f"not exported from {base}: LICENSE, pytorch_model.bin; ")]
+    assert not (tmp_path / "copy" / "LICENSE").exists()
 
 
 def test_export_never_touches_existing_files(tmp_path: Path, adapter: Path, base: Path):

@@ -3,13 +3,12 @@
 import sys
 from collections.abc import Generator
 from contextlib import closing, suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from trivium.errors import ConfigError, TriviumError, count_of
+from trivium.errors import ConfigError, TriviumError, count_of, printable
 
 if TYPE_CHECKING:
     from trivium.use.chat import Dialogue, Writer
@@ -24,8 +23,6 @@ COMMANDS = {
     "/quit": "quit, like Ctrl-D",
 }
 TEXT_TOKENS, ANSWER_TOKENS = 200, 2048
-
-_note = partial(click.echo, err=True)
 
 
 @click.command()
@@ -94,6 +91,10 @@ def chat(
         _converse(dialogue, model)
     else:
         _continue_texts(writer)
+
+
+def _note(text: str) -> None:
+    click.echo(printable(text), err=True)
 
 
 def _continue_texts(writer: "Writer") -> None:
@@ -174,7 +175,8 @@ def _show(pieces: Generator[str]) -> bool:
             for piece in pieces:
                 written += piece
                 thinks = "<think>" in written and "</think>" not in written
-                click.echo(click.style(piece, dim=True) if thinks else piece, nl=False)
+                shown = printable(piece)
+                click.echo(click.style(shown, dim=True) if thinks else shown, nl=False)
                 sys.stdout.flush()
         except KeyboardInterrupt:
             click.echo()

@@ -15,7 +15,7 @@ import click
 from pydantic import ValidationError
 
 from trivium.config.inputs import Data, Source
-from trivium.errors import ConfigError, count_of
+from trivium.errors import ConfigError, count_of, printable
 from trivium.report.progress import building
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _print(inspection: "Inspection") -> None:
 
     unit, num_documents = inspection.unit, inspection.num_documents
     click.echo(
-        f"{inspection.name}: {count_of(num_documents, 'document')}, {inspection.size:,} {unit}, "
+        f"{printable(inspection.name)}: {count_of(num_documents, 'document')}, {inspection.size:,} {unit}, "
         f"{inspection.share:.1%} of all {unit}"
     )
     if inspection.counts:
@@ -275,7 +275,7 @@ def _print(inspection: "Inspection") -> None:
     for reason, count in inspection.rejected_by_reason.items():
         click.echo(f"  rejected: {reason}, {count_of(count, 'record')}")
         for reject in inspection.rejects.get(reason, []):
-            click.echo(f"    {reject}")
+            click.echo(f"    {printable(reject)}")
     for shown in inspection.documents:
         _print_shown(shown)
     if inspection.documents:
@@ -284,9 +284,9 @@ def _print(inspection: "Inspection") -> None:
 
 def _print_shown(shown: "Shown") -> None:
     size = "" if shown.num_tokens is None else f", {count_of(shown.num_tokens, 'token')}"
-    click.echo(click.style(f"----- {shown.name}{size} " + "-" * BAR_COLUMNS, dim=True))
+    click.echo(click.style(f"----- {printable(shown.name)}{size} " + "-" * BAR_COLUMNS, dim=True))
     for note in shown.notes:
-        click.echo(f"  {note}")
+        click.echo(f"  {printable(note)}")
     for proof in shown.proofs:
         thinking = "" if proof.thinking is None else f", enable_thinking={proof.thinking}"
         click.echo(
@@ -295,7 +295,7 @@ def _print_shown(shown: "Shown") -> None:
         )
     left = MAX_SHOWN_CHARS
     for span in shown.spans:
-        click.echo(_marked(span, span.text[:left]), nl=False)
+        click.echo(_marked(span, printable(span.text[:left])), nl=False)
         left = max(0, left - len(span.text))
     cut = sum(len(span.text) for span in shown.spans) - MAX_SHOWN_CHARS
     click.echo(f" [{cut:,} more characters]" if cut > 0 else "")

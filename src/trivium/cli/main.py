@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from trivium.errors import TriviumError
+from trivium.errors import TriviumError, printable
+from trivium.files import full_disk_explained
 
 VERBS = {
     "quickstart": "Train small models with every method and compare them, in minutes.",
@@ -64,7 +65,8 @@ class VerbGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb. Click handles usage errors (exit code 2) and broken pipes (1, silently)."""
         try:
-            return super().invoke(ctx)
+            with full_disk_explained(None, "Files that were whole before are unchanged."):
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except (KeyboardInterrupt, click.Abort):
@@ -83,7 +85,7 @@ class VerbGroup(click.Group):
 
 def print_paragraphs(message: str) -> None:
     """Print each line of a message to stderr, wrapped if stderr is a terminal."""
-    for line in message.splitlines():
+    for line in printable(message).splitlines():
         paragraph = f"trivium: {line}"
         if sys.stderr.isatty():
             columns = min(shutil.get_terminal_size().columns, MAX_COLUMNS)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from trivium.cli.data import DEFAULT_CACHE_DIR, DEFAULTS, DOCUMENTS, source_of
-from trivium.errors import ConfigError
+from trivium.errors import ConfigError, printable
 from trivium.report.progress import building
 
 if TYPE_CHECKING:
@@ -96,4 +96,4 @@ def inspect(path: str, text: str | None, as_json: bool) -> None:
         return
     for key, value in facts.items():
         shown = value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
-        click.echo(f"{key:<16} {shown}")
+        click.echo(printable(f"{key:<16} {shown}"))

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from trivium.data.words import WordEncoder
 from trivium.errors import ConfigError, first_lines
-from trivium.files import atomic_write
+from trivium.files import atomic_write, require_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,6 +44,7 @@ CHATML_TEMPLATE = """\
 
 # Limits memory: the library needs about 90 bytes per character of a part.
 MAX_PART_CHARS = 1 << 14
+MAX_LAYERS = 1 << 10  # far above every published model
 
 TokenizerKind = Literal["bpe", "byte", "char"]
 
@@ -53,6 +54,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
 
     Raises: ConfigError when it does not exist, is not a fast tokenizer, has no eos_token, or its ids have gaps.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
@@ -60,9 +62,12 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
         raise ConfigError(
             f"Tokenizer {name}: no such folder. Expected one with tokenizer.json, or a Hub id, e.g. Qwen/Qwen3-0.6B."
         )
+    if folder.is_dir():
+        require_regular(*folder.iterdir())
+        _require_few_layers(folder / "config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.exists() else name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConfigError(
             f"Tokenizer {name} cannot be loaded ({first_lines(error)}). Expected a folder with tokenizer.json and "
             "tokenizer_config.json, or a Hub id that is in the local cache or reachable from here."
@@ -83,6 +88,19 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
             "duplicates; its files probably come from different tokenizers, so download it again."
         )
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _require_few_layers(config: Path) -> None:
+    """Raise ConfigError for a config.json with an absurd number of layers: transformers reads it with a tokenizer."""
+    try:
+        layers = json.loads(config.read_bytes()).get("num_hidden_layers", 0)
+    except (OSError, ValueError, AttributeError):
+        return  # no config.json of a model
+    if type(layers) is not int or layers > MAX_LAYERS:
+        raise ConfigError(
+            f"{config}: num_hidden_layers is {layers!r}; expected a whole number of at most {MAX_LAYERS:,}. Correct "
+            "it, or download the file again."
+        )
 
 
 def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, folder: Path) -> None:

@@ -3,8 +3,10 @@
 They read the reports of the token stores, the chat template, and the first conversations of each source.
 """
 
+import json
 import unicodedata
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from trivium.data.chat.formats import Conversation
 from trivium.data.chat.messages import Turn
 from trivium.data.chat.samples import ChatEncoder
 from trivium.data.rejects import Reason, RecordError
+from trivium.data.source.blocks import file_kind, list_files, open_decompressed
 from trivium.doctor.findings import Rule, Violation
 from trivium.doctor.prepared import PreparedRun
 from trivium.errors import BadData, count_of
@@ -20,6 +23,7 @@ SHORTENED_SHARE = 0.01
 SYSTEM_SHARE = 0.99
 UINT16_TOKENS = 1 << 16
 SMALL_CORPUS_TOKENS = 10_000_000
+MAX_TEXT_FILES, TEXT_BYTES_READ, MAX_LINES_READ = 64, 1 << 18, 8
 
 
 def too_long(prepared: PreparedRun) -> Violation | None:
@@ -203,6 +207,34 @@ def small_corpus(prepared: PreparedRun) -> Violation | None:
     )
 
 
+def json_named_text(prepared: PreparedRun) -> Violation | None:
+    """Q34: JSON lines in a file that is read as plain text, because of its name."""
+    found = []
+    for source in prepared.run.data.sources:
+        files = list_files(Path(source.path).expanduser()) if source.path else []
+        texts = [file.path for file in files if file_kind(file.path) == "text"]
+        found += [str(path) for path in texts[:MAX_TEXT_FILES] if _has_json_lines(path)]
+    if not found:
+        return None
+    return Violation(
+        "warning",
+        f"{', '.join(found[:3])}{' and others' if len(found) > 3 else ''} is read as plain text, and its first lines "
+        "are JSON objects, so the model learns brackets and field names.",
+        "plain text, or a file named .jsonl, whose records are found.",
+        "rename it to end in .jsonl (or .jsonl.gz), if the model is not meant to write JSON.",
+    )
+
+
+def _has_json_lines(path: Path) -> bool:
+    """Whether a text file starts with at least two JSON objects, one per line."""
+    with open_decompressed(path) as stream:
+        lines = [line for line in stream.read(TEXT_BYTES_READ).splitlines()[:MAX_LINES_READ] if line.strip()]
+    try:
+        return len(lines) > 1 and all(isinstance(json.loads(line), dict) for line in lines[:2])
+    except (ValueError, RecursionError):
+        return False
+
+
 RULES = (
     Rule[PreparedRun]("Q03", "eos-truncated", too_long),
     Rule[PreparedRun]("Q12", "template-unknown", unknown_template),
@@ -213,4 +245,5 @@ RULES = (
     Rule[PreparedRun]("Q28", "documents-on-chat-model", documents_on_chat_model),
     Rule[PreparedRun]("Q30", "default-system-prompt", default_system),
     Rule[PreparedRun]("Q33", "small-corpus", small_corpus),
+    Rule[PreparedRun]("Q34", "json-named-text", json_named_text),
 )

@@ -13,11 +13,13 @@ from trivium.engine.plan_record import suggest_fixes
 from trivium.engine.prepare import cache_folder
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import DoesNotFit, count_of
-from trivium.files import GIB, MIB
+from trivium.files import GIB, MIB, existing_parent, with_reserve
+from trivium.model import hf
 from trivium.plan.fit import FIT_SHARE, fits
 from trivium.plan.memory import peak_memory
 from trivium.plan.workload import FP32_BYTES
 
+RECORD_BYTES_OF_A_STEP = 200  # a line of the ledger, and a tenth of a line of metrics
 MOMENT_BYTES = {"fp32": 4, "8bit": 1, "paged-8bit": 1}
 
 
@@ -84,7 +86,7 @@ def may_write(run: Run) -> Violation | None:
     """M03: folders that are not writable."""
     found = []
     for key, folder in (("runs_dir", Path(run.runs_dir) / run.name), ("data.cache_dir", cache_folder(run))):
-        there = _existing_parent(folder)
+        there = existing_parent(folder)
         try:
             tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
@@ -97,12 +99,6 @@ def may_write(run: Run) -> Violation | None:
         "writable folders for the run and its token stores.",
         "set runs_dir and data.cache_dir to other folders, or fix their permissions.",
     )
-
-
-def _existing_parent(folder: Path) -> Path:
-    """The folder itself, or the nearest parent that exists."""
-    there = folder.absolute()
-    return next(path for path in (there, *there.parents) if path.exists())
 
 
 def memory(prepared: PreparedRun) -> Violation | None:
@@ -122,32 +118,42 @@ def memory(prepared: PreparedRun) -> Violation | None:
 
 
 def disk_parts(prepared: PreparedRun) -> dict[str, int]:
-    """Peak disk use of the run in bytes: one checkpoint more than `checkpoint.keep`, and the result."""
+    """Peak disk use of the run in bytes: one checkpoint more than `checkpoint.keep`, the result, and the records."""
     run, shape = prepared.run, prepared.job.shape
     num_trained = prepared.workload.num_trained_params
     checkpoint = num_trained * (FP32_BYTES + 2 * MOMENT_BYTES[run.optimizer.state_dtype])
-    result = (
-        shape.num_params * prepared.machine.compute_dtype.itemsize if run.adapter is None else num_trained * FP32_BYTES
-    )
+    if run.adapter is None:
+        result = shape.num_params * prepared.machine.compute_dtype.itemsize
+    else:  # other initializations are saved with twice the rank
+        result = num_trained * FP32_BYTES * (1 if run.adapter.init == "default" else 2)
     num_checkpoints = min(run.checkpoint.keep + 1, prepared.job.num_steps)
-    return {count_of(num_checkpoints, "checkpoint"): num_checkpoints * checkpoint, "the result": result}
+    return {
+        count_of(num_checkpoints, "checkpoint"): num_checkpoints * checkpoint,
+        "the result": result + hf.companion_bytes(prepared.job.tokenizer_folder),
+        "records": prepared.job.num_steps * RECORD_BYTES_OF_A_STEP,
+    }
+
+
+def disk_needed(prepared: PreparedRun) -> int:
+    """Bytes that must be free so that the run can write all that it has not written yet."""
+    folder = RunFolder(Path(prepared.run.runs_dir) / prepared.run.name)
+    written = [*folder.checkpoints.rglob("*"), *folder.path.glob("*.jsonl")]
+    already = sum(path.stat().st_size for path in written if path.is_file())
+    return with_reserve(max(0, sum(disk_parts(prepared).values()) - already))
 
 
 def disk(prepared: PreparedRun) -> Violation | None:
     """M02: checkpoints and result need more than the free disk space. The token stores are built already."""
-    folder = RunFolder(Path(prepared.run.runs_dir) / prepared.run.name)
-    already = sum(path.stat().st_size for path in folder.checkpoints.rglob("*") if path.is_file())
-    parts = disk_parts(prepared)
-    needed = sum(parts.values()) - already
-    there = _existing_parent(folder.path)
-    free = shutil.disk_usage(there).free
+    there = existing_parent(Path(prepared.run.runs_dir) / prepared.run.name)
+    needed, free = disk_needed(prepared), shutil.disk_usage(there).free
     if needed <= free:
         return None
-    table = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items())
+    table = ", ".join(f"{name} {size / MIB:,.1f}" for name, size in disk_parts(prepared).items())
     return Violation(
         "error",
-        f"the run will write {needed / MIB:,.0f} MiB to {there} ({table}), but only {free / MIB:,.0f} MiB are free.",
-        "space for the result and one checkpoint more than checkpoint.keep.",
+        f"the run needs {needed / MIB:,.1f} MiB in {there} ({table}, and a reserve, less what it has written), but "
+        f"only {free / MIB:,.1f} MiB are free.",
+        "space for the result, the records and one checkpoint more than checkpoint.keep.",
         "free some space, lower checkpoint.keep, or put runs_dir on a larger disk.",
     )
 

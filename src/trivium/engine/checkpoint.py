@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from trivium.errors import ConfigError, TriviumError
-from trivium.files import atomic_write, fsync_directory, require_free_space, sha256_file, write_safetensors
+from trivium.files import DISK_FULL, atomic_write, fsync_directory, require_free_space, sha256_file, write_safetensors
 from trivium.model import hf
 
 FORMAT = 1
@@ -42,12 +42,13 @@ def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: Mapp
         tensors: for each file name without suffix, its tensors by name.
         state: the rest of the training state, as JSON.
 
-    Raises: TriviumError when the disk is full; existing files are not touched.
+    Raises: DoesNotFit when the disk has not enough free space, and OSError when it fills up meanwhile, both without
+        touching existing files; TriviumError when writing fails otherwise.
     """
     if folder.exists():
         return
     num_bytes = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-    require_free_space(folder.parent, num_bytes + (1 << 20), f"checkpoint {folder.name}")
+    require_free_space(folder.parent, num_bytes, f"checkpoint {folder.name}")
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         if temporary.exists():
@@ -65,6 +66,8 @@ def write(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: Mapp
         fsync_directory(folder.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if error.errno in DISK_FULL:
+            raise  # the caller knows what the rest of the run needs
         raise TriviumError(
             f"Writing {folder.name} failed: {error}. Earlier checkpoints are unchanged. Free disk space or repair the "
             "disk, and run the same command again."

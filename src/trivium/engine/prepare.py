@@ -268,7 +268,6 @@ def find_tokenizer(run: Run, model_folder: Path | None, note: Callable[[str], No
     if run.tokenizer is None and model_folder is not None and (model_folder / "tokenizer.json").is_file():
         return model_folder
     training = (run.tokenizer.train if run.tokenizer else None) or TrainTokenizer()
-    note(f"training a {training.kind} tokenizer of {training.vocab_size:,} tokens on the data")
     return train_tokenizer_from_sources(
         run.data.sources,
         kind=training.kind,

@@ -131,10 +131,28 @@ def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
             "that accept only low-rank matrices (vLLM) need the merged model: trivium export RUN --merge --out FOLDER"
         )
     if not job.held_out:
-        yield (
-            "nothing is held out, so there is no evaluation: data.held_out is 0, every source is an external store, or "
-            "there is only one document (a text file is one document; to split it, set data.sources.0.documents=line)"
-        )
+        yield f"nothing is held out, so there is no evaluation: {'; '.join(reasons_for_no_held_out(job))}"
+
+
+def reasons_for_no_held_out(job: Job) -> list[str]:
+    """Why a run has no held-out documents to evaluate on, each reason once."""
+    if job.run.data.held_out == 0:
+        return ["data.held_out is 0"]
+    reasons = []
+    for built in job.built:
+        if not built.report:
+            reason = "an external store has no held-out documents"
+        elif built.report["held_out_documents"]:
+            reason = "the held-out documents have no supervised token within eval.max_tokens"
+        else:
+            reason = (
+                f"{built.name} has only one distinct document, {count_of(built.report['documents'], 'time')}; copies "
+                "of a document are never held out from each other"
+            )
+            if not built.has_conversations:
+                reason += " (a text file is one document; to split it, set data.sources.0.documents=line)"
+        reasons.append(reason)
+    return list(dict.fromkeys(reasons))
 
 
 def describe_conversations(built: BuiltStore) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from trivium.errors import TriviumError
-from trivium.files import FolderLock, atomic_write
+from trivium.files import FolderLock, atomic_write, errors_named
 
 
 def now() -> str:
@@ -43,7 +43,7 @@ class JsonLines:
         """Append a line; readers see it at once."""
         if not self.is_writer:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with errors_named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

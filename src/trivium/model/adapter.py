@@ -250,7 +250,8 @@ def save(
             rank = 2 * layer.r[NAME]
             content |= {"r": rank, "lora_alpha": _whole(layer.scaling[NAME] * rank), "use_rslora": False}
     sources = [hf.tensor_source(name, tensor, torch.float32) for name, tensor in tensors.items()]
-    with hf.replacing(folder, CONFIG, sum(source.num_bytes for source in sources)) as temporary:
+    size_bytes = sum(source.num_bytes for source in sources) + hf.companion_bytes(tokenizer_folder)
+    with hf.replacing(folder, CONFIG, size_bytes) as temporary:
         atomic_write(temporary / CONFIG, hf.as_json(content))
         hf.write_companions(temporary, tokenizer_folder, generation)
         write_safetensors(temporary / WEIGHTS, sources, {"format": "pt"})

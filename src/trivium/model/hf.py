@@ -5,10 +5,11 @@ leave the folder. Weights are copied in pieces, so a model is never in memory tw
 """
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -18,9 +19,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trivium.errors import ConfigError
-from trivium.files import TensorSource, atomic_write, fsync_directory, require_free_space, write_safetensors
+from trivium.files import (
+    TensorSource,
+    atomic_write,
+    fsync_directory,
+    require_free_space,
+    require_regular,
+    write_safetensors,
+)
 from trivium.model.qwen import Qwen
-from trivium.model.resolve import read_json
+from trivium.model.resolve import read_json, require_no_run_folder
 from trivium.model.shape import QwenShape
 
 WEIGHTS = "model.safetensors"
@@ -35,10 +43,18 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-MODEL_FILES = ("config.json", "generation_config.json")
+GENERATION_CONFIG = "generation_config.json"
+MODEL_FILES = ("config.json", GENERATION_CONFIG)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WEIGHT_FILES = (INDEX, "model*.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
+STORED_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
 PIECE_BYTES, COPY_VALUES = 1 << 26, 1 << 22
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -46,9 +62,11 @@ MAX_SHARD_BYTES = 5 * 2**30
 def find_folder(name: str, with_weights: bool = True) -> Path:
     """The local folder of a model: `name` if it is a folder, else the downloaded Hub repository `owner/name`.
 
-    Raises: ConfigError when `name` is neither, or the download fails.
+    Raises: ConfigError when `name` is neither, the download fails, or something in the folder is not a regular file.
     """
     if Path(name).is_dir():
+        require_regular(*Path(name).iterdir())
+        require_no_run_folder(Path(name))
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ConfigError(
@@ -72,7 +90,7 @@ def find_folder(name: str, with_weights: bool = True) -> Path:
 def read_stop_ids(*folders: Path) -> list[int]:
     """EOS ids from the first generation_config.json or config.json in `folders` that has any; empty if none has."""
     for folder in folders:
-        for name in ("generation_config.json", "config.json"):
+        for name in (GENERATION_CONFIG, "config.json"):
             eos = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
             if eos is not None:
                 return [int(token) for token in eos] if isinstance(eos, list) else [int(str(eos))]
@@ -90,7 +108,7 @@ def read_shape(folder: Path) -> QwenShape:
 def load_weights(model: Qwen, folder: Path) -> None:
     """Load the folder's safetensors into the model's parameters, keeping their device and dtype.
 
-    Raises: ConfigError as `find_tensors`, before any value is written.
+    Raises: ConfigError as `find_tensors`, before any value is written, and as `read_tensor`.
     """
     files = find_tensors(model, folder)
     for name, parameter in model.named_parameters():
@@ -128,9 +146,21 @@ def find_tensors(model: Qwen, folder: Path) -> dict[str, Path]:
 
 @torch.no_grad()
 def read_tensor(path: Path, name: str, into: Tensor) -> None:
-    """Copy a stored tensor in pieces into a tensor of any device and dtype."""
+    """Copy a stored tensor in pieces into a tensor of any device and dtype.
+
+    Raises: ConfigError when it holds a NaN or an infinity.
+    """
     start = 0
     for piece in _pieces(path, name):
+        # A sum is never finite if a value is not, and takes a fifteenth of the time of `isfinite`.
+        if not math.isfinite(float(piece.sum())) and not piece.isfinite().all():
+            at = start + int((~piece.isfinite()).reshape(len(piece), -1).any(1).nonzero()[0])
+            value = "a NaN" if piece.isnan().any() else "an infinity"
+            raise ConfigError(
+                f"{path} holds {value} in {name}, first in row {at:,}; expected finite numbers, since every result "
+                "would be NaN. Nothing was trained. Download the file again and compare its SHA-256 with the "
+                "published one; if it is your own, go back to an earlier checkpoint of the run that wrote it."
+            )
         into[start : start + len(piece)].copy_(piece)
         start += len(piece)
 
@@ -238,30 +268,52 @@ def save_folder(
         generation: content of generation_config.json, whose token ids also go to config.json; None takes the EOS, pad
             and BOS of the tokenizer.
 
-    Raises: ConfigError when `folder` holds something other than a model; TriviumError when the disk is full.
+    Raises: ConfigError when `folder` holds something other than a model; DoesNotFit when the disk has not enough free
+        space.
     """
-    size_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if generation is None:
         generation = {} if tokenizer_folder is None else _tokenizer_ids(tokenizer_folder)
-    config = model.shape.to_hf_config() | {"dtype": str(dtype).removeprefix("torch.")} | _token_ids(generation)
+    tensors = [tensor_source(name, parameter, dtype) for name, parameter in model.named_parameters()]
+    size_bytes = sum(tensor.num_bytes for tensor in tensors) + companion_bytes(tokenizer_folder)
     with replacing(folder, "config.json", size_bytes) as temporary:
-        atomic_write(temporary / "config.json", as_json(config))
+        write_model(temporary, model.shape, dtype, tensors, generation, max_shard_bytes)
         write_companions(temporary, tokenizer_folder, generation)
-        _write_weights(model, temporary, dtype, max_shard_bytes)
+
+
+def write_model(
+    folder: Path,
+    shape: QwenShape,
+    dtype: torch.dtype,
+    tensors: Iterable[TensorSource],
+    generation: Mapping[str, object],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config.json and the weights into an existing folder.
+
+    The config has the dtype twice, like `rope_theta`: readers before transformers 4.56 know only `torch_dtype`.
+
+    Args:
+        dtype: what config.json says of the tensors.
+        generation: see `save_folder`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    config = shape.to_hf_config() | {"dtype": name, "torch_dtype": name} | _token_ids(generation)
+    atomic_write(folder / "config.json", as_json(config))
+    _write_weights(folder, tensors, max_shard_bytes)
 
 
 @contextmanager
 def replacing(folder: Path, mark: str, size_bytes: int) -> Iterator[Path]:
     """A temporary folder for `size_bytes` that is fsynced and replaces `folder` at the end of the block.
 
-    Raises: ConfigError when `folder` has files but no file `mark`; TriviumError when the disk is full.
+    Raises: ConfigError when `folder` has files but no file `mark`; DoesNotFit when the disk has not enough free space.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
         raise ConfigError(
             f"{folder} is not empty and has no {mark}, so it was not touched. Choose another output folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    require_free_space(folder.parent, size_bytes + (64 << 20), "the model's weights")
+    require_free_space(folder.parent, size_bytes, "the result")
     temporary, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "replaced"))
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -275,9 +327,15 @@ def replacing(folder: Path, mark: str, size_bytes: int) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def companion_bytes(tokenizer_folder: Path | None) -> int:
+    """Bytes of the tokenizer files that `write_companions` copies."""
+    files = [] if tokenizer_folder is None else [tokenizer_folder / name for name in TOKENIZER_FILES]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def write_companions(folder: Path, tokenizer_folder: Path | None, generation: Mapping[str, object]) -> None:
     """Write generation_config.json and copy the tokenizer's files."""
-    atomic_write(folder / "generation_config.json", as_json(generation))
+    atomic_write(folder / GENERATION_CONFIG, as_json(generation))
     for name in TOKENIZER_FILES:
         if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
             atomic_write(folder / name, (tokenizer_folder / name).read_bytes())
@@ -290,7 +348,7 @@ def as_json(content: Mapping[str, object]) -> str:
 
 def _token_ids(generation: Mapping[str, object]) -> dict[str, object]:
     """The special token ids of config.json, which has a single EOS id: the first."""
-    ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
+    ids = {key: generation[key] for key in TOKEN_IDS if key in generation}
     if isinstance(ids.get("eos_token_id"), list):
         ids["eos_token_id"] = ids["eos_token_id"][0]
     return ids
@@ -310,11 +368,10 @@ def _tokenizer_ids(tokenizer_folder: Path) -> dict[str, object]:
     return ids
 
 
-def _write_weights(model: Qwen, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_weights(folder: Path, tensors: Iterable[TensorSource], max_shard_bytes: int) -> None:
     """Write one safetensors file, or several of at most `max_shard_bytes` and an index."""
     shards: list[list[TensorSource]] = [[]]
-    for name, parameter in model.named_parameters():
-        source = tensor_source(name, parameter, dtype)
+    for source in tensors:
         if shards[-1] and sum(other.num_bytes for other in shards[-1]) + source.num_bytes > max_shard_bytes:
             shards.append([])
         shards[-1].append(source)
@@ -337,3 +394,32 @@ def tensor_source(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -
             yield piece.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data
 
     return TensorSource(name, STORED_DTYPES[dtype], tuple(tensor.shape), tensor.numel() * dtype.itemsize, read)
+
+
+def stored_sources(path: Path) -> list[TensorSource]:
+    """The tensors of a safetensors file in its order, to write exactly as they are stored.
+
+    Raises: ConfigError when the file is damaged or a tensor is not F32, BF16 or F16.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.offset_keys()
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from None
+    return [stored_source(path, name) for name in names]
+
+
+def stored_source(path: Path, name: str) -> TensorSource:
+    """A tensor to write exactly as it is stored in a safetensors file.
+
+    Raises: ConfigError when it is not F32, BF16 or F16.
+    """
+    shape = _header(path, name)
+    with safe_open(path, framework="pt") as file:
+        dtype = file.get_slice(name)[:0].dtype
+
+    def read() -> Iterator[memoryview]:
+        for piece in _pieces(path, name):
+            yield piece.contiguous().view(torch.uint8).numpy().data
+
+    return TensorSource(name, STORED_DTYPES[dtype], shape, math.prod(shape) * dtype.itemsize, read)

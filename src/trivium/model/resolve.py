@@ -13,6 +13,7 @@ from typing import Any
 from trivium.config.inputs import TrainTokenizer
 from trivium.config.run import Run
 from trivium.errors import ConfigError
+from trivium.files import require_regular
 from trivium.model import catalog
 from trivium.model.shape import QwenShape
 
@@ -86,6 +87,8 @@ def shape_of_name(name: str) -> QwenShape | None:
     Raises: ConfigError when there is no such folder or size, or the folder has no readable config.json.
     """
     if Path(name).is_dir():
+        require_regular(*Path(name).iterdir())
+        require_no_run_folder(Path(name))
         file = Path(name) / "config.json"
         if not file.is_file():
             raise ConfigError(
@@ -104,6 +107,20 @@ def shape_of_name(name: str) -> QwenShape | None:
             "Qwen/Qwen3-0.6B."
         )
     return None
+
+
+def require_no_run_folder(folder: Path) -> None:
+    """Raise ConfigError for the folder of a run, naming the model in it."""
+    if not (folder / "run.yaml").is_file() or (folder / "config.json").is_file():
+        return
+    if (folder / "model" / "config.json").is_file():
+        hint = f"Set model: {folder / 'model'}."
+    elif (folder / "adapter").is_dir():
+        merged = f"{folder}-merged"
+        hint = f"Merge its adapter: trivium export {folder} --merge --out {merged}. Then set model: {merged}."
+    else:
+        hint = f"It has no result yet; finish it with: trivium train {folder / 'run.yaml'}"
+    raise ConfigError(f"{folder} is the folder of a run; expected the folder of a model. {hint}")
 
 
 def published_shape(name: str) -> QwenShape | None:

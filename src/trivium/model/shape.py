@@ -22,6 +22,17 @@ SIZE_FIELDS = (
     "head_dim",
     "max_position_embeddings",
 )
+# Far above every published model: larger values are mistakes, or made to exhaust the memory of the reader.
+MAX_SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 13,
+    "max_position_embeddings": 1 << 30,
+}
 
 # Kinds of scaled rotary positions that extend a model's length after training.
 ADDED_AFTER_TRAINING = {"default", "yarn", "dynamic"}
@@ -132,6 +143,11 @@ class QwenShape:
             value = getattr(self, field)
             if type(value) is not int or value <= 0:
                 raise ConfigError(f"The model's {field} is {value!r}; give a whole number above zero.")
+            if value > MAX_SIZES[field]:
+                raise ConfigError(
+                    f"The model's {field} is {value:,}; expected at most {MAX_SIZES[field]:,}, far more than any "
+                    "published model has. Correct the config.json or the run file, or download the config.json again."
+                )
         for field in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, field)
             if type(value) not in (int, float) or not 0 < value < float("inf"):

@@ -14,7 +14,7 @@ from typing import Literal
 
 import click
 
-from trivium.errors import count_of
+from trivium.errors import count_of, printable
 from trivium.files import atomic_write
 from trivium.plan.speed import hours
 from trivium.report.style import facts, page
@@ -117,7 +117,7 @@ def table(comparison: Comparison) -> list[TableRow]:
 def as_text(comparison: Comparison) -> str:
     """The table as lines of text, with the best value of each row in bold."""
     rows = table(comparison)
-    names = [model.name for model in comparison.models]
+    names = [printable(model.name) for model in comparison.models]
     columns = zip(names, *([row.text(value) for value in row.values] for row in rows), strict=True)
     widths = [3 + max(map(len, column)) for column in columns]
     label_width = max(len(row.label) for row in rows)

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from trivium.errors import count_of
+from trivium.errors import count_of, printable
 from trivium.plan.speed import hours
 
 BARS = "".join(chr(0x2581 + level) for level in range(8))
@@ -54,7 +54,7 @@ class PlainLines:
 
     def note(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, step: int, num_steps: int) -> None:
         """The step after `step` is about to start."""
@@ -107,7 +107,7 @@ class LivePanel:
 
     def note(self, text: str) -> None:
         """Print one line above the panel."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def begin(self, step: int, num_steps: int) -> None:
         """Show the panel: the step after `step` is about to start."""
@@ -125,7 +125,7 @@ class LivePanel:
     def record(self, record: dict[str, Any]) -> None:
         """A line of metrics or a sample was written."""
         if "text" in record:
-            self.text = record["prompt"] + record["text"]
+            self.text = printable(record["prompt"] + record["text"])
         else:
             self.latest.update(record)
         if not self.begun:

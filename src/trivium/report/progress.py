@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from trivium.errors import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -28,7 +30,7 @@ def _progress() -> "Iterator[tuple[Progress, Callable[[str], None]]]":
 
     console, _ = find_console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield bars, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+        yield bars, lambda text: console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

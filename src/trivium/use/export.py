@@ -7,7 +7,7 @@ import gc
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,16 @@ from torch.nn.functional import cross_entropy
 from trivium.data.batch.pack import NO_LABEL
 from trivium.engine.record import read_record
 from trivium.errors import ConfigError, TriviumError, count_of
-from trivium.files import fsync_directory, require_free_space
+from trivium.files import (
+    TensorSource,
+    atomic_write,
+    fsync_directory,
+    full_disk_explained,
+    require_free_space,
+    write_safetensors,
+)
 from trivium.model import hf
+from trivium.model.qwen import Qwen
 from trivium.use.answers import EvalPrompt, prompt_text
 from trivium.use.held_out import Passage, passages_of_run
 from trivium.use.load import FoundModel, Loaded, find, load, load_network
@@ -28,6 +36,7 @@ from trivium.use.load import FoundModel, Loaded, find, load, load_network
 MAX_DIFFERENCE = 1e-4
 # The logits of all prompts are kept: 8 prompts of 128 tokens are 0.6 GB with Qwen's vocabulary.
 NUM_PROMPTS, MAX_PROMPT_TOKENS = 8, 128
+MAX_SHOWN_FILES = 5
 BUILT_IN_PROMPTS = (
     "What is the capital of France, and which river flows through it?",
     "Once upon a time, there was a little fox who could not sleep.",
@@ -90,8 +99,10 @@ def export(name: str, out: Path, merge: bool, dtype: torch.dtype | None, note: N
     staging = out.with_name(f".{out.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        done = _merged(place, staging, dtype, note) if merge else _copied(place, staging, note)
-        _sync(staging)
+        with full_disk_explained(staging, "The part of an export was deleted."):
+            done = _merged(place, staging, dtype, note) if merge else _copied(place, staging, note)
+            _sync(staging)
+        _note_left_out([place.folder, *([place.model_folder] if merge else [])], note)
         if out.exists():
             out.rmdir()
         os.rename(staging, out)
@@ -106,18 +117,15 @@ def _merged(place: FoundModel, staging: Path, dtype: torch.dtype | None, note: N
     config = hf.read_json(place.model_folder / "config.json")
     dtype = dtype or getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     loaded = load(place, dtype=torch.float32)
-    require_free_space(
-        staging.parent, loaded.network.num_parameters() * dtype.itemsize + (64 << 20), "the merged model"
-    )
     prompts, prompts_from = check_prompts(loaded, note)
     adapted = logits_of(loaded.network, prompts)
     network = _cast(loaded.model.merge_and_unload(safe_merge=True), dtype)
-    network.save_pretrained(staging)
-    _copy_tokenizer(place, staging)
+    written = _write_model(loaded, staging, dtype, [hf.tensor_source(*one) for one in network.named_parameters()])
     # Compare like with like: the same rounded weights in fp32 arithmetic.
     rounded = adapted if dtype == torch.float32 else logits_of(_cast(network, torch.float32), prompts)
     del loaded, network
     gc.collect()
+    require_config(staging, written)
     reloaded = logits_of(load_network(staging, torch.float32), prompts)
     done = {
         "num_prompts": len(prompts),
@@ -127,6 +135,19 @@ def _merged(place: FoundModel, staging: Path, dtype: torch.dtype | None, note: N
         "rounding": None if dtype == torch.float32 else difference(adapted, reloaded),
     }
     return done | (_against_quantized(place, prompts, reloaded, note) if place.was_quantized else {})
+
+
+def _note_left_out(folders: list[Path], note: Note) -> None:
+    """Say which files of the exported folders are not in the export; hidden files are not worth a word."""
+    known = (*hf.MODEL_FILES, *hf.TOKENIZER_FILES, *hf.WEIGHT_FILES, *hf.ADAPTER_FILES)
+    for folder in folders:
+        others = sorted(file.name for file in folder.iterdir() if not any(map(file.match, (*known, ".*"))))
+        if others:
+            more = f" and {len(others) - MAX_SHOWN_FILES} more" if len(others) > MAX_SHOWN_FILES else ""
+            note(
+                f"not exported from {folder}: {', '.join(others[:MAX_SHOWN_FILES])}{more}; an export has weights, "
+                "configuration and tokenizer, so copy what else belongs to them, for example a license"
+            )
 
 
 def _cast(network: Any, dtype: torch.dtype) -> Any:
@@ -152,39 +173,89 @@ def _against_quantized(place: FoundModel, prompts: list[Passage], merged: Logits
 
 
 def _copied(place: FoundModel, staging: Path, note: Note) -> dict[str, Any]:
-    """Copy the known files of the folder, reload and compare."""
+    """Write the folder's weights, configuration and tokenizer again, reload and compare."""
     loaded = load(place)
     prompts, prompts_from = check_prompts(loaded, note)
     original = logits_of(loaded.network, prompts)
-    dtype = str(loaded.network.dtype).removeprefix("torch.")
+    dtype = loaded.network.dtype
+    if place.kind == "adapter":
+        _copy_adapter(place.folder, staging)
+    else:
+        with torch.device("meta"):
+            files = hf.find_tensors(Qwen(hf.read_shape(place.folder)), place.folder)
+        names = [name for name, _ in loaded.network.named_parameters()]
+        written = _write_model(loaded, staging, dtype, [hf.stored_source(files[name], name) for name in names])
+        require_config(staging, written)
     del loaded
     gc.collect()
-    names = [*hf.MODEL_FILES, *hf.TOKENIZER_FILES, *hf.WEIGHT_FILES, *hf.ADAPTER_FILES]
-    files = sorted({file for name in names for file in place.folder.glob(name)})
-    require_free_space(staging.parent, sum(file.stat().st_size for file in files) + (64 << 20), "the copy")
-    staging.mkdir()
-    for file in files:
-        shutil.copyfile(file, staging / file.name)
     again = FoundModel(place.kind, staging, place.base_folder, None, False)
     reloaded = logits_of(load(again).network, prompts)
     return {
         "num_prompts": len(prompts),
         "prompts_from": prompts_from,
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "max_difference": _require_equal(original, reloaded, f"{place.folder} and its copy"),
     }
 
 
-def _copy_tokenizer(place: FoundModel, staging: Path) -> None:
-    """Copy the tokenizer, chat template and generation defaults; the adapter's are preferred over its base model's."""
-    owner = place.folder if (place.folder / "tokenizer.json").is_file() else place.model_folder
-    for name in hf.TOKENIZER_FILES:
-        if (owner / name).is_file():
-            shutil.copyfile(owner / name, staging / name)
-    for folder in (place.folder, place.model_folder):
-        if (folder / "generation_config.json").is_file():
-            shutil.copyfile(folder / "generation_config.json", staging / "generation_config.json")
-            return
+def _copy_adapter(folder: Path, staging: Path) -> None:
+    """Write an adapter's weights, and its configuration and tokenizer as they are."""
+    tensors = hf.stored_sources(folder / hf.ADAPTER_WEIGHTS)
+    require_free_space(
+        staging.parent, sum(tensor.num_bytes for tensor in tensors) + hf.companion_bytes(folder), "the copy"
+    )
+    staging.mkdir()
+    for name in (hf.ADAPTER_CONFIG, hf.GENERATION_CONFIG, *hf.TOKENIZER_FILES):
+        if (folder / name).is_file():
+            atomic_write(staging / name, (folder / name).read_bytes())
+    write_safetensors(staging / hf.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+
+
+def _write_model(loaded: Loaded, staging: Path, dtype: torch.dtype, tensors: list[TensorSource]) -> dict[str, object]:
+    """Write a model folder, and return what every reader must find in its config.json.
+
+    The tokenizer and the generation defaults are the adapter's, else its base model's.
+    """
+    place, generation = loaded.place, loaded.network.generation_config
+    folders = (place.folder, place.model_folder)
+    ids = {key: getattr(generation, key) for key in hf.TOKEN_IDS if getattr(generation, key) is not None}
+    stored = [folder / hf.GENERATION_CONFIG for folder in folders if (folder / hf.GENERATION_CONFIG).is_file()]
+    settings = (hf.read_json(stored[0]) if stored else {}) | ids
+    owner = next(folder for folder in folders if (folder / "tokenizer.json").is_file())
+    size_bytes = sum(tensor.num_bytes for tensor in tensors) + hf.companion_bytes(owner)
+    require_free_space(staging.parent, size_bytes, "the model")
+    staging.mkdir()
+    hf.write_model(staging, hf.read_shape(place.model_folder), dtype, tensors, settings)
+    hf.write_companions(staging, owner, settings)
+    config, name = loaded.network.config, str(dtype).removeprefix("torch.")
+    return {
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "vocab_size": loaded.network.get_input_embeddings().weight.shape[0],
+        "dtype": name,
+        "torch_dtype": name,
+        **ids,
+        "eos_token_id": loaded.stop_ids[0],
+    }
+
+
+def require_config(folder: Path, expected: Mapping[str, object]) -> None:
+    """Check the keys of config.json that readers use and that transformers 5 would find elsewhere or not miss.
+
+    Raises: TriviumError naming those that are missing or differ.
+    """
+    written = hf.read_json(folder / "config.json")
+    if wrong := [
+        f"{key} {written.get(key)!r} instead of {value!r}"
+        for key, value in expected.items()
+        if written.get(key) != value
+    ]:
+        raise TriviumError(
+            f"The config.json of the export has {', '.join(wrong)}, so other programs would run another model than the "
+            "one that was trained. The export was deleted. Expected the values of the loaded model; check the "
+            "config.json and generation_config.json of the model that is exported."
+        )
 
 
 def check_prompts(loaded: Loaded, note: Note) -> tuple[list[Passage], str]:

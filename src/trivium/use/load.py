@@ -18,6 +18,7 @@ from trivium.data.tokenizer import load_tokenizer
 from trivium.engine.record import read_record
 from trivium.engine.runfolder import RunFolder
 from trivium.errors import ConfigError, TriviumError, count_of, first_lines
+from trivium.files import require_regular
 from trivium.model import hf
 from trivium.model.quantize import quantize_projections
 
@@ -92,9 +93,11 @@ def find(name: str) -> FoundModel:
             "or the folder of a Hugging Face model or PEFT adapter."
         )
     folder = path if path.is_dir() else hf.find_folder(name)
+    require_regular(*folder.iterdir())
     run_folder = next((place for place in (folder, folder.resolve().parent) if (place / "run.yaml").is_file()), None)
     if run_folder == folder:
         folder = _result_of(folder)
+        require_regular(*folder.iterdir())
     if (folder / hf.ADAPTER_CONFIG).is_file():
         if not (folder / hf.ADAPTER_WEIGHTS).is_file():
             raise ConfigError(

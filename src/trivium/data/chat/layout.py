@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trivium.errors import BadData, ConfigError
+from trivium.files import require_regular
 
 if TYPE_CHECKING:
     from trivium.config.inputs import Source
@@ -156,6 +157,7 @@ def from_dataset_info(source: "Source") -> "tuple[Source, RecordLayout | None]":
 
 
 def _info_entry(path: Path, name: str) -> dict[str, Any]:
+    require_regular(path)
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

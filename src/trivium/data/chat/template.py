@@ -5,14 +5,16 @@ The tokenizer's own template is always used; there is no code for particular mod
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trivium.data.chat.limits import require_bounded
 from trivium.data.chat.messages import Turn
 from trivium.data.columns import FULL_WEIGHT
 from trivium.data.rejects import Reason, RecordError
 from trivium.data.tokenizer import CHATML_TEMPLATE
-from trivium.errors import BadData, ConfigError
+from trivium.errors import BadData, ConfigError, first_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,6 +31,7 @@ KNOWN_TEMPLATES = {
 }
 PROBE_ANSWER = "probe"
 PROBE = (Turn("user", "probe"), Turn("assistant", PROBE_ANSWER, weight=FULL_WEIGHT))
+PROBE_TOOLS = ({"type": "function", "function": {"name": "probe", "parameters": {"type": "object", "properties": {}}}},)
 SHOWN_TOKENS = 6
 
 
@@ -84,17 +87,28 @@ class Renderer:
         prompt = whole = ""
         for thinking in self.modes:
             prompt = self._prompt(history, tools, thinking)
-            whole = self._apply([*history, turn], tools, thinking, add_generation_prompt=False, tokenize=False)
+            whole = self.render([*history, turn], tools, thinking, add_generation_prompt=False)
             if whole.startswith(prompt):
                 return whole[len(prompt) :], thinking
         raise self.mismatch(self.encode(prompt), self.encode(whole), where)
 
     def _prompt(self, history: Sequence[Turn], tools: Sequence[dict[str, Any]], thinking: bool | None) -> str:
-        return self._apply(history, tools, thinking, add_generation_prompt=True, tokenize=False)
+        return self.render(history, tools, thinking, add_generation_prompt=True)
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[dict[str, Any]],
+        thinking: bool | None,
+        add_generation_prompt: bool,
+    ) -> str:
+        """The text of a conversation.
+
+        Raises: RecordError when the template rejects the messages.
+        """
+        return self._apply(turns, tools, thinking, add_generation_prompt=add_generation_prompt, tokenize=False)
 
     def _apply(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], thinking: bool | None, **how: bool) -> Any:
-        from jinja2 import TemplateError
-
         arguments: dict[str, Any] = dict(how) if thinking is None else {**how, "enable_thinking": thinking}
         try:
             return self._tokenizer.apply_chat_template(
@@ -104,8 +118,10 @@ class Renderer:
                 tokenizer_kwargs={"verbose": False},
                 **arguments,
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RecordError(Reason.TEMPLATE, f"{type(error).__name__}: {error}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # a template can fail in any way that a program can
+            raise RecordError(Reason.TEMPLATE, f"{type(error).__name__}: {first_lines(error)}") from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text."""
@@ -150,8 +166,10 @@ class Renderer:
 def describe_template(tokenizer: "PreTrainedTokenizerFast") -> ChatTemplate:
     """Find a chat template's properties by rendering a minimal conversation.
 
-    Raises: ConfigError when there is no template or it does not end answers with a special token, BadData when the
-        prompt is not a prefix of the conversation.
+    A template that is not known is first rendered in a child process with little time and memory.
+
+    Raises: ConfigError when there is no template, it needs too much time or memory, or it does not end answers with a
+        special token; BadData when the prompt is not a prefix of the conversation.
     """
     name = tokenizer.name_or_path
     try:
@@ -162,6 +180,9 @@ def describe_template(tokenizer: "PreTrainedTokenizerFast") -> ChatTemplate:
             "tokenizer_config.json; use the tokenizer of the model's chat version, or add chat_template.jinja to its "
             "folder."
         ) from None
+    sha256 = hashlib.sha256(template.encode()).hexdigest()
+    if sha256 not in KNOWN_TEMPLATES:
+        require_bounded(lambda: _render_probes(tokenizer), f"The chat template of {name}")
     try:
         renderer = Renderer(tokenizer)
         rest, _ = renderer.continuation(PROBE[:1], PROBE[1], (), f"The chat template of {name}")
@@ -178,7 +199,6 @@ def describe_template(tokenizer: "PreTrainedTokenizerFast") -> ChatTemplate:
             f"The chat template of {name} ends an answer with {rest[-40:]!r}, without a special token. Expected one "
             "like <|im_end|>, which stops generation. Use the model's own chat template, or correct this one."
         )
-    sha256 = hashlib.sha256(template.encode()).hexdigest()
     return ChatTemplate(
         sha256=sha256,
         known_as=KNOWN_TEMPLATES.get(sha256),
@@ -186,3 +206,13 @@ def describe_template(tokenizer: "PreTrainedTokenizerFast") -> ChatTemplate:
         end_of_turn_id=end_id,
         has_thinking_switch=len(renderer.modes) > 1,
     )
+
+
+def _render_probes(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Render short conversations of every kind, whether or not the template accepts them."""
+    renderer = Renderer(tokenizer)
+    for turns in (PROBE, (Turn("system", "probe"), *PROBE, *PROBE), (*PROBE, PROBE[0])):
+        for tools in ((), PROBE_TOOLS):
+            for has_prompt in (False, True):
+                with suppress(RecordError):
+                    renderer.render(turns, tools, None, add_generation_prompt=has_prompt)

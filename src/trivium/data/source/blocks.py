@@ -29,6 +29,7 @@ from trivium.data.source.records import (
     read_objects,
 )
 from trivium.errors import BadData, ConfigError
+from trivium.files import require_regular
 
 BLOCK_BYTES = 1 << 19
 PIECE_OVERHEAD_BYTES = 256
@@ -70,11 +71,13 @@ class SourceFile(NamedTuple):
 
 
 def list_files(root: Path) -> list[SourceFile]:
-    """The supported files of a file or folder, sorted by name; symbolic links are followed.
+    """The supported files of a file or folder, sorted by name; symbolic links inside a folder are followed.
 
     Hidden and unsupported files in a folder are skipped.
-    Raises: ConfigError when there is no supported file, BadData when a folder cannot be opened.
+    Raises: ConfigError when there is no supported file or one is not a regular file, BadData when a folder cannot be
+        opened, or a link is broken or leads out of it.
     """
+    require_regular(root)
     if root.is_file():
         if file_kind(root) is None:
             raise ConfigError(f"{root}: file type {root.suffix or '(none)'} is not supported. {EXPECTED_FILES}.")
@@ -90,14 +93,38 @@ def list_files(root: Path) -> list[SourceFile]:
         folders[:] = [name for name in folders if not name.startswith(".")] if real not in visited else []
         if real in visited:
             continue
+        require_inside(Path(folder), root)
         visited.add(real)
         for name in names:
             path = Path(folder, name)
-            if not name.startswith(".") and file_kind(path) and path.is_file():
+            if not name.startswith(".") and file_kind(path):
+                require_regular(path)
+                require_inside(path, root)
+                if not path.exists():
+                    raise BadData(
+                        f"{path}: is a link to {os.readlink(path)}, which is not there. Expected a file. Restore it, "
+                        "or remove the link."
+                    )
                 found.append(SourceFile(path, path.relative_to(root).as_posix()))
     if not found:
         raise ConfigError(f"{root}: the folder has no supported files. {EXPECTED_FILES}.")
     return sorted(found, key=lambda file: file.name)
+
+
+def require_inside(path: Path, root: Path) -> None:
+    """Raise BadData for a link in the folder `root` that leads out of it: a data set must not name any file it likes.
+
+    In the Hub's cache, the files of `snapshots/REVISION` are links into the `blobs` folder beside `snapshots`.
+    """
+    home, target = root.resolve(), path.resolve()
+    snapshots = next((folder for folder in home.parents if folder.name == "snapshots"), None)
+    homes = [home] if snapshots is None else [home, snapshots.parent / "blobs"]
+    if not any(target.is_relative_to(folder) for folder in homes):
+        raise BadData(
+            f"{path}: is a link to {target}, outside of {root}. Expected links within the folder, since a downloaded "
+            "data set could name any file of this machine. If you want that data, name it as a source of its own, or "
+            "copy it into the folder."
+        )
 
 
 def _refuse_folder(error: OSError) -> None:

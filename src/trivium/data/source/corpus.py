@@ -27,6 +27,7 @@ from trivium.data.source.blocks import (
     json_pieces,
     list_files,
     read_blocks,
+    require_inside,
 )
 from trivium.data.source.records import Reading
 from trivium.errors import BadData, ConfigError, TriviumError
@@ -225,6 +226,8 @@ class HubCorpus:
         assert source.hub is not None
         if Path(source.hub).is_dir():
             files = sorted(path for path in Path(source.hub).rglob("*") if path.is_file())
+            for path in files:
+                require_inside(path, Path(source.hub))
             revision = json.dumps([[path.relative_to(source.hub).as_posix(), hashes.sha256(path)] for path in files])
         else:
             revision = _hub_commit(source.hub, source.revision)

@@ -5,15 +5,13 @@ held-out share), so the same inputs are never tokenized twice. Each source has i
 needs no tokenization. Messages go to the caller's `Listener`.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +31,7 @@ from trivium.data.store.publish import publish
 from trivium.data.store.tally import Tally
 from trivium.data.tokenizer import Encoding, document_encoding, token_dtype
 from trivium.errors import BadData, TriviumError, count_of
-from trivium.files import FolderLock, require_free_space, sha256_file
+from trivium.files import FolderLock, full_disk_explained, require_free_space, sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -230,7 +228,7 @@ class StoreJob:
         partial_folder = partial_of(folder)
         columns: tuple[Column, ...] = () if self.chat is None else CHAT_COLUMNS
         with (
-            _disk_full_explained(partial_folder),
+            full_disk_explained(partial_folder, "Finished work is kept."),
             Partial(partial_folder, token_dtype(self.encoding.vocab_size), columns) as partial,
         ):
             self._encode_into(partial)
@@ -348,16 +346,3 @@ def _disk_bytes(num_bytes: int, encoding: Encoding) -> int:
     """Upper estimate of the disk space of a build, which stores tokens twice while it separates held-out documents."""
     bytes_per_token = 1 if encoding.vocab_size < SMALL_VOCAB_SIZE else 3
     return 2 * num_bytes * token_dtype(encoding.vocab_size).itemsize // bytes_per_token
-
-
-@contextmanager
-def _disk_full_explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise TriviumError(
-            f"The disk is full while writing {folder}. Finished work is kept; free some space and run the same command "
-            "again."
-        ) from error

@@ -54,6 +54,7 @@ def train_tokenizer_from_sources(
     }
 
     def make(folder: Path) -> None:
+        listener.note(f"training a {kind} tokenizer of {vocab_size:,} tokens on the data")
         partial = partial_of(folder)
         shutil.rmtree(partial, ignore_errors=True)
         train_tokenizer(sample_texts(corpora, max_sample_bytes), kind, vocab_size, partial)
