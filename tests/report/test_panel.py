@@ -5,7 +5,7 @@ import re
 
 from rich.console import Console
 
-from trivium.plan.speed import hours
+from trivium.plan.cost import hours
 from trivium.report.panel import LivePanel, PlainLines, curve
 
 TRAIN = {

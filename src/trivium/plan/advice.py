@@ -14,11 +14,11 @@ from trivium.config.load import flatten, quote, to_yaml
 from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError
 from trivium.files import GIB, atomic_write
+from trivium.plan.cost import time_and_money
 from trivium.plan.decide import Decision
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.search import Goal, Plan, search
 from trivium.plan.situation import Situation
-from trivium.plan.speed import time_and_money
 from trivium.plan.warnings import warnings
 from trivium.plan.workload import DataFacts
 

@@ -16,7 +16,7 @@ import click
 
 from trivium.errors import count_of, printable
 from trivium.files import atomic_write
-from trivium.plan.speed import hours
+from trivium.plan.cost import hours
 from trivium.report.style import facts, page
 from trivium.use.answers import EvalPrompt, ModelAnswer, matches
 from trivium.use.compare import ComparedModel, Comparison

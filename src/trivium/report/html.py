@@ -9,7 +9,7 @@ from trivium.engine.metrics import MFU_FORMULA
 from trivium.engine.record import Record, read_record
 from trivium.files import GIB, atomic_write
 from trivium.plan.check import Figure
-from trivium.plan.speed import hours
+from trivium.plan.cost import hours
 from trivium.report import plots
 from trivium.report.style import facts, page
 

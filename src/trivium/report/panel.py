@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trivium.errors import count_of, printable
-from trivium.plan.speed import hours
+from trivium.plan.cost import hours
 
 BARS = "".join(chr(0x2581 + level) for level in range(8))
 CURVE_COLUMNS = 60

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from trivium.config.load import flatten, to_yaml
 from trivium.files import GIB
-from trivium.plan.advice import Advice, time_and_money
+from trivium.plan.advice import Advice
+from trivium.plan.cost import time_and_money
 from trivium.plan.decide import Decision
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.search import Plan
