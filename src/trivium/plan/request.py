@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from trivium.config.inputs import COUNT_PATTERN, Source, parse_count
+from trivium.config.inputs import COUNT_PATTERN, parse_count
 from trivium.config.load import ResolvedRun, load_run, quote
 from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError

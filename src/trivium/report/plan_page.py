@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trivium.config.load import flatten, to_yaml
+from trivium.errors import count_of
 from trivium.files import GIB
 from trivium.plan.advice import Advice
 from trivium.plan.cost import time_and_money
@@ -110,21 +111,14 @@ def _amount(plan: Plan, facts: DataFacts | None) -> list[Any]:
     """What the plan assumes of the data, and how much of it the run reads."""
     run, rows = plan.run, []
     if facts:
-        unit = facts.kind if facts.num_rows != 1 else facts.kind.removesuffix("s")
         answers = f", {facts.supervised_share:.0%} of them in answers" if run.loss_tokens == "assistant" else ""
-        each = facts.num_tokens / facts.num_rows
-        rows.append(("data", f"{facts.num_rows:,} {unit}, about {each:,.0f} training tokens each{answers}"))
+        records, each = count_of(facts.num_rows, facts.kind.removesuffix("s")), facts.num_tokens / facts.num_rows
+        rows.append(("data", f"{records}, about {each:,.0f} training tokens each{answers}"))
     if plan.num_tokens:
-        steps = math.ceil(plan.num_tokens / run.step_tokens)
+        steps = count_of(math.ceil(plan.num_tokens / run.step_tokens), "step")
         passes = plan.num_tokens / facts.num_tokens if facts else 0.0
         epochs = f"{passes:,.3g} {'epoch' if passes == 1 else 'epochs'}, " if facts else ""
-        rows.append(
-            (
-                "run",
-                f"{epochs}{plan.num_tokens:,} tokens: {steps:,} {'step' if steps == 1 else 'steps'} of "
-                f"{run.step_tokens:,} tokens",
-            )
-        )
+        rows.append(("run", f"{epochs}{plan.num_tokens:,} tokens: {steps} of {run.step_tokens:,} tokens"))
     return _section("Assumed amount", rows)
 
 
