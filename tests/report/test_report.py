@@ -91,7 +91,7 @@ def test_a_finished_run_shows_its_numbers(finished_run: Path) -> None:
     ):
         assert words in page.text, words
     samples = page.text[page.text.index("Samples during training") :]
-    assert samples.count("Once upon a time") == 1 and samples.count("pan pan") == 1  # the prompt once, above all texts
+    assert samples.count("Once upon a time") == 1 and "pan pan" in samples  # the prompt once, above all texts
     assert re.findall(r"step (\d+)", samples) == ["0", "120", "360", "600"]
 
 
