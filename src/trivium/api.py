@@ -12,9 +12,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from trivium.config.inputs import Data, Source
+from trivium.config.inputs import Data
 from trivium.config.load import ResolvedRun, load_run
-from trivium.config.run import METHOD_DEFAULTS
+from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError, TriviumError
 from trivium.files import GIB
 from trivium.results import Diagnosis, ModelComparison, Report, TrainedRun, TrainingPlan
@@ -335,12 +335,23 @@ def _paths(files: File | Sequence[File]) -> tuple[str, ...]:
     return tuple(str(file) for file in ([files] if isinstance(files, str | PathLike) else files))
 
 
-def _survey(sources: Sequence[Source], note: "Note") -> "DataFacts":
-    """Facts about files, with estimated tokens, because counting them needs the tokenizer and torch."""
+def _survey(run: Run, note: "Note") -> "DataFacts":
+    """Facts about the data of a run, with the tokens counted if its tokenizer is on this machine."""
+    from trivium.data.chat.samples import ConversationSettings
+    from trivium.data.look.estimate import template_tokens
     from trivium.data.look.survey import survey
+    from trivium.data.tokenizer import load_for_counting
+    from trivium.model.resolve import tokenizer_at_hand
     from trivium.plan.workload import DataFacts
 
-    found = survey(sources)
+    folder = tokenizer_at_hand(run)
+    found = survey(
+        run.data.sources,
+        load_for_counting(folder) if folder else None,
+        ConversationSettings(run.data.seq_len, run.data.overlong, run.loss_tokens == "all"),
+        held_out=run.data.held_out,
+        template=template_tokens(run.model.name or ""),
+    )
     note(f"data: {found.how}")
     return DataFacts(**{field.name: getattr(found, field.name) for field in fields(DataFacts)})
 

@@ -30,7 +30,14 @@ from trivium.engine.build import build_engine
 from trivium.engine.device import Machine, begin_peak, is_out_of_memory, probe, return_freed_blocks
 from trivium.engine.loop import Observer, Silent, run_loop
 from trivium.engine.prepare import Job, cache_folder, prepare
-from trivium.engine.provenance import BATCHING_KEYS, begun_machine, describe_job, record_start, versions
+from trivium.engine.provenance import (
+    BATCHING_KEYS,
+    begun_machine,
+    describe_job,
+    describe_serving,
+    record_start,
+    versions,
+)
 from trivium.engine.ranks import Ranks
 from trivium.engine.runfolder import RunFolder, now
 from trivium.engine.trackers import open_trackers, require_trackers
@@ -146,6 +153,8 @@ def build_and_loop(
         trackers = job.run.log.trackers if ranks.is_first else []
         with closing(open_trackers(trackers, folder.path, job.run.name, config, observer)) as tracked:
             run_loop(job, engine, machine, folder, tracked)
+        for line in describe_serving(job, folder.path):
+            observer.note(line)
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise plan_record.ran_out(job, machine, error, held_bytes) from error

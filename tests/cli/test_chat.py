@@ -146,16 +146,28 @@ def test_chat_answers_or_completes_a_prompt(workplace: Path, monkeypatch):
     assert again.stdout == plain.stdout
 
 
-def test_chat_completes_stdin_and_answers_lines_with_chat_flag(workplace: Path, monkeypatch):
+def test_chat_answers_or_completes_stdin_by_the_kind_of_model(workplace: Path, monkeypatch):
     monkeypatch.chdir(workplace)
-    piped = ["chat", "taught", "--temperature", "0", "--max-new-tokens", "20"]
-    completed = CliRunner().invoke(cli, piped, input="Lily the fox\n")
-    assert completed.exit_code == 0 and completed.stdout.startswith("Lily the fox")
+    options = ["--temperature", "0", "--max-new-tokens", "20"]
+    answered = CliRunner().invoke(cli, ["chat", "taught", *options], input=f"{PAIRS[0][0]}\n")
+    assert (answered.exit_code, answered.stdout) == (0, f"{PAIRS[0][1]}\n")
+    assert answered.stderr.splitlines()[-1] == (
+        "answering the text on stdin as a message, because taught is a chat model; --complete continues it"
+    )
+    for name, extra, why in (("base", [], ", because base is not a chat model"), ("taught", ["--complete"], "")):
+        completed = CliRunner().invoke(cli, ["chat", name, *options, *extra], input="Lily the fox\n")
+        assert completed.exit_code == 0 and completed.stdout.startswith("Lily the fox")
+        assert f"continuing the text on stdin{why}" in completed.stderr.splitlines()
+    assert CliRunner().invoke(cli, ["chat", "taught"], input="\n").exit_code == 2
+
+
+def test_chat_answers_lines_of_stdin_with_chat_flag(workplace: Path, monkeypatch):
+    monkeypatch.chdir(workplace)
     lines = f"{PAIRS[0][0]}\n\n/clear\n{PAIRS[2][0]}\n"
-    conversed = CliRunner().invoke(cli, [*piped, "--chat"], input=lines)
+    options = ["--chat", "--temperature", "0", "--max-new-tokens", "20"]
+    conversed = CliRunner().invoke(cli, ["chat", "taught", *options], input=lines)
     assert conversed.exit_code == 0, conversed.stderr
     assert conversed.stdout.splitlines() == [PAIRS[0][1], PAIRS[2][1]]
-    assert CliRunner().invoke(cli, piped, input="\n").exit_code == 2
 
 
 def test_chat_refuses_conflicting_options(workplace: Path, monkeypatch):

@@ -87,6 +87,15 @@ def test_data_build_and_inspect_show_supervised_tokens(tmp_path, chats):
     assert whole[0]["supervised_tokens"] == whole[0]["tokens"] - 2
 
 
+def test_data_inspect_says_which_lengths_are_exact(tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "a" * 2_000_003}) + "\n" + json.dumps({"text": "b"}) + "\n")
+    shown = call("data", "inspect", path, "-n", 0).stdout
+    assert "min 1, p01 1," in shown and "max 2,000,003, mean 1,000,002.0" in shown
+    about = int(shown.partition("p99 about ")[2].partition(", ")[0].replace(",", ""))
+    assert 0.998 * 2_000_003 <= about <= 2_000_003
+
+
 def test_data_inspect_takes_fields_and_formats(tmp_path, chats):
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"frage": "2 + 2?", "antwort": "4"}\n')

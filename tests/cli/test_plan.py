@@ -1,6 +1,7 @@
 """`trivium plan`: the page, JSON, the written run file, and wrong usage."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.support.qwen_tokenizers import REAL, needs_real
 from trivium.cli.main import trivium as cli
 from trivium.config.load import load_run
+from trivium.data.tokenizer import load_tokenizer
 from trivium.model import catalog
 
 ON_L4 = ("--device", "l4")
@@ -79,6 +82,27 @@ def test_plan_surveys_data_files():
     assert found["decision"]["reasons"][1].startswith("250 conversations")
     assert load_run(Path("run.yaml")).run.data.sources[0].path == "chats.jsonl"
     assert plan_json("run.yaml", *ON_L4)["plan"]["num_tokens"] == found["plan"]["num_tokens"] > 250
+
+
+@needs_real
+def test_plan_counts_tokens_with_a_local_tokenizer_without_torch():
+    """The tokens of one epoch, which the page states, are those that preparing the run makes."""
+    turns = [{"role": "user", "content": "거미의 다리는 몇 개예요?"}, {"role": "assistant", "content": "여덟 개예요."}]
+    Path("chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 250)
+    shutil.copytree(REAL / "qwen2.5-instruct", "mine")
+    Path("mine/config.json").write_text(json.dumps(catalog.get("Qwen2.5-0.5B-Instruct").to_hf_config()))
+    code = f"""
+import sys
+from trivium.cli.main import trivium
+trivium(["plan", "./mine", "--data", "chats.jsonl", {", ".join(map(repr, ON_L4))}], standalone_mode=False)
+print("torch" in sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines() == ["data: tokens counted with the model's tokenizer", "False"]
+    tokenizer = load_tokenizer("mine")
+    ids = tokenizer.apply_chat_template(turns, return_dict=False)[:-1]  # no newline after the last end of turn
+    assert f"250 conversations, about {len(ids)} training tokens each" in done.stdout
+    assert "in answers" in done.stdout and "epochs" in done.stdout and "steps of" in done.stdout
 
 
 def test_plan_advises_no_training_for_little_data():

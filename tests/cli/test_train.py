@@ -197,6 +197,8 @@ def test_an_adapter_is_trained_on_conversations_and_its_result_named(workplace):
     assert done.exit_code == 0, done.stderr
     assert done.stdout == "runs/tune/adapter\n"
     assert "of them trained in an adapter with scaling 2" in done.stderr and "30 records" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "--lora-modules tune=runs/tune/adapter --generation-config runs/tune/adapter" in last
     assert "warning: Q19" in done.stderr
     assert invoke(workplace, "verify", "runs/tune").exit_code == 0
 

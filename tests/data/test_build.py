@@ -23,10 +23,9 @@ from trivium.data.store.megatron import Store, StoreWriter
 from trivium.data.store.publish import (
     HASH_VALUES,
     HIGH_VALUES,
+    Lengths,
     count_distinct,
-    describe_lengths,
     held_out_limit,
-    round_lengths,
 )
 from trivium.data.store.train_tokenizer import sample_texts, train_tokenizer_from_sources
 from trivium.data.tokenizer import document_encoding, load_tokenizer, train_tokenizer
@@ -343,12 +342,20 @@ def test_count_distinct_is_exact_with_buckets(tmp_path, monkeypatch):
     assert held_out_limit(0.5, 0, HASH_VALUES - 1) == HIGH_VALUES // 2 - 1
 
 
-def test_round_lengths_stays_close():
-    lengths = np.arange(1, 200_000, 7)
-    rounded = round_lengths(lengths)
-    assert (rounded[lengths < 1024] == lengths[lengths < 1024]).all() and (rounded <= lengths).all()
-    assert ((lengths - rounded) / lengths).max() < 0.002 + 1e-9
-    assert describe_lengths({5: 1, 7: 3})["p50"] == 7
+def test_lengths_are_close_and_their_ends_and_mean_exact():
+    lengths = np.unique(np.random.default_rng(0).integers(1, 10**7, 20_000))
+    found = Lengths()
+    for part in np.array_split(np.random.default_rng(1).permutation(lengths), 7):
+        found.add(part)
+    described = found.describe()
+    assert (described["min"], described["max"]) == (lengths.min(), lengths.max())
+    assert described["mean"] == round(float(lengths.mean()), 2)
+    exact = np.quantile(lengths, [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99], method="inverted_cdf")
+    quantiles = [value for key, value in described.items() if key.startswith("p")]
+    assert np.all((quantiles <= exact) & (quantiles >= exact * 0.998))
+    small = Lengths()
+    small.add(np.array([5, 7, 7, 7]))
+    assert small.describe()["p50"] == 7 and small.describe()["mean"] == 6.5
 
 
 def test_control_tokens_in_documents_are_counted_and_stay_text(tmp_path, tokenizer):

@@ -5,22 +5,26 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
+from random import Random
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
-from tests.support.qwen_tokenizers import REAL, needs_real
+from tests.support.qwen_tokenizers import REAL, REAL_NAMES, needs_real
 from trivium.config.inputs import Source
 from trivium.data.chat.samples import ConversationSettings
 from trivium.data.look import survey as survey_module
-from trivium.data.look.survey import estimated_tokens, survey
+from trivium.data.look.estimate import estimated_tokens, template_tokens
+from trivium.data.look.survey import survey
 from trivium.data.store.build import BuildSettings, build_sources
-from trivium.data.tokenizer import load_tokenizer, train_tokenizer
+from trivium.data.tokenizer import document_encoding, load_for_counting, load_tokenizer, train_tokenizer
 from trivium.errors import BadData, ConfigError
 from trivium.plan.workload import DataFacts
 
+ROOT = Path(__file__).parents[2]
 ENGLISH = (
     "Once upon a time there lived a miller who had three sons, a mill, a donkey and a cat. When he died the eldest "
     "took the mill, the second the donkey, and nothing was left for the youngest but the cat. He was sad about it. "
@@ -60,11 +64,11 @@ def small(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-def build(path, tokenizer, tmp_path, seq_len=4096):
+def build(path, tokenizer, tmp_path, seq_len=4096, held_out=0.0):
     settings = BuildSettings(
         cache_dir=tmp_path / "cache",
         conversations=ConversationSettings(seq_len),
-        held_out=0.0,
+        held_out=held_out,
         max_reject_share=1.0,
         max_document_mib=16.0,
         workers=1,
@@ -110,8 +114,58 @@ def test_survey_without_a_tokenizer_estimates_tokens(chats, small):
 @needs_real
 def test_estimated_tokens_are_close_to_qwens_tokenizer():
     tokenizer = Tokenizer.from_file(str(REAL / "qwen3" / "tokenizer.json"))
-    for text in (ENGLISH, KOREAN, CHINESE, ENGLISH + KOREAN):
-        assert estimated_tokens(text) == pytest.approx(len(tokenizer.encode(text).ids), rel=0.25)
+    pages = [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
+    code = [path.read_text() for path in sorted((ROOT / "src/trivium/data").rglob("*.py"))]
+    for texts, error in ((pages, 0.06), (code, 0.06), ([ENGLISH], 0.1), ([KOREAN], 0.15), ([CHINESE], 0.15)):
+        counted = sum(len(tokenizer.encode(text).ids) for text in texts)
+        assert sum(map(estimated_tokens, texts)) == pytest.approx(counted, rel=error)
+
+
+def write_varied_chats(path):
+    """Questions and answers of one to three turns from the docs, Korean text and code, some with tools and systems."""
+    pages = "\n".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+    answers = [part for part in pages.split("\n\n") if 20 < len(part) < 2000] + [KOREAN] * 30
+    code = [part for file in (ROOT / "src/trivium/data").rglob("*.py") for part in file.read_text().split("\n\n\n")]
+    answers += [f"```python\n{part}\n```" for part in code if len(part) < 1500]
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+    rows = []
+    for number, answer in enumerate(Random(0).sample(answers, len(answers))):
+        turns = [{"role": "system", "content": "Answer from the docs."}] if number % 4 == 0 else []
+        for repeat in range(1 + number % 3):
+            turns.append({"role": "user", "content": f"What do the docs say about point {number + repeat}, please?"})
+            turns.append({"role": "assistant", "content": answer if repeat == 0 else f"As I said: {answer[:200]}"})
+        rows.append({"messages": turns} | ({"tools": [tool]} if number % 7 == 0 else {}))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+@needs_real
+@pytest.mark.parametrize(
+    ("name", "model"), [("qwen2.5-instruct", "Qwen/Qwen2.5-7B-Instruct"), ("qwen3", "Qwen/Qwen3-8B")]
+)
+def test_survey_predicts_what_a_build_makes(name, model, tmp_path):
+    """The training tokens and their supervised share, without held-out conversations and those that are too long."""
+    path, tokenizer = write_varied_chats(tmp_path / "chats.jsonl"), load_tokenizer(REAL / name)
+    report = build(path, tokenizer, tmp_path, seq_len=512, held_out=None).report
+    share = report["supervised_tokens"] / (report["tokens"] + report["held_out_tokens"])
+    settings = {"conversations": ConversationSettings(512), "held_out": None, "template": template_tokens(model)}
+    counted = survey([Source(path=str(path))], load_for_counting(REAL / name), **settings)
+    assert counted.num_tokens == pytest.approx(report["tokens"], rel=0.02) and counted.is_measured
+    assert counted.read_share < 0.9 and counted.supervised_share == pytest.approx(share, abs=0.02)
+    estimated = survey([Source(path=str(path))], **settings)
+    assert estimated.num_tokens == pytest.approx(report["tokens"], rel=0.1) and not estimated.is_measured
+    assert estimated.supervised_share == pytest.approx(share, abs=0.05)
+
+
+@needs_real
+@pytest.mark.parametrize("name", REAL_NAMES)
+def test_counting_uses_the_ids_of_training(name):
+    counting, training = load_for_counting(REAL / name), load_tokenizer(REAL / name)
+    messages = [{"role": "user", "content": f"{KOREAN}\t12 <think> don't"}, {"role": "assistant", "content": CHINESE}]
+    rendered = [one.apply_chat_template(messages, return_dict=False) for one in (counting, training)]
+    assert rendered[0] == rendered[1]
+    encodings = [document_encoding(one) for one in (counting, training)]
+    assert encodings[0].end_id == encodings[1].end_id and encodings[0].vocab_size == encodings[1].vocab_size
 
 
 @pytest.mark.parametrize("text", ["", "\ud800", "😀" * 40, "a", "ไทย", "\n" * 999])

@@ -153,6 +153,9 @@ def test_q05_a_base_model_that_does_not_stop(tokenizer, chats, tmp_path):
     base = write_base(tmp_path / "base", tokenizer, stops=[END_OF_TEXT])
     lora = prepared_of(run_of(tmp_path, chats, method="lora", model=str(base)))
     assert severity_of(lora, "Q05") == "warning"
+    folder = Path(lora.run.runs_dir) / lora.run.name
+    assert f"--generation-config {folder}/adapter" in found_in(lora)["Q05"].fix
+    assert f"trivium export {folder} --merge --out FOLDER" in found_in(lora)["Q05"].fix
     full = prepared_of(run_of(tmp_path, chats, method="full", model=str(base)))
     assert severity_of(full, "Q05") is None  # the whole model gets a generation_config.json of its own
     (base / "generation_config.json").unlink()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -326,7 +327,9 @@ def test_adapter_folder_is_a_stock_peft_folder(base: Path, tmp_path: Path) -> No
     for _ in range(2):  # the second makes way for the first
         adapter.save(model, tmp_path / "adapter", "owner/base", tokenizer, GENERATION)
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json"}
+    weights = {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == {*weights, "generation_config.json", "tokenizer.json", "README.md"}
+    assert ModelCard.load(tmp_path / "adapter" / "README.md").data.base_model == "owner/base"
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "tokenizer"}
     assert json.loads((tmp_path / "adapter" / "generation_config.json").read_text()) == GENERATION
     content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

@@ -16,11 +16,11 @@ from trivium.model import catalog
 from trivium.model.shape import QwenShape
 from trivium.plan import calibration, devices
 from trivium.plan.calibration import Calibration
+from trivium.plan.cost import cost, dollars
 from trivium.plan.speed import (
     KINDS,
     attention_flops,
     communication_seconds,
-    cost,
     head_flops,
     predict_speed,
     projection_flops,
@@ -200,15 +200,72 @@ def test_predict_speed_emulated_dtype_is_slow():
     assert bf16.items["projections"] > fp32.items["projections"]
 
 
+@settings(max_examples=100, deadline=None)
+@given(work=works, device=st.sampled_from([device for device in DEVICES.values() if device.kind != "cpu"]))
+def test_predict_speed_stays_within_published_utilization(work, device):
+    """Of the peak, by the engine's own count of FLOPs, which leaves out recomputation."""
+    work = replace(work, device_type="gpu")
+    speed = predict_speed(work, device)
+    flops = training_flops_of(work) * work.num_micro_batches
+    peak = device.flops.get("bf16", device.flops["fp32"] / 2)
+    assert flops / speed.seconds_per_step / peak <= 0.5 and flops / speed.low / peak <= 0.6 * (1 + 1e-9)
+    recomputing = predict_speed(replace(work, activation_checkpointing=True), device)
+    assert recomputing.seconds_per_step >= speed.seconds_per_step * (1 - 1e-9)
+
+
+def training_flops_of(work):
+    adapted = replace(work, activation_checkpointing=False)
+    return projection_flops(adapted) + head_flops(adapted) + attention_flops(adapted) * 6 / 7
+
+
+def test_predict_speed_bounds_large_models():
+    work = full_row("Qwen2.5-7B", 2048, 16384, 8)
+    utilization = training_flops_of(work) * 8 / predict_speed(work, DEVICES["a100-80"]).seconds_per_step / 312e12
+    assert 0.45 <= utilization <= 0.5
+
+
 def test_cost_is_hours_times_price():
-    device = DEVICES["h100-80"]
-    speed = predict_speed(full_row("Qwen3-8B", 2048, 4096), device)
-    found = cost(speed, 10**9, device, 8)
+    device, work = DEVICES["h100-80"], full_row("Qwen3-8B", 2048, 4096, num_devices=8)
+    speed = predict_speed(work, device)
+    found = cost(speed, 10**9, device, work)
     assert found.hours >= 10**9 / speed.tokens_per_second / 3600
     assert found.money == pytest.approx(found.hours * 8 * device.price_per_hour)
     assert found.hours_low < found.hours < found.hours_high and found.money_low < found.money < found.money_high
-    unpriced = cost(speed, 10**9, DEVICES["gh200"], 8)
+    unpriced = cost(speed, 10**9, DEVICES["gh200"], work)
     assert (unpriced.money, unpriced.money_low, unpriced.money_high) == (None, None, None)
+
+
+def test_cost_includes_loading_and_saving():
+    """15 GB of weights take longer than a second to load, however little there is to train."""
+    device, work = DEVICES["a40"], full_row("Qwen2.5-7B", 1024, 1024, adapter=Adapter(rank=16))
+    speed = predict_speed(work, device)
+    nothing, little = (cost(speed, count, device, work) for count in (0, 50_000))
+    assert 25 < 3600 * nothing.hours < 60 and nothing.hours_low < nothing.hours < nothing.hours_high
+    assert little.hours - nothing.hours == pytest.approx(1.12 * 50_000 / speed.tokens_per_second / 3600)
+    everything = cost(speed, 0, device, replace(work, adapter=None))
+    fresh = cost(speed, 0, device, replace(work, adapter=None, weights="random"))
+    assert nothing.hours < fresh.hours < everything.hours  # saved: all weights and their moments
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (0.012, "under $0.10"),
+        (0.1, "$0.10"),
+        (0.8649, "$0.86"),
+        (5.2389, "$5.20"),
+        (8.01, "$8.00"),
+        (9.97, "$10"),
+        (67.4, "$67"),
+        (999.4, "$999"),
+        (999.6, "$1K"),
+        (1314, "$1.31K"),
+        (131_655.69, "$132K"),
+        (2.5e6, "$2.5M"),
+    ],
+)
+def test_dollars(amount, text):
+    assert dollars(amount) == text
 
 
 def calibrated(**values):

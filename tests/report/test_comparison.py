@@ -5,9 +5,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 
-from trivium.report.comparison import TableRow, table, write_comparison
+from trivium.report.comparison import TableRow, as_text, table, write_comparison
 from trivium.use.answers import EvalPrompt, ModelAnswer, Scores
 from trivium.use.compare import ComparedModel, Comparison
 from trivium.use.held_out import HeldOut
@@ -74,6 +75,21 @@ def test_table_has_every_metric_and_the_best_value(compared: Comparison):
 def test_table_row_without_a_best_value():
     assert TableRow("Quality", "stop rate", [1.0, 1.0, None], "{:.1%}", "high").best is None
     assert TableRow("Quality", "stop rate", [None], "{:.1%}", "high").best is None
+
+
+def test_text_in_parts_keeps_names_whole(compared: Comparison):
+    """80 columns are too few for six models, and no line is for the terminal to break."""
+    models = [replace(model, name=f"runs/experiment-{n}") for n, model in enumerate(2 * compared.models)]
+    many = replace(compared, models=models)
+    whole, narrow = as_text(many), as_text(many, 80)
+    lines = [line for line in click.unstyle(narrow).splitlines() if line]
+    assert max(map(len, lines)) <= 80 < max(map(len, click.unstyle(whole).splitlines()))
+    assert all(f" {model.name}" in click.unstyle(narrow) for model in models)
+    rows = {line[:25].strip(): [] for line in lines}
+    for line in lines:
+        rows[line[:25].strip()] += re.split(r"\s{2,}", line[25:].strip())
+    assert rows["held-out loss"] == ["3.0000", "1.5000", "1.2500"] * 2
+    assert as_text(many, 1).count("held-out loss") == 6 and as_text(compared, 80) == as_text(compared)
 
 
 def test_page_is_self_contained_and_escapes_answers(compared: Comparison, tmp_path: Path):

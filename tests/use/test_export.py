@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ def test_copied_adapter_has_the_same_bytes(tmp_path: Path, adapter: Path):
     assert done.max_difference == 0.0
     names = {file.name for file in (tmp_path / "copy").iterdir()}
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "generation_config.json"}
+    assert "README.md" in names
     for name in names - {"adapter_model.safetensors"}:
         assert sha256_file(tmp_path / "copy" / name) == sha256_file(adapter / name)
     assert_same_tensors(tmp_path / "copy" / "adapter_model.safetensors", adapter / "adapter_model.safetensors")
@@ -163,6 +165,16 @@ def test_files_that_are_not_exported_are_named(tmp_path: Path):
     export(str(base), tmp_path / "copy", merge=False, dtype=None, note=said.append)
     assert [line for line in said if line.startswith(f"not exported from {base}: LICENSE, pytorch_model.bin; ")]
     assert not (tmp_path / "copy" / "LICENSE").exists()
+
+
+def test_copied_adapter_of_others_gets_a_model_card(tmp_path: Path, adapter: Path):
+    plain = shutil.copytree(adapter, tmp_path / "plain", ignore=shutil.ignore_patterns("README.md"))
+    export(str(plain), tmp_path / "copy", merge=False, dtype=None, note=silent)
+    assert "LoRA adapter" in (tmp_path / "copy" / "README.md").read_text()
+    (plain / "README.md").write_text("my own words")
+    said: list[str] = []
+    export(str(plain), tmp_path / "again", merge=False, dtype=None, note=said.append)
+    assert (tmp_path / "again" / "README.md").read_text() == "my own words" and not any("README" in one for one in said)
 
 
 def test_export_never_touches_existing_files(tmp_path: Path, adapter: Path, base: Path):

@@ -56,15 +56,17 @@ def chat(
     """Chat with MODEL: a run folder, the folder of a model or an adapter, or a Hub id.
 
     A chat model (one that has a chat template and stops at the end of a turn) answers messages; any other model
-    completes text, as does a prompt on stdin. --chat and --complete override this.
+    completes text. What is piped in is one message or text. --complete overrides this, and so does --chat, with which
+    every line that is piped in is a message.
 
     \b
     Examples:
       trivium chat runs/tuned --system "Answer in one sentence."
       trivium chat runs/quickstart -p "Once upon a time" --temperature 0
     """
-    if prompt is None and mode != "chat" and not sys.stdin.isatty():
-        prompt, mode = sys.stdin.read().rstrip("\n"), "complete"
+    is_piped = prompt is None and mode != "chat" and not sys.stdin.isatty()
+    if is_piped:
+        prompt = sys.stdin.read().rstrip("\n")
     if prompt is not None and not prompt:
         raise click.UsageError("The prompt is empty. Give at least one character.")
     import torch
@@ -78,6 +80,8 @@ def chat(
         raise ConfigError(f"The tokenizer of {model} has no usable chat template. Remove --chat.")
     if not converses and (system or thinking is not None):
         raise ConfigError(f"--system and --thinking only work in a chat, and {model} completes text. Add --chat.")
+    if is_piped:
+        _note(_what_happens(model, mode, converses))
     if seed is not None:
         torch.manual_seed(seed)
     writer = Writer(loaded, max_new_tokens or (ANSWER_TOKENS if converses else TEXT_TOKENS), temperature)
@@ -95,6 +99,15 @@ def chat(
 
 def _note(text: str) -> None:
     click.echo(printable(text), err=True)
+
+
+def _what_happens(model: str, mode: str | None, converses: bool) -> str:
+    """What is done with a piped text and why, in one line."""
+    if mode is not None:
+        return "continuing the text on stdin"
+    if converses:
+        return f"answering the text on stdin as a message, because {model} is a chat model; --complete continues it"
+    return f"continuing the text on stdin, because {model} is not a chat model"
 
 
 def _continue_texts(writer: "Writer") -> None:

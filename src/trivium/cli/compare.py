@@ -55,8 +55,8 @@ def compare(
         thinking=thinking,
     )
     from trivium.report.comparison import as_json as to_json
-    from trivium.report.comparison import as_text
+    from trivium.report.comparison import as_text, stdout_columns
 
     comparison = found.comparison
-    click.echo(to_json(comparison) if as_json else as_text(comparison), nl=False)
+    click.echo(to_json(comparison) if as_json else as_text(comparison, stdout_columns()), nl=False)
     click.echo(f"report: {out / 'report.html'}", err=True)

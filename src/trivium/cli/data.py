@@ -266,7 +266,7 @@ def _print(inspection: "Inspection") -> None:
             f"{num_documents - reasoned:,} without"
         )
     if inspection.lengths:
-        lengths = ", ".join(f"{key} {value:,}" for key, value in inspection.lengths.items())
+        lengths = ", ".join(_length(key, value) for key, value in inspection.lengths.items())
         click.echo(f"  {unit} per document: {lengths}")
     most = max((count for _, count in inspection.histogram), default=1)
     for low, count in inspection.histogram:
@@ -280,6 +280,13 @@ def _print(inspection: "Inspection") -> None:
         _print_shown(shown)
     if inspection.documents:
         click.echo(click.style("-" * (BAR_COLUMNS + 18), dim=True))
+
+
+def _length(key: str, value: float) -> str:
+    """A figure of the lengths; large percentiles are not exact."""
+    from trivium.data.store.publish import EXACT_BELOW
+
+    return f"{key} about {value:,}" if key.startswith("p") and value >= EXACT_BELOW else f"{key} {value:,}"
 
 
 def _print_shown(shown: "Shown") -> None:

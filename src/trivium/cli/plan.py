@@ -1,6 +1,7 @@
 """`trivium plan`: choose a method, and predict memory, time and cost before renting or training.
 
-Prints what `trivium.plan` answers. Imports torch only for --calibrate and for models that are not in the catalog.
+Prints what `trivium.plan` answers. Imports torch only for --calibrate and for models that are not in the catalog, and
+transformers only to count tokens.
 """
 
 import json

@@ -24,7 +24,7 @@ def quickstart(text_file: Path | None, runs_dir: Path, overrides: tuple[str, ...
       trivium quickstart shakespeare.txt -s budget.tokens=500K
     """
     from trivium.quickstart.quickstart import compare_all, summary, train_all, train_on_text
-    from trivium.report.comparison import as_text
+    from trivium.report.comparison import as_text, stdout_columns
     from trivium.report.progress import waiting
 
     if text_file is not None:
@@ -35,5 +35,5 @@ def quickstart(text_file: Path | None, runs_dir: Path, overrides: tuple[str, ...
         comparison, page = compare_all(folders, runs_dir, wait.note, wait.bar)
     click.echo(summary(folders[0]))
     click.echo("\nFine-tuned with every method to answer questions about unseen stories:\n")
-    click.echo(as_text(comparison), nl=False)
+    click.echo(as_text(comparison, stdout_columns()), nl=False)
     click.echo(f"\nComparison: {page}\nNext: trivium chat {folders[1].path}")

@@ -103,6 +103,23 @@ def _require_few_layers(config: Path) -> None:
         )
 
 
+def load_for_counting(folder: Path) -> "PreTrainedTokenizerFast":
+    """Load a tokenizer folder in about a second, without torch and without the checks of `load_tokenizer`.
+
+    Raises: ConfigError when it cannot be loaded.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    _require_few_layers(folder / "config.json")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise ConfigError(
+            f"Tokenizer {folder} cannot be loaded ({first_lines(error)}). Expected tokenizer.json and "
+            "tokenizer_config.json of one model. Download them again."
+        ) from error
+
+
 def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, folder: Path) -> None:
     """Train a tokenizer and save it as a Hugging Face folder; the same texts give byte-identical files.
 

@@ -3,6 +3,8 @@
 They read the token stores, the tokenizer and a few rows of the model's embedding.
 """
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from trivium.doctor.findings import Rule, Violation
 from trivium.doctor.prepared import PreparedRun, StoredSample
 from trivium.errors import BadData, count_of
+from trivium.model.card import serve_command_of_run
 
 MIN_ENDED_SHARE = 0.99
 QWEN_ROWS = (151_936, 152_064)
@@ -71,17 +74,21 @@ def generation_never_ends(prepared: PreparedRun) -> Violation | None:
     template = prepared.template
     if not prepared.job.has_conversations or template is None:
         return None
-    if prepared.run.adapter is None or template.end_of_turn_id in prepared.model_stop_ids:
+    run = prepared.run
+    if run.adapter is None or template.end_of_turn_id in prepared.model_stop_ids:
         return None
+    folder = Path(run.runs_dir) / run.name / "adapter"
+    command = serve_command_of_run(str(run.model.name), folder, run.adapter, bool(prepared.job.trained_tokens))
+    merged = f"trivium export {shlex.quote(str(folder.parent))} --merge --out FOLDER"
     return Violation(
         "warning",
         "the base model's generation_config.json stops at "
         f"{', '.join(map(prepared.show, prepared.model_stop_ids)) or 'nothing'}, not at {template.end_of_turn}. The "
         "adapter's file does, but servers that load an adapter read the base model's.",
         f"{template.end_of_turn} among the stop tokens.",
-        "serve the merged model (trivium export RUN --merge --out FOLDER), or give the server the adapter's "
-        f"generation_config.json or the stop token {template.end_of_turn_id}. trivium chat and eval read the adapter's "
-        "file.",
+        f"serve the merged model ({merged})"
+        + (f", or give the server the adapter's file: {command}" if command else "")
+        + ". trivium chat and eval read the adapter's file.",
     )
 
 

@@ -1,6 +1,7 @@
 """Provenance of a run: `provenance.json`, and the summary that is printed when a run starts."""
 
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from trivium.engine.prepare import Job, supervised_share
 from trivium.engine.runfolder import RunFolder, now
 from trivium.errors import count_of
 from trivium.files import sha256_file
+from trivium.model.card import serve_command_of_run
 
 BATCHING_KEYS = ("batch.micro_tokens", "activation_checkpointing")
 """The settings that a resumed run may change, since they do not change the samples of a step or their order."""
@@ -132,6 +134,23 @@ def describe_job(job: Job, engine: Engine, machine: Machine) -> Iterator[str]:
         )
     if not job.held_out:
         yield f"nothing is held out, so there is no evaluation: {'; '.join(reasons_for_no_held_out(job))}"
+
+
+def describe_serving(job: Job, folder: Path) -> Iterator[str]:
+    """The last lines of a run that trained an adapter for conversations: how to serve it so that answers end."""
+    run = job.run
+    if run.adapter is None or not job.has_conversations:
+        return
+    base, result = str(run.model.name), folder / "adapter"
+    command = serve_command_of_run(base, result, run.adapter, bool(job.trained_tokens))
+    if command:
+        yield (
+            f"to serve the adapter with vLLM: {command}. Without --generation-config the base model's stop tokens "
+            "count, and answers may never end"
+        )
+    else:
+        merged = f"trivium export {shlex.quote(str(folder))} --merge --out FOLDER"
+        yield f"vLLM cannot load this adapter; to serve the merged model: {merged}"
 
 
 def reasons_for_no_held_out(job: Job) -> list[str]:

@@ -19,6 +19,7 @@ from trivium.config.run import Adapter, Projection
 from trivium.errors import ConfigError
 from trivium.files import atomic_write, write_safetensors
 from trivium.model import hf
+from trivium.model.card import CARD, adapter_card
 from trivium.model.quantize import NF4Linear
 from trivium.model.qwen import Linear, Qwen, own_seed
 from trivium.model.tokens import TrainableTokens
@@ -229,7 +230,7 @@ def _trained(model: Qwen) -> dict[str, Tensor]:
 def save(
     model: Qwen, folder: Path, base_name: str, tokenizer_folder: Path | None, generation: Mapping[str, object]
 ) -> None:
-    """Write a PEFT adapter for the published base model, with tokenizer files and generation_config.json, atomically.
+    """Write a PEFT adapter for the published base model, with tokenizer, generation_config.json and card, atomically.
 
     A `pissa` or `loftq` adapter is converted to one of twice the rank that holds only the change made by training:
     s (B A - B0 A0) = s [B, -B0] [A; A0]. Source: arXiv:2404.02948, appendix C.
@@ -253,6 +254,7 @@ def save(
     size_bytes = sum(source.num_bytes for source in sources) + hf.companion_bytes(tokenizer_folder)
     with hf.replacing(folder, CONFIG, size_bytes) as temporary:
         atomic_write(temporary / CONFIG, hf.as_json(content))
+        atomic_write(temporary / CARD, adapter_card(content))
         hf.write_companions(temporary, tokenizer_folder, generation)
         write_safetensors(temporary / WEIGHTS, sources, {"format": "pt"})
 

@@ -156,6 +156,20 @@ def _has_tokenizer(run: Run) -> bool:
     return (Path(name) / "tokenizer.json").is_file() if Path(name).is_dir() else not catalog.is_listed(name)
 
 
+def tokenizer_at_hand(run: Run) -> Path | None:
+    """The folder of the run's tokenizer, if it is on this machine and not trained by the run."""
+    name = (run.tokenizer.path if run.tokenizer else run.model.name) or ""
+    if Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+        return folder if (folder / "tokenizer.json").is_file() else None
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(name, file) for file in ("tokenizer.json", "tokenizer_config.json")]
+    return Path(found[0]).parent if isinstance(found[0], str) and isinstance(found[1], str) else None
+
+
 def _tokenizer_size(path: str) -> int:
     file = Path(path) / "tokenizer.json"
     if not file.is_file():

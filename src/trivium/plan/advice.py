@@ -14,12 +14,13 @@ from trivium.config.load import flatten, quote, to_yaml
 from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError
 from trivium.files import GIB, atomic_write
+from trivium.plan.cost import time_and_money
 from trivium.plan.decide import Decision
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.search import Goal, Plan, search
 from trivium.plan.situation import Situation
-from trivium.plan.speed import time_and_money
 from trivium.plan.warnings import warnings
+from trivium.plan.workload import DataFacts
 
 FIRST_LINE = "Planned by `trivium plan`; the figures are predictions, each choice has its reason in a comment."
 ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
@@ -42,11 +43,13 @@ class Advice:
         decision: which method and why; None if the data is unknown or the method was given.
         plan: None if the advice is not to train.
         warnings: common pitfalls, one paragraph each.
+        facts: the data that the plan assumes, if known.
     """
 
     decision: Decision | None
     plan: Plan | None
     warnings: tuple[str, ...]
+    facts: DataFacts | None = None
 
 
 def advise(situation: Situation, decision: Decision | None, goal: Goal | None) -> Advice:
@@ -57,7 +60,7 @@ def advise(situation: Situation, decision: Decision | None, goal: Goal | None) -
     plan = search(goal) if goal else None
     method, model = (plan.run.method, plan.run.model.name) if plan else (None, None)
     found = [*(_plan_warnings(plan) if plan else []), *warnings(situation, method, model)]
-    return Advice(decision, plan, tuple(found))
+    return Advice(decision, plan, tuple(found), goal.facts if goal else situation.facts)
 
 
 def _plan_warnings(plan: Plan) -> list[str]:
@@ -78,6 +81,7 @@ def as_record(given: Advice) -> dict[str, Any]:
         "decision": asdict(given.decision) if given.decision else None,
         "plan": _plan_record(given.plan) if given.plan else None,
         "warnings": list(given.warnings),
+        "data": asdict(given.facts) if given.facts else None,
     }
 
 

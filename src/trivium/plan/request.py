@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from trivium.config.inputs import COUNT_PATTERN, Source, parse_count
+from trivium.config.inputs import COUNT_PATTERN, parse_count
 from trivium.config.load import ResolvedRun, load_run, quote
-from trivium.config.run import METHOD_DEFAULTS
+from trivium.config.run import METHOD_DEFAULTS, Run
 from trivium.errors import ConfigError
 from trivium.model.resolve import hub_id, planned_shape, shape_of_name
 from trivium.model.shape import QwenShape
 from trivium.plan import calibration, devices
 from trivium.plan.amount import settle_amount
-from trivium.plan.decide import Decision, decide
+from trivium.plan.decide import CHAT_MODELS, Decision, decide
 from trivium.plan.devices import Device
 from trivium.plan.search import Goal, Plan
 from trivium.plan.situation import Situation
@@ -95,12 +95,12 @@ class ResolvedRequest:
     goal: Goal | None
 
 
-Survey = Callable[[Sequence[Source]], DataFacts]
+Survey = Callable[[Run], DataFacts]
 ReadHub = Callable[[str], QwenShape]
 
 
 def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> ResolvedRequest:
-    """Resolve a request; `survey` inspects data files, `read_hub` gets the shape of a model outside the catalog.
+    """Resolve a request; `survey` inspects the data of a run, `read_hub` gets the shape of a model outside the catalog.
 
     Raises: ConfigError if the run file, model, device or method is wrong.
     """
@@ -108,7 +108,7 @@ def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> 
         if request.target and not request.run_file:
             raise ConfigError(f"Found two models to plan: {request.target} and the key model. Expected one of them.")
         return _of_run(request, survey, read_hub)
-    facts = request.facts or (survey([Source(path=path) for path in request.sources]) if request.sources else None)
+    facts = request.facts or (survey(_surveyed_run(request)) if request.sources else None)
     situation = _situation(request, facts)
     if request.method is None and (facts is not None or request.is_general):
         decision = decide(situation)
@@ -119,8 +119,7 @@ def resolve_request(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> 
             f"There is nothing to plan: found {given}. Expected a run file, a model (Qwen/Qwen3-0.6B), or data: --data "
             "FILE, or --rows 5K --kind conversations, or --tokens 1B --kind documents."
         )
-    is_new = _is_size(request.target) or request.target.lower().startswith("ladder-")
-    methods = (request.method,) if request.method else ("scratch",) if is_new else ("lora", "qlora")
+    methods = (request.method,) if request.method else ("scratch",) if _is_new(request.target) else ("lora", "qlora")
     return ResolvedRequest(situation, None, _goal(request, _runs(request, methods, request.target), facts, read_hub))
 
 
@@ -128,14 +127,20 @@ def _of_run(request: PlanRequest, survey: Survey, read_hub: ReadHub) -> Resolved
     method = (f"method={request.method}",) if request.method else ()
     files = {"data": {"sources": list(request.sources)}} if request.sources else {}
     resolved = load_run(request.run_file, [*request.overrides, *method], {**request.keys, **files})
-    sources = resolved.run.data.sources
-    exist = all(source.path is not None and Path(source.path).exists() for source in sources)
-    facts = request.facts or (survey(sources) if exist else None)
+    exist = all(source.path is not None and Path(source.path).exists() for source in resolved.run.data.sources)
+    facts = request.facts or (survey(resolved.run) if exist else None)
     goal = _goal(request, [resolved], facts, read_hub)
     situation = replace(_situation(request, facts), model=resolved.run.model.name, shape=goal.shape)
     if resolved.run.adapter is not None:
         situation = replace(situation, rank=resolved.run.adapter.rank)
     return ResolvedRequest(situation, None, goal)
+
+
+def _surveyed_run(request: PlanRequest) -> Run:
+    """A run on the data before the method is known, for its tokenizer and its sequence length."""
+    model = request.target or f"Qwen/{CHAT_MODELS[0]}"
+    method = request.method or ("scratch" if _is_new(model) else "lora")
+    return _runs(request, (method,), model)[0].run
 
 
 def _goal_of_decision(
@@ -148,6 +153,11 @@ def _goal_of_decision(
     if decision.budget_tokens is not None:
         request = replace(request, overrides=(f"budget.tokens={decision.budget_tokens}", *request.overrides))
     return _goal(request, _runs(request, methods, request.target or decision.model), facts, read_hub)
+
+
+def _is_new(model: str) -> bool:
+    """Whether there are no pretrained weights of this model."""
+    return _is_size(model) or model.lower().startswith("ladder-")
 
 
 def _is_size(target: str) -> bool:

@@ -15,10 +15,11 @@ from trivium.errors import DoesNotFit
 from trivium.files import GIB
 from trivium.model.shape import QwenShape
 from trivium.plan.calibration import Calibration
+from trivium.plan.cost import Cost, cost, dollars, hours
 from trivium.plan.devices import Device
 from trivium.plan.fit import FIT_SHARE, cheapest_fixes, fits, micro_batch_sizes, moved, pace
 from trivium.plan.memory import Memory, peak_memory
-from trivium.plan.speed import Cost, Speed, cost, predict_speed
+from trivium.plan.speed import Speed, predict_speed
 from trivium.plan.workload import DataFacts, Workload, num_adapter_params, of_run, with_batching
 
 TIE = 1.02
@@ -171,7 +172,7 @@ class DeviceGroup:
         """The plan for a step."""
         num_tokens = count_tokens(run, self.goal.facts)
         speed = predict_speed(work, self.device, self.goal.calibration_of(self.device))
-        run_cost = cost(speed, num_tokens, self.device, work.num_devices) if num_tokens else None
+        run_cost = cost(speed, num_tokens, self.device, work) if num_tokens else None
         return Plan(settled(run, work), work, self.device, peak_memory(work), speed, num_tokens, run_cost)
 
     def least_price(self) -> float:
@@ -332,14 +333,14 @@ def _too_large(goal: Goal) -> str:
 def why_too_expensive(goal: Goal, plans: list[Plan]) -> str:
     """The message if no plan is within the limits: what the cheapest and the fastest would cost."""
     costs = [(plan, plan.cost) for plan in plans if plan.cost]
-    limits = [f"${goal.max_cost:,.2f}"] if goal.max_cost is not None else []
+    limits = [f"${goal.max_cost:,g}"] if goal.max_cost is not None else []
     limits += [f"{goal.max_hours:g} h"] if goal.max_hours else []
     cheapest = min(costs, key=lambda entry: (entry[1].money or 0.0, entry[1].hours))
     fastest = min(costs, key=lambda entry: entry[1].hours)
     text = f"It fits in memory, but exceeds the limit of {' and '.join(limits)}"
     for word, (plan, taken) in {"cheapest": cheapest, "fastest": fastest}.items():
-        money = "" if taken.money is None else f"${taken.money:,.2f} and "
-        text += f"{':' if word == 'cheapest' else ';'} the {word} plan takes {money}{taken.hours:,.1f} h on "
+        money = "" if taken.money is None else f"{dollars(taken.money)} and "
+        text += f"{':' if word == 'cheapest' else ';'} the {word} plan takes {money}{hours(taken.hours)} on "
         text += f"{plan.workload.num_devices} x {plan.device.name}"
     share = min(
         (goal.max_cost or 0.0) / cheapest[1].money if goal.max_cost is not None and cheapest[1].money else 1.0,

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from trivium.config.run import METHOD_DEFAULTS, Adapter, usual_epochs, usual_step
 from trivium.model.shape import QwenShape
 from trivium.plan.calibration import Calibration
+from trivium.plan.cost import Cost, cost
 from trivium.plan.devices import Device
 from trivium.plan.fit import best_batching, fits, micro_batch_sizes, moved
 from trivium.plan.memory import Memory, peak_memory
-from trivium.plan.speed import Cost, cost, predict_speed
+from trivium.plan.speed import predict_speed
 from trivium.plan.workload import DataFacts, Workload, with_batching
 
 DEFAULT_MAX_HOURS = 90 * 24.0
@@ -106,18 +107,18 @@ class Situation:
         """Hours and dollars to train on `num_tokens`; None if the device is unknown."""
         if self.device is None:
             return None
-        speed = predict_speed(self.workload(shape, method), self.device, self.calibration)
-        return cost(speed, num_tokens, self.device, self.devices)
+        work = self.workload(shape, method)
+        return cost(predict_speed(work, self.device, self.calibration), num_tokens, self.device, work)
 
     def affordable_tokens(self, shape: QwenShape, method: str) -> float:
         """Tokens to train on within the limits; infinity if the device is unknown."""
-        million = self.cost(shape, method, 1_000_000)
-        if million is None:
+        fixed, million = self.cost(shape, method, 0), self.cost(shape, method, 1_000_000)
+        if fixed is None or million is None:
             return math.inf
-        shares = [self.hours / million.hours]
-        if self.max_cost is not None and million.money:
-            shares.append(self.max_cost / million.money)
-        return 1e6 * min(shares)
+        shares = [(self.hours - fixed.hours) / (million.hours - fixed.hours)]
+        if self.max_cost is not None and million.money and fixed.money:
+            shares.append((self.max_cost - fixed.money) / (million.money - fixed.money))
+        return 1e6 * max(0.0, min(shares))
 
 
 def num_epochs(method: str) -> float:

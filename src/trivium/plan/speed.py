@@ -1,4 +1,4 @@
-"""Predict the time of a step and the cost of a run: amounts of work by kind, times the seconds per unit of each kind.
+"""Predict the time of a step: amounts of work by kind, times the seconds per unit of each kind.
 
 The work follows the engine operation by operation: matrix products, attention inside documents, the head over
 supervised tokens, memory traffic, the optimizer. Seconds per unit come from a device's data sheet at the efficiencies
@@ -10,7 +10,7 @@ arXiv:2204.02311, appendix B, and Dao 2023, arXiv:2307.08691 (attention).
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 from trivium.model.shape import loss_chunk_rows
@@ -64,7 +64,11 @@ NETWORK_BANDWIDTH = 25e9  # bytes per second of a device to other nodes: 200 Gbi
 HOST_LINK_BANDWIDTH = 25e9  # to the host's memory, over PCIe 4
 HOST_MEMORY_BANDWIDTH = 20e9  # of the host's optimizer, for each device
 OVERLAP_SHARE = 0.5  # of compute time that can hide communication
-OVERHEAD_SHARE = 0.12  # of a run's hours: loading, evaluation, checkpoints
+# Model FLOPs utilization, without recomputation, of a whole step: the expected maximum, and what nobody exceeds much.
+# Published for large models by causal counts: 42-44 % LoRA on an H100 (NeMo AutoModel, docs/performance-summary.mdx),
+# 41-48 % Megatron-LM (README) and 30-46 % llm-foundry and torchtitan on H100s, 50-57 % llm-foundry on A100s; 60 % on
+# an H100 by llmq (benchmarks/H100x1.md), a trainer of hand-written CUDA.
+USUAL_MFU, BEST_MFU = 0.48, 0.6
 
 
 @dataclass(frozen=True)
@@ -89,55 +93,37 @@ class Speed:
         return self.step_tokens / self.seconds_per_step
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Hours and US dollars of a run with their bounds; money is None if the device has no price."""
-
-    hours: float
-    hours_low: float
-    hours_high: float
-    money: float | None
-    money_low: float | None
-    money_high: float | None
-
-
-def time_and_money(cost: Cost) -> str:
-    """Hours and dollars with their bounds."""
-    text = f"{hours(cost.hours)} ({hours(cost.hours_low)} to {hours(cost.hours_high)})"
-    if cost.money is not None:
-        text += f", ${cost.money:,.2f} (${cost.money_low:,.2f} to ${cost.money_high:,.2f})"
-    return text
-
-
-def hours(count: float) -> str:
-    """Hours in a suitable unit: 40 s, 12 min, 3.4 h, 12 days, 300 years."""
-    for unit, size, most in (("s", 1 / 3600, 90), ("min", 1 / 60, 90), ("h", 1.0, 48), ("days", 24.0, 730)):
-        if count / size < most:
-            return f"{count / size:,.2g} {unit}" if count / size < 10 else f"{count / size:,.0f} {unit}"
-    return f"{count / 8766:,.0f} years"
-
-
-def cost(speed: Speed, num_tokens: int, device: Device, num_devices: int) -> Cost:
-    """Time and cost to train on `num_tokens`, including loading, evaluation and checkpoints."""
-    steps = num_tokens / speed.step_tokens
-    hours, low, high = (
-        steps * seconds * (1.0 + OVERHEAD_SHARE) / 3600 for seconds in (speed.seconds_per_step, speed.low, speed.high)
-    )
-    price = None if device.price_per_hour is None else device.price_per_hour * num_devices
-    money, money_low, money_high = (None if price is None else price * value for value in (hours, low, high))
-    return Cost(hours, low, high, money, money_low, money_high)
-
-
 def predict_speed(workload: Workload, device: Device, calibration: Calibration | None = None) -> Speed:
     """Predict the time of a step on a device.
 
-    A GPU computes while the CPU launches operations, so the slower of the two counts; a CPU does both in turn. A
-    calibration of another device, or without the workload's compute dtype, is ignored.
+    A calibration of another device, or without the workload's compute dtype, is ignored. Without one, a GPU is not
+    expected to exceed `USUAL_MFU`, whatever the roofline says.
     """
     measured: dict[str, float] = {}
     if calibration and calibration.device == device.name:
         measured = calibration.seconds_per_unit.get(workload.compute_dtype, {})
     rates: dict[str, float] = {**seconds_per_unit(workload, device), **measured}
+    items = _seconds(workload, device, rates)
+    low, high = UNMEASURED_RANGE[device.kind]
+    if calibration and measured:
+        high = 1.0 + max(LEAST_MEASURED_ERROR, calibration.error.get(workload.compute_dtype, 0.0))
+        low = 1.0 / high
+    least = 0.0
+    if device.kind != "cpu" and not measured:
+        plain = replace(workload, activation_checkpointing=False)
+        at_peak = model_flops(plain) / peak_flops(workload, device)
+        items["other"] = max(0.0, at_peak / USUAL_MFU - sum(_seconds(plain, device, rates).values()))
+        least = at_peak / BEST_MFU
+    total = sum(items.values())
+    items = {item: seconds for item, seconds in items.items() if seconds > 0.0}
+    return Speed(total, max(least, low * total), high * total, workload.step_tokens, items)
+
+
+def _seconds(workload: Workload, device: Device, rates: dict[str, float]) -> dict[str, float]:
+    """Seconds of a step by category, at given seconds per unit of work.
+
+    A GPU computes while the CPU launches operations, so the slower of the two counts; a CPU does both in turn.
+    """
     items: dict[str, float] = {}
     for term in step_work(workload):
         items[term.item] = items.get(term.item, 0.0) + term.amount * rates[term.kind]
@@ -145,22 +131,23 @@ def predict_speed(workload: Workload, device: Device, calibration: Calibration |
         items["launches"] = max(0.0, 2 * items["launches"] - sum(items.values()))
     computing = sum(items.values())
     items |= {"communication": max(0.0, communication_seconds(workload, device) - OVERLAP_SHARE * computing)}
-    items |= offload_seconds(workload)
-    total = sum(items.values())
-    low, high = UNMEASURED_RANGE[device.kind]
-    if calibration and measured:
-        high = 1.0 + max(LEAST_MEASURED_ERROR, calibration.error.get(workload.compute_dtype, 0.0))
-        low = 1.0 / high
-    items = {item: seconds for item, seconds in items.items() if seconds > 0.0}
-    return Speed(total, low * total, high * total, workload.step_tokens, items)
+    return items | offload_seconds(workload)
+
+
+def model_flops(workload: Workload) -> float:
+    """FLOPs of a step on one device as MFU counts them, see `engine/metrics.py`; without activation checkpointing."""
+    of_micro_batch = projection_flops(workload) + head_flops(workload) + attention_flops(workload) * 6 / 7
+    return of_micro_batch * workload.num_micro_batches
+
+
+def peak_flops(workload: Workload, device: Device) -> float:
+    """Peak FLOP/s in the compute dtype; without hardware support it runs at half the rate of fp32."""
+    return device.flops.get(workload.compute_dtype, device.flops["fp32"] / 2)
 
 
 def seconds_per_unit(workload: Workload, device: Device) -> dict[WorkKind, float]:
-    """Seconds per unit of each kind of work, from the device's data sheet.
-
-    A dtype without hardware support runs at half the rate of fp32.
-    """
-    peak = device.flops.get(workload.compute_dtype, device.flops["fp32"] / 2)
+    """Seconds per unit of each kind of work, from the device's data sheet."""
+    peak = peak_flops(workload, device)
     second_per_byte = 1.0 / (BANDWIDTH_SHARE * device.bandwidth)
     if device.kind == "cpu":
         is_matrix_unit = peak > 10 * device.flops["fp32"]

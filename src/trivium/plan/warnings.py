@@ -6,10 +6,10 @@ from trivium.errors import ConfigError
 from trivium.model import catalog
 from trivium.model.resolve import published_shape
 from trivium.model.shape import QwenShape
+from trivium.plan.cost import hours
 from trivium.plan.decide import TOKENS_PER_PARAM, short
 from trivium.plan.fit import is_base
 from trivium.plan.situation import Situation
-from trivium.plan.speed import hours
 from trivium.plan.workload import DataFacts
 
 FEW_CONVERSATIONS, FEW_TOKENS, LARGE_RANK, LOW_REASONING_SHARE = 10_000, 10**9, 64, 0.5

@@ -24,6 +24,8 @@ NF4_BLOCK, NF4_SCALES_BLOCK = 64, 256  # values per one-byte scale, scales per f
 
 TYPICAL_TOKENS: dict[DataKind, int] = {"conversations": 400, "documents": 1000}
 """Assumed mean tokens of a record."""
+TYPICAL_SUPERVISED: dict[DataKind, float] = {"conversations": 0.7, "documents": 1.0}
+"""Assumed share of supervised tokens when only answers have loss: instruction data has 0.5 to 0.8."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def given_facts(
         num_tokens=num_tokens or max(1, round((num_rows or 0) * mean)),
         kind=kind,
         mean_tokens=mean,
+        supervised_share=TYPICAL_SUPERVISED[kind],
     )
 
 

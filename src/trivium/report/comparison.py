@@ -5,6 +5,8 @@ The page is self-contained and has no scripts. Model output is escaped.
 
 import json
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from html import escape
@@ -16,7 +18,7 @@ import click
 
 from trivium.errors import count_of, printable
 from trivium.files import atomic_write
-from trivium.plan.speed import hours
+from trivium.plan.cost import hours
 from trivium.report.style import facts, page
 from trivium.use.answers import EvalPrompt, ModelAnswer, matches
 from trivium.use.compare import ComparedModel, Comparison
@@ -114,21 +116,43 @@ def table(comparison: Comparison) -> list[TableRow]:
     return [row for row in rows if any(value is not None for value in row.values)]
 
 
-def as_text(comparison: Comparison) -> str:
-    """The table as lines of text, with the best value of each row in bold."""
+def as_text(comparison: Comparison, columns: int = sys.maxsize) -> str:
+    """The table as lines of at most `columns` characters, in several parts if they are too few for all models.
+
+    The best value of each row is bold.
+    """
     rows = table(comparison)
     names = [printable(model.name) for model in comparison.models]
-    columns = zip(names, *([row.text(value) for value in row.values] for row in rows), strict=True)
-    widths = [3 + max(map(len, column)) for column in columns]
+    by_model = zip(names, *([row.text(value) for value in row.values] for row in rows), strict=True)
+    widths = [3 + max(map(len, column)) for column in by_model]
     label_width = max(len(row.label) for row in rows)
-    lines = [" " * label_width + "".join(name.rjust(width) for name, width in zip(names, widths, strict=True))]
-    for row in rows:
-        cells = [
-            click.style(row.text(value).rjust(width), bold=(value is not None and value == row.best) or None)
-            for value, width in zip(row.values, widths, strict=True)
-        ]
-        lines.append(row.label.ljust(label_width) + "".join(cells))
-    return "".join(f"{line}\n" for line in lines)
+    parts = []
+    for part in _parts(widths, columns - label_width):
+        heading = "".join(name.rjust(width) for name, width in zip(names[part], widths[part], strict=True))
+        lines = [" " * label_width + heading]
+        for row in rows:
+            cells = [
+                click.style(row.text(value).rjust(width), bold=(value is not None and value == row.best) or None)
+                for value, width in zip(row.values[part], widths[part], strict=True)
+            ]
+            lines.append(row.label.ljust(label_width) + "".join(cells))
+        parts.append("".join(f"{line}\n" for line in lines))
+    return "\n".join(parts)
+
+
+def _parts(widths: list[int], room: int) -> list[slice]:
+    """Consecutive columns that fit next to each other into `room` characters, at least one in each part."""
+    parts, start = [], 0
+    for stop in range(1, len(widths) + 1):
+        if stop == len(widths) or sum(widths[start : stop + 1]) > room:
+            parts.append(slice(start, stop))
+            start = stop
+    return parts
+
+
+def stdout_columns() -> int:
+    """Characters in a line of stdout; no limit if it is not a terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:

@@ -9,7 +9,7 @@ from trivium.engine.metrics import MFU_FORMULA
 from trivium.engine.record import Record, read_record
 from trivium.files import GIB, atomic_write
 from trivium.plan.check import Figure
-from trivium.plan.speed import hours
+from trivium.plan.cost import hours
 from trivium.report import plots
 from trivium.report.style import facts, page
 
@@ -138,20 +138,27 @@ def _plan(record: Record) -> str:
     return (
         f"<section>\n<h2>Plan</h2>\n{facts(rows.items())}"
         f'<p class="note">Predicted when the run first started, for {escape(plan.device)}, with {rates}. Parentheses '
-        "show the bounds of a prediction and its error relative to the measurement. Memory is "
+        "show the bounds of a prediction. Memory is "
         f"{escape(plan.measured_how)}. The predicted peak is {escape(plan.instant)}; its parts in GiB: "
         f"{escape(table)}.</p>\n</section>"
     )
 
 
 def _prediction(figure: Figure | None, show: Callable[[float], str]) -> str:
-    """A prediction with its bounds, and the measured value with the error of the prediction."""
+    """A prediction with its bounds, and the measured value with how far the prediction is from it."""
     if figure is None:
         return ABSENT
-    predicted = f"{show(figure.predicted)} <small>predicted ({show(figure.low)} to {show(figure.high)})</small>"
+    predicted = f"{show(figure.predicted)} <small>predicted ({_range(show(figure.low), show(figure.high))})</small>"
     if figure.measured is None or figure.error is None:
         return predicted
-    return f"{predicted}<br>{show(figure.measured)} <small>measured ({figure.error:+.1%})</small>"
+    off = f"predicted {abs(figure.error):.1%} too {'high' if figure.error > 0 else 'low'}"
+    return f"{predicted}<br>{show(figure.measured)} <small>measured; {off}</small>"
+
+
+def _range(low: str, high: str) -> str:
+    """Two figures, with their unit once if it is the same."""
+    (number, _, unit), (_, _, other) = low.partition(" "), high.partition(" ")
+    return f"{number if unit == other else low} to {high}"
 
 
 def _curves(record: Record) -> str:
@@ -175,17 +182,20 @@ def _curves(record: Record) -> str:
 
 
 def _samples(record: Record) -> str:
-    """The completions of each prompt side by side, oldest first."""
+    """Each prompt, and below it its completions side by side, oldest first."""
     by_prompt: dict[str, list[str]] = {}
     for line in record.samples:
-        prompt, text = str(line.get("prompt", "")), str(line.get("text", ""))
-        words = f"<b>{escape(prompt)}</b>{escape(text)}"
-        by_prompt.setdefault(prompt, []).append(
-            f"<figure>\n<figcaption>step {line['step']:,}</figcaption>\n<blockquote>{words}</blockquote>\n</figure>"
+        text = escape(str(line.get("text", "")))
+        by_prompt.setdefault(str(line.get("prompt", "")), []).append(
+            f"<figure>\n<figcaption>step {line['step']:,}</figcaption>\n<blockquote>{text}</blockquote>\n</figure>"
         )
     if not by_prompt:
         return '<section>\n<h2>Samples</h2>\n<p class="absent">No samples were recorded.</p>\n</section>'
-    strips = "\n".join(f'<div class="strip" tabindex="0">\n{"".join(cards)}\n</div>' for cards in by_prompt.values())
+    strips = "\n".join(
+        f'<p class="prompt"><small>prompt</small> {escape(prompt)}</p>\n'
+        f'<div class="strip" tabindex="0">\n{"".join(cards)}\n</div>'
+        for prompt, cards in by_prompt.items()
+    )
     return f"<section>\n<h2>Samples during training</h2>\n{strips}\n</section>"
 
 

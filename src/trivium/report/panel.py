@@ -1,5 +1,7 @@
 """Shows a run as a live panel on a terminal or in a notebook, otherwise as plain lines: Observers of the loop."""
 
+import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,27 +17,38 @@ from rich.table import Table
 from rich.text import Text
 
 from trivium.errors import count_of, printable
-from trivium.plan.speed import hours
+from trivium.plan.cost import hours
 
 BARS = "".join(chr(0x2581 + level) for level in range(8))
-CURVE_COLUMNS = 60
-CURVE_ROWS = 5
+CURVE_ROWS, LABEL_COLUMNS = 5, 9  # -1.23e-05
+FIRST_FALL = 10
+"""The first bars, one in so many, may exceed the chart, so that the fall at the start does not flatten the rest."""
+FRAME_COLUMNS = 4
+CELL_GAP = 3
 NOTEBOOK_SECONDS = 0.5
 
 
-def curve(values: list[float], columns: int = CURVE_COLUMNS, rows: int = CURVE_ROWS) -> list[str]:
-    """A bar chart of `rows` lines of text; each of at most `columns` bars is the mean of equally many values."""
-    if not values:
+def curve(values: list[float], columns: int, rows: int = CURVE_ROWS) -> list[str]:
+    """A bar chart of `rows` lines of `columns` characters, on a logarithmic axis with its two ends written at the left.
+
+    A bar is the mean of the values in its place; a few values fill the width too.
+    """
+    columns -= LABEL_COLUMNS
+    if not values or columns < 1:
         return []
-    columns = min(columns, len(values))
-    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means), max(means)
-    eighths = [1 + round((mean - low) / ((high - low) or 1.0) * (8 * rows - 1)) for mean in means]
+    edges = [column * len(values) // columns for column in range(columns + 1)]
+    pieces = [values[start : max(start + 1, stop)] for start, stop in pairwise(edges)]
+    means = [sum(piece) / len(piece) for piece in pieces]
+    low, high = min(means), max(means[columns // FIRST_FALL :])
+    scale = math.log if low > 0 else float
+    span = scale(high) - scale(low) or 1.0
+    eighths = [1 + round(min(1.0, (scale(mean) - scale(low)) / span) * (8 * rows - 1)) for mean in means]
+    labels = {rows - 1: f"{high:.3g}", 0: f"{low:.3g}"}
     lines = []
     for row in range(rows - 1, -1, -1):
         filled = (min(8, max(0, height - 8 * row)) for height in eighths)
-        lines.append("".join(BARS[level - 1] if level else " " for level in filled))
+        bars = "".join(BARS[level - 1] if level else " " for level in filled)
+        lines.append(f"{labels.get(row, ''):<{LABEL_COLUMNS}}{bars}")
     return lines
 
 
@@ -132,7 +145,7 @@ class LivePanel:
             self.note(describe(record, self.num_steps))
 
     def _render(self) -> Panel:
-        figures = Table.grid(padding=(0, 3))
+        width = self.console.width - FRAME_COLUMNS
         taken = self.current_step - self.first_step
         left = (time.monotonic() - self.start) / taken * (self.num_steps - self.current_step) if taken else None
         cells = [
@@ -144,19 +157,37 @@ class LivePanel:
             ("MFU", self._figure("train/mfu", ".0%")),
             ("memory", self._figure("train/peak_memory_gib", ".2f") + " GiB"),
         ]
-        figures.add_row(*(Text(name, style="dim") for name, _ in cells))
-        figures.add_row(*(Text(value, style="bold") for _, value in cells))
         bar = Table.grid(expand=True)  # a bar alone has no line break
         bar.add_row(ProgressBar(total=max(1, self.num_steps), completed=self.current_step))
-        parts: list[Any] = [bar, figures]
+        parts: list[Any] = [bar, *_in_lines(cells, width)]
         if len(self.losses) > 1:
-            parts += [Text(line, style="cyan") for line in curve(self.losses)]
+            parts += [Text(line, style="cyan") for line in curve(self.losses, width)]
         if self.text:
             parts.append(Text(self.text.replace("\n", " "), style="italic", overflow="ellipsis", no_wrap=True))
         return Panel(Group(*parts), title="training", title_align="left", border_style="dim")
 
     def _figure(self, name: str, form: str) -> str:
         return format(self.latest[name], form) if name in self.latest else "-"
+
+
+def _in_lines(cells: list[tuple[str, str]], width: int) -> list[Table]:
+    """Names over their values, side by side, in as many lines as the width needs."""
+    lines: list[list[tuple[str, str]]] = []
+    left = 0
+    for name, value in cells:
+        columns = max(len(name), len(value))
+        if columns > left:
+            lines.append([])
+            left = width
+        lines[-1].append((name, value))
+        left -= columns + CELL_GAP
+    grids = []
+    for line in lines:
+        grid = Table.grid(padding=(0, CELL_GAP))
+        grid.add_row(*(Text(name, style="dim") for name, _ in line))
+        grid.add_row(*(Text(value, style="bold") for _, value in line))
+        grids.append(grid)
+    return grids
 
 
 class InPlace:
@@ -199,9 +230,13 @@ class NotebookPanel(LivePanel):
 def find_console() -> tuple[Console, bool]:
     """The console for progress, and whether a notebook shows it: stderr, or in a notebook stdout, as lines of text.
 
+    A terminal that cannot redraw (TERM=dumb) and one in CI count as files, which get lines.
+
     A notebook shows stderr as an error, and would make every line that rich prints an output of its own.
     """
     console = Console(stderr=True)
+    if console.is_terminal and (console.is_dumb_terminal or os.environ.get("CI")):
+        console = Console(stderr=True, force_terminal=False)  # cannot redraw, or is kept as a log
     if not console.is_jupyter:
         return console, False
     return Console(file=sys.stdout, force_jupyter=False, force_terminal=False, color_system=None), True

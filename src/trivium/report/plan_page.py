@@ -3,6 +3,7 @@
 Plain text if stdout is not a terminal, and no color if NO_COLOR is set.
 """
 
+import math
 import shutil
 import sys
 from collections.abc import Iterable
@@ -15,11 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from trivium.config.load import flatten, to_yaml
+from trivium.errors import count_of
 from trivium.files import GIB
-from trivium.plan.advice import Advice, time_and_money
+from trivium.plan.advice import Advice
+from trivium.plan.cost import time_and_money
 from trivium.plan.decide import Decision
 from trivium.plan.fit import FIT_SHARE
 from trivium.plan.search import Plan
+from trivium.plan.workload import DataFacts
 
 MAX_COLUMNS = 100
 BAR_COLUMNS = 40
@@ -41,7 +45,7 @@ def _text(advice: Advice, next_commands: Iterable[str], console: Console) -> str
     plan = advice.plan
     parts = [*_decision(advice.decision)] if advice.decision else []
     if plan:
-        parts += [_title(plan), *_memory(plan), *_speed(plan), *_choices(plan)]
+        parts += [_title(plan), *_memory(plan), *_amount(plan, advice.facts), *_speed(plan), *_choices(plan)]
     parts += _section("Warnings", [("!", text) for text in advice.warnings])
     parts += _section("Next", [("$", command) for command in next_commands])
     with console.capture() as capture:
@@ -103,6 +107,21 @@ def _gib(size: float) -> str:
     return f"{size / GIB:,.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:,.1f} MiB"
 
 
+def _amount(plan: Plan, facts: DataFacts | None) -> list[Any]:
+    """What the plan assumes of the data, and how much of it the run reads."""
+    run, rows = plan.run, []
+    if facts:
+        answers = f", {facts.supervised_share:.0%} of them in answers" if run.loss_tokens == "assistant" else ""
+        records, each = count_of(facts.num_rows, facts.kind.removesuffix("s")), facts.num_tokens / facts.num_rows
+        rows.append(("data", f"{records}, about {each:,.0f} training tokens each{answers}"))
+    if plan.num_tokens:
+        steps = count_of(math.ceil(plan.num_tokens / run.step_tokens), "step")
+        passes = plan.num_tokens / facts.num_tokens if facts else 0.0
+        epochs = f"{passes:,.3g} {'epoch' if passes == 1 else 'epochs'}, " if facts else ""
+        rows.append(("run", f"{epochs}{plan.num_tokens:,} tokens: {steps} of {run.step_tokens:,} tokens"))
+    return _section("Assumed amount", rows)
+
+
 def _speed(plan: Plan) -> list[Any]:
     speed = plan.speed
     between = f"{speed.step_tokens / speed.high:,.0f} to {speed.step_tokens / speed.low:,.0f}"
@@ -111,7 +130,7 @@ def _speed(plan: Plan) -> list[Any]:
         ("step", f"{speed.seconds_per_step:,.3g} s for {speed.step_tokens:,} tokens: {_shares(speed.items)}"),
     ]
     if plan.cost and plan.num_tokens:
-        rows.append(("run", f"{time_and_money(plan.cost)} for {plan.num_tokens:,} tokens"))
+        rows.append(("run", time_and_money(plan.cost)))
     else:
         rows.append(("run", "depends on the data: add --data FILE, or --rows NUMBER --kind conversations"))
     device = plan.device

@@ -30,7 +30,8 @@ def _progress() -> "Iterator[tuple[Progress, Callable[[str], None]]]":
 
     console, _ = find_console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield bars, lambda text: console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        is_soft = not console.is_terminal  # a terminal would break lines inside words
+        yield bars, lambda text: console.print(printable(text), markup=False, highlight=False, soft_wrap=is_soft)
 
 
 @contextmanager

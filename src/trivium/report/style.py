@@ -58,7 +58,8 @@ svg text { font-family: inherit !important; }
 }
 .strip figure { padding: 0.8rem 1rem; background: var(--card); border: 1px solid var(--grid); border-radius: 0.5rem; }
 blockquote { margin: 0; font-size: 0.93rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-blockquote b { font-weight: 600; }
+.prompt { margin: 1.2rem 0 0.6rem; max-width: none; white-space: pre-wrap; }
+.prompt small { margin-right: 0.5rem; }
 details { margin: 0.5rem 0; }
 summary { cursor: pointer; }
 pre {

@@ -28,6 +28,7 @@ from trivium.files import (
     write_safetensors,
 )
 from trivium.model import hf
+from trivium.model.card import CARD, adapter_card
 from trivium.model.qwen import Qwen
 from trivium.use.answers import EvalPrompt, prompt_text
 from trivium.use.held_out import Passage, passages_of_run
@@ -141,7 +142,8 @@ def _note_left_out(folders: list[Path], note: Note) -> None:
     """Say which files of the exported folders are not in the export; hidden files are not worth a word."""
     known = (*hf.MODEL_FILES, *hf.TOKENIZER_FILES, *hf.WEIGHT_FILES, *hf.ADAPTER_FILES)
     for folder in folders:
-        others = sorted(file.name for file in folder.iterdir() if not any(map(file.match, (*known, ".*"))))
+        ours = (*known, ".*", *([CARD] if (folder / hf.ADAPTER_CONFIG).is_file() else []))
+        others = sorted(file.name for file in folder.iterdir() if not any(map(file.match, ours)))
         if others:
             more = f" and {len(others) - MAX_SHOWN_FILES} more" if len(others) > MAX_SHOWN_FILES else ""
             note(
@@ -199,7 +201,7 @@ def _copied(place: FoundModel, staging: Path, note: Note) -> dict[str, Any]:
 
 
 def _copy_adapter(folder: Path, staging: Path) -> None:
-    """Write an adapter's weights, and its configuration and tokenizer as they are."""
+    """Write an adapter's weights, its configuration, tokenizer and model card as they are, or a new card."""
     tensors = hf.stored_sources(folder / hf.ADAPTER_WEIGHTS)
     require_free_space(
         staging.parent, sum(tensor.num_bytes for tensor in tensors) + hf.companion_bytes(folder), "the copy"
@@ -208,6 +210,9 @@ def _copy_adapter(folder: Path, staging: Path) -> None:
     for name in (hf.ADAPTER_CONFIG, hf.GENERATION_CONFIG, *hf.TOKENIZER_FILES):
         if (folder / name).is_file():
             atomic_write(staging / name, (folder / name).read_bytes())
+    card = folder / CARD
+    text = card.read_bytes() if card.is_file() else adapter_card(hf.read_json(folder / hf.ADAPTER_CONFIG)).encode()
+    atomic_write(staging / CARD, text)
     write_safetensors(staging / hf.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
 
 

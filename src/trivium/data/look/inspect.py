@@ -24,7 +24,7 @@ from trivium.data.source.records import read_records
 from trivium.data.store.build import chat_reading
 from trivium.data.store.encode import encode_blocks
 from trivium.data.store.megatron import CHUNK_ITEMS, Store
-from trivium.data.store.publish import describe_lengths, round_lengths
+from trivium.data.store.publish import Lengths
 from trivium.data.store.tally import COUNTS, Tally
 from trivium.data.tokenizer import document_encoding
 
@@ -187,14 +187,14 @@ def _first_records(corpus: Corpus, look: Look) -> Iterator[Shown]:
 
 def _describe(inspection: Inspection, chunks: Iterator[np.ndarray]) -> None:
     """Set the counts and length statistics from chunks of lengths."""
-    counts: Counter[int] = Counter()
+    found = Lengths()
     for lengths in chunks:
         inspection.num_documents += len(lengths)
-        inspection.size += int(lengths.sum(dtype=np.int64))
-        counts.update(round_lengths(lengths).tolist())
-    if counts:
-        inspection.lengths = describe_lengths(counts)
+        found.add(lengths)
+    inspection.size += found.total
+    if found.counts:
+        inspection.lengths = found.describe()
         powers: Counter[int] = Counter()
-        for length, count in counts.items():
+        for length, count in found.counts.items():
             powers[1 << max(0, length.bit_length() - 1)] += count
         inspection.histogram = sorted(powers.items())

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from trivium.data.rejects import RecordError, Reject
 from trivium.data.source.blocks import Position, SourceBlock
 from trivium.data.source.records import DataRecord, Reading, read_records
 from trivium.data.store.tally import Tally
-from trivium.data.tokenizer import DocumentEncoder, Encoding, load_tokenizer
+from trivium.data.tokenizer import DocumentEncoder, Encoding, load_tokenizer, token_dtype
 from trivium.errors import BadData, TriviumError
 
 HASH_BYTES = 16
@@ -61,50 +62,69 @@ class EncodedBlock(NamedTuple):
     tally: Tally
 
 
+def content_hash(content: Document | Conversation) -> bytes:
+    """128 bits that stand for a record; its high half decides whether it is held out."""
+    text = content.text if isinstance(content, Document) else repr(content)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest()
+
+
 class BlockEncoder:
     """Parses and encodes blocks."""
 
-    def __init__(self, encoding: Encoding, reading: Reading, chat: ChatReading | None) -> None:
-        self._documents = DocumentEncoder(encoding)
+    def __init__(self, encoding: Encoding, reading: Reading, chat: ChatEncoder | None) -> None:
+        self._encoding = encoding
         self._reading = reading
-        self._chat: ChatEncoder | None = None
-        if chat is not None:
-            self._chat = ChatEncoder(load_tokenizer(chat.tokenizer_folder), **asdict(chat.settings))
+        self._chat = chat
+
+    @cached_property
+    def _documents(self) -> DocumentEncoder:
+        """Made for the first document, because it takes half a second."""
+        return DocumentEncoder(self._encoding)
 
     def __call__(self, block: SourceBlock) -> EncodedBlock:
-        samples = _BlockSamples(self._documents.dtype)
-        rejects: list[Reject] = []
-        for record in read_records(block.pieces, self._reading):
-            content = record.content
-            if isinstance(content, Document):
-                self._add_document(content, record, samples)
-            elif isinstance(content, Conversation):
-                try:
-                    self._add_conversation(content, record, samples)
-                except RecordError as error:
-                    rejects.append(Reject.of(error, record.file, record.line))
-            else:
-                rejects.append(content)
-        samples.tally.rejected_by_reason.update(reject.reason for reject in rejects)
+        samples = self.samples()
+        rejects = [one for record in read_records(block.pieces, self._reading) if (one := self.add(record, samples))]
         num_raw_bytes = sum(len(piece.data) for piece in block.pieces)
         return samples.encoded(block.after, rejects, num_raw_bytes)
 
-    def _add_document(self, document: Document, record: DataRecord, samples: "_BlockSamples") -> None:
+    def samples(self) -> "BlockSamples":
+        """An empty collection for `add`."""
+        return BlockSamples(token_dtype(self._encoding.vocab_size))
+
+    def add(self, record: DataRecord, samples: "BlockSamples") -> Reject | None:
+        """Encode one record; returns why if it cannot be used.
+
+        Raises: BadData when the chat template is not usable for training.
+        """
+        content, reject = record.content, None
+        if isinstance(content, Document):
+            self._add_document(content, record, samples)
+        elif isinstance(content, Conversation):
+            try:
+                self._add_conversation(content, record, samples)
+            except RecordError as error:
+                reject = Reject.of(error, record.file, record.line)
+        else:
+            reject = content
+        if reject:
+            samples.tally.rejected_by_reason[reject.reason] += 1
+        return reject
+
+    def _add_document(self, document: Document, record: DataRecord, samples: "BlockSamples") -> None:
         ids = self._documents.encode(document.text)
-        digest = hashlib.blake2b(document.text.encode(), digest_size=HASH_BYTES).digest()
-        samples.add(ids, np.full(len(ids), FULL_WEIGHT, np.uint8), digest, has_reasoning=False)
+        weights = np.full(len(ids), FULL_WEIGHT, np.uint8)
+        samples.add(ids, weights, content_hash(document), has_reasoning=False)
         samples.tally.text_bytes += record.num_bytes
         samples.tally.control_token_records += self._documents.has_control_token(document.text)
 
-    def _add_conversation(self, conversation: Conversation, record: DataRecord, samples: "_BlockSamples") -> None:
+    def _add_conversation(self, conversation: Conversation, record: DataRecord, samples: "BlockSamples") -> None:
         """Raises: RecordError; BadData when the chat template is not usable for training."""
         assert self._chat is not None
         try:
             encoded = self._chat.encode(conversation)
         except BadData as error:
             raise BadData(f"{record.file}:{record.line}: {error}") from error
-        digest = hashlib.blake2b(repr(conversation).encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest()
-        tally, half = samples.tally, HASH_BYTES // 2
+        digest, tally, half = content_hash(conversation), samples.tally, HASH_BYTES // 2
         for number, sample in enumerate(encoded.samples):
             low_half = int.from_bytes(digest[half:], "big") ^ number
             sample_digest = digest[:half] + low_half.to_bytes(half, "big")
@@ -120,8 +140,8 @@ class BlockEncoder:
         tally.lost_reasoning_turns += encoded.lost_reasoning_turns
 
 
-class _BlockSamples:
-    """Collects the samples of one block."""
+class BlockSamples:
+    """Collects samples, for example of one block."""
 
     def __init__(self, dtype: np.dtype) -> None:
         self.tally = Tally()
@@ -165,7 +185,7 @@ def encode_blocks(
     Raises: TriviumError when a worker dies, BadData when the chat template is not usable for training.
     """
     if workers == 1:
-        yield from map(BlockEncoder(encoding, reading, chat), blocks)
+        yield from map(_block_encoder(encoding, reading, chat), blocks)
         return
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(encoding, reading, chat)
@@ -202,6 +222,11 @@ def without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
+def _block_encoder(encoding: Encoding, reading: Reading, chat: ChatReading | None) -> BlockEncoder:
+    chats = ChatEncoder(load_tokenizer(chat.tokenizer_folder), **asdict(chat.settings)) if chat else None
+    return BlockEncoder(encoding, reading, chats)
+
+
 _encode: BlockEncoder
 
 
@@ -210,7 +235,7 @@ def _start_worker(encoding: Encoding, reading: Reading, chat: ChatReading | None
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _encode = BlockEncoder(encoding, reading, chat)
+    _encode = _block_encoder(encoding, reading, chat)
 
 
 def _exit_with_parent() -> None:

@@ -24,6 +24,8 @@ HIGH_VALUES = 1 << (4 * HASH_BYTES)
 BUCKET_HASHES = 1 << 21
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 EXACT_LENGTH_BITS = 10
+EXACT_BELOW = 1 << EXACT_LENGTH_BITS
+"""Quantiles of lengths are exact below, and rounded down from here on."""
 USUAL_SHARE, MAX_SMALL_SHARE, ENOUGH_HELD_OUT = 0.01, 0.1, 20
 
 
@@ -55,7 +57,7 @@ def publish(
         "supervised_tokens": tally.supervised_tokens,
         **split.counts,
         "bytes_per_token": round(tally.text_bytes / tally.num_tokens, 4),
-        "tokens_per_document": describe_lengths(split.lengths),
+        "tokens_per_document": split.lengths.describe(),
     }
     atomic_write(folder / "report.json", json.dumps(report, indent=2) + "\n")
     with (partial.folder / REJECTS).open("rb") as source, (folder / REJECTS).open("wb") as target:
@@ -96,12 +98,12 @@ class _Split:
     Attributes:
         counts: documents and tokens of both.
         hashes: SHA-256 of the large files by name.
-        lengths: histogram of sample lengths.
+        lengths: of the samples.
         control_tokens: the control tokens that occur in the training documents.
     """
 
     def __init__(self, folder: Path, partial: Partial, limit: int, control_ids: Sequence[int]) -> None:
-        self.lengths: Counter[int] = Counter()
+        self.lengths = Lengths()
         self.control_tokens: set[int] = set()
         wanted = np.array(control_ids, dtype=np.int64)
         with ExitStack() as stack:
@@ -114,8 +116,7 @@ class _Split:
                 tokens = _add(training, group, ~held)
                 _add(held_out, group, held)
                 self.control_tokens.update(np.unique(tokens[np.isin(tokens, wanted)]).tolist())
-                values, counts = np.unique(round_lengths(group.lengths), return_counts=True)
-                self.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+                self.lengths.add(group.lengths)
         self.hashes = training.hashes()
         if held_out.num_documents:
             self.hashes |= held_out.hashes()
@@ -181,21 +182,40 @@ def _buckets(path: Path) -> Iterator[np.ndarray]:
     shutil.rmtree(folder)
 
 
-def round_lengths(lengths: np.ndarray) -> np.ndarray:
-    """Lengths rounded down to ten significant bits: exact below 1,024, within 0.2% above."""
-    _, exponent = np.frexp(lengths.astype(np.float64))
-    shift = np.maximum(exponent - EXACT_LENGTH_BITS, 0)
-    return (lengths >> shift) << shift
+class Lengths:
+    """Counts lengths in bounded memory: smallest, largest and mean are exact, quantiles within 0.2 %.
 
+    Attributes:
+        counts: how many there are of each length, rounded down to ten significant bits: exact below `EXACT_BELOW`.
+        total: sum of all lengths.
+    """
 
-def describe_lengths(histogram: Counter[int]) -> dict[str, float]:
-    """Minimum, quantiles, maximum and mean of a histogram of lengths."""
-    lengths = np.array(sorted(histogram), dtype=np.int64)
-    counts = np.array([histogram[length] for length in lengths.tolist()], dtype=np.int64)
-    cumulative = np.cumsum(counts)
-    quantiles = {
-        f"p{round(100 * quantile):02d}": int(lengths[np.searchsorted(cumulative, quantile * cumulative[-1])])
-        for quantile in QUANTILES
-    }
-    mean = round(float((lengths * counts).sum() / cumulative[-1]), 2)
-    return {"min": int(lengths[0]), **quantiles, "max": int(lengths[-1]), "mean": mean}
+    def __init__(self) -> None:
+        self.counts: Counter[int] = Counter()
+        self.total = 0
+        self._ends: list[int] = []
+
+    def add(self, lengths: np.ndarray) -> None:
+        """Count lengths, an integer array."""
+        if not lengths.size:
+            return
+        _, exponent = np.frexp(lengths.astype(np.float64))
+        shift = np.maximum(exponent - EXACT_LENGTH_BITS, 0)
+        values, counts = np.unique((lengths >> shift) << shift, return_counts=True)
+        self.counts.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        self.total += int(lengths.sum(dtype=np.int64))
+        ends = [*self._ends, int(lengths.min()), int(lengths.max())]
+        self._ends = [min(ends), max(ends)]
+
+    def describe(self) -> dict[str, float]:
+        """Smallest, quantiles, largest and mean length; there must be one."""
+        smallest, largest = self._ends
+        lengths = np.array(sorted(self.counts), dtype=np.int64)
+        cumulative = np.cumsum([self.counts[length] for length in lengths.tolist()])
+        quantiles = {
+            f"p{round(100 * quantile):02d}": max(
+                smallest, int(lengths[np.searchsorted(cumulative, quantile * cumulative[-1])])
+            )
+            for quantile in QUANTILES
+        }
+        return {"min": smallest, **quantiles, "max": largest, "mean": round(self.total / int(cumulative[-1]), 2)}
