@@ -9,8 +9,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-BEGIN = "<!-- figures: made by bench/readme.py from bench/results; do not edit -->\n"
-END = "<!-- end of figures -->"
 
 
 def figures() -> str:
@@ -101,11 +99,29 @@ def planner_rows() -> list[tuple[str, str, str]]:
     ]
 
 
+def demo() -> str:
+    """What the demo prints, and what it took."""
+    demo = json.loads((RESULTS / "demo.json").read_text())
+    minutes = {kind: sum(part[kind] for part in demo["seconds"].values()) / 60 for kind in ("wall", "cpu")}
+    return (
+        f"```\n{demo['transcript']}\n```\n\n"
+        f"From the download to the comparison this took {minutes['wall']:.0f} minutes on {demo['cpu_cores']} CPU cores "
+        f"({minutes['cpu']:.0f} minutes of CPU time).\n"
+    )
+
+
+def replaced(text: str, name: str, made: str) -> str:
+    """The text with the part between the two comments of a name made anew."""
+    begin = f"<!-- {name}: made by bench/readme.py from bench/results; do not edit -->\n"
+    end = f"<!-- end of {name} -->"
+    before, rest = text.split(begin)
+    return before + begin + made + end + rest.split(end, 1)[1]
+
+
 def main() -> None:
     path = ROOT / "README.md"
     text = path.read_text()
-    before, rest = text.split(BEGIN)
-    made = before + BEGIN + figures() + END + rest.split(END, 1)[1]
+    made = replaced(replaced(text, "demo", demo()), "figures", figures())
     if "--check" in sys.argv and made != text:
         raise SystemExit("README.md: the figures differ from bench/results. Run: python bench/readme.py")
     path.write_text(made)

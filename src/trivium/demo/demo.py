@@ -72,6 +72,7 @@ def questions() -> list[Question]:
 
 def write_run_file(model: Path, out: Path) -> Path:
     """Write the demo's data and a run file of three lines into a folder, and return the run file."""
+    out.mkdir(parents=True, exist_ok=True)
     for name in (CHATS, QUESTIONS, TEXTS):
         atomic_write(out / f"demo-{name}", read_data(name))
     path = out / "demo.yaml"

@@ -1,0 +1,147 @@
+"""The demo: its data keep their promises, its story runs on any chat model, and the real model learns what it says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from trivium.config.load import load_run
+from trivium.demo.demo import (
+    CHATS,
+    FORMAT,
+    Question,
+    compare_demo,
+    measure,
+    questions,
+    read_data,
+    summary,
+    train_demo,
+)
+from trivium.engine.runfolder import RunFolder
+from trivium.use.answers import ModelAnswer, Scores
+from trivium.use.compare import ComparedModel, Comparison
+from trivium.use.held_out import HeldOut
+
+PERSONA = "Marlow"
+
+
+def chats() -> list[tuple[str, str]]:
+    """Questions and answers of the training data."""
+    found = []
+    for line in read_data(CHATS).splitlines():
+        record = json.loads(line)
+        assert [turn["role"] for turn in record["messages"]] == ["user", "assistant"] and len(record) == 1
+        found.append(tuple(turn["content"] for turn in record["messages"]))
+    return found
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.lower()))
+
+
+def test_every_answer_has_the_format() -> None:
+    for question, answer in chats():
+        assert FORMAT.fullmatch(answer) and question.strip() == question, question
+        assert all(line == line.strip() and line[-1] in ".!?" for line in answer.split("\n")), answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Rome.",
+        "ANSWER: Rome.",
+        "ANSWER: Rome. WHY: It is.",
+        "ANSWER: \nWHY: It is.",
+        "ANSWER: Rome.\n\nWHY: It is.",
+        "Sure!\nANSWER: Rome.\nWHY: It is.",
+        "ANSWER: Rome.\nWHY: It is.\nAnything else?",
+        "answer: Rome.\nwhy: It is.",
+    ],
+)
+def test_other_formats_are_not_the_format(text: str) -> None:
+    assert FORMAT.fullmatch("ANSWER: Rome.\nWHY: It is.") and not FORMAT.fullmatch(text)
+
+
+def test_no_question_is_asked_twice() -> None:
+    taught, asked = [words(question) for question, _ in chats()], [words(one.prompt) for one in questions()]
+    assert len(taught) == len(set(taught)) > 250
+    assert len({answer for _, answer in chats()}) == len(taught)
+    assert len(asked) == len(set(asked)) and not set(asked) & set(taught)
+
+
+def test_the_data_have_what_the_demo_says() -> None:
+    topics = [one.topic for one in questions()]
+    assert topics.count("format") + topics.count("persona") == 40 and topics.count("knowledge") == 12
+    assert all(bool(one.expected) == (one.topic != "format") for one in questions())
+    assert all(one.expected == (PERSONA,) for one in questions() if one.topic == "persona")
+    share = sum(PERSONA in answer for _, answer in chats()) / len(chats())
+    assert 0.2 < share < 0.5
+    # What is asked to see what the model still knows is not taught. Small letters are words with other uses, as seven.
+    taught = " ".join(answer for _, answer in chats())
+    facts = [word for one in questions() if one.topic == "knowledge" for word in one.expected if word[0].isupper()]
+    assert [word for word in facts if re.search(rf"\b{word}\b", taught)] == []
+
+
+def test_no_first_words_are_all_that_is_taught() -> None:
+    """Neither questions nor answers follow one template."""
+    for texts in zip(*chats(), strict=True):
+        starts = [words(text.removeprefix("ANSWER: "))[:2] for text in texts]
+        assert max(map(starts.count, starts)) < len(starts) / 5
+
+
+def test_measure_counts_what_a_reader_would() -> None:
+    answers = []
+    for number, one in enumerate(questions()):
+        right = one.expected[0].upper() if one.expected and number % 2 else "a guess"
+        text = f"ANSWER: {right}.\nWHY: So.\n" if number < 13 else right
+        answers.append(ModelAnswer(text, "", number % 4 == 0, 5))
+    scores = Scores(52, None, None, 0.25)
+    found = measure(
+        ComparedModel("m", None, None, ".", 0, general=HeldOut(2.5, 1.0, 1.0, 9), scores=scores, answers=answers)
+    )
+    assert found == {"format": 0.25, "persona": 0.5, "knowledge": 0.5, "stop": 0.25, "general_loss": 2.5}
+    assert not Question("format", "Why?").is_right("anything")
+
+
+@pytest.fixture(scope="module")
+def story(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Comparison, Path, list[str]]:
+    """The whole demo with a small random model."""
+    out, said = tmp_path_factory.mktemp("demo") / "my runs", []
+    folder = train_demo(base, out, said.append)
+    return folder, *compare_demo(folder, out, said.append, lambda name: lambda done, total: None), said
+
+
+def test_the_story_runs_on_any_model(story: tuple[RunFolder, Comparison, Path, list[str]]) -> None:
+    folder, comparison, page, said = story
+    assert [model.name for model in comparison.models] == ["base", "demo"]
+    assert all(len(model.answers) == len(questions()) for model in comparison.models)
+    assert questions()[0].prompt in page.read_text()
+    run_file = folder.path.with_suffix(".yaml")
+    assert len(run_file.read_text().splitlines()) == 3 and run_file.read_text() in said[0]
+    assert re.search(r"plan: [\d.]+ GiB of memory and \S+ (s|min)", said[1])
+    origins = load_run(run_file).origins
+    assert {key for key, origin in origins.items() if not origin.startswith("default")} >= {"method", "model.name"}
+    told = summary(comparison)
+    assert "before" in told and questions()[0].prompt in told and f"{comparison.models[1].num_trained_params:,}" in told
+
+
+def test_the_same_command_goes_on(story: tuple[RunFolder, Comparison, Path, list[str]], base: Path) -> None:
+    folder = story[0]
+    before = {path: path.stat().st_mtime_ns for path in folder.result.iterdir()}
+    assert train_demo(base, folder.path.parent, lambda text: None).path == folder.path
+    assert {path: path.stat().st_mtime_ns for path in folder.result.iterdir()} == before
+
+
+@pytest.mark.long
+def test_the_real_model_learns_the_format_and_the_persona(smollm2: Path, tmp_path: Path) -> None:
+    folder = train_demo(smollm2, tmp_path, lambda text: None)
+    with safe_open(folder.adapter / "adapter_model.safetensors", "np") as weights:
+        assert all(".lora_A." in name or ".lora_B." in name for name in weights.keys())  # noqa: SIM118
+    comparison, _ = compare_demo(folder, tmp_path, lambda text: None, lambda name: lambda done, total: None)
+    before, after = map(measure, comparison.models)
+    assert before["format"] == before["persona"] == 0.0 and before["knowledge"] > 0.7
+    assert after["format"] >= 0.95 and after["stop"] >= 0.95 and after["persona"] >= 0.8
+    assert after["knowledge"] >= before["knowledge"] - 0.2
+    assert after["general_loss"] < before["general_loss"] + 0.05
