@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
+from textwrap import shorten
 
 from trivium.config.inputs import Source
 from trivium.config.load import load_run, quote
@@ -37,7 +38,7 @@ FIGURES = {
     "general_loss": ("loss on general text", "{:.2f}"),
 }
 """What the demo measures, in words, and how it is printed."""
-SHOWN_CHARACTERS = 160
+SHOWN_CHARACTERS = 100
 
 
 @dataclass(frozen=True)
@@ -161,5 +162,4 @@ def summary(comparison: Comparison) -> str:
 
 
 def _on_one_line(text: str) -> str:
-    words = " / ".join(text.split("\n"))
-    return words if len(words) <= SHOWN_CHARACTERS else words[:SHOWN_CHARACTERS] + " ..."
+    return shorten(" / ".join(text.split("\n")), SHOWN_CHARACTERS, placeholder=" ...")
