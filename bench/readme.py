@@ -9,8 +9,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-BEGIN = "<!-- figures: made by bench/readme.py from bench/results; do not edit -->\n"
-END = "<!-- end of figures -->"
 
 
 def figures() -> str:
@@ -101,11 +99,30 @@ def planner_rows() -> list[tuple[str, str, str]]:
     ]
 
 
+def demo() -> str:
+    """What the demo prints, and what it took."""
+    found = json.loads((RESULTS / "demo.json").read_text())
+    wall, cpu = (sum(part[kind] for part in found["seconds"].values()) for kind in ("wall", "cpu"))
+    shared = " that other programs used too" if cpu < 0.7 * found["cpu_cores"] * wall else ""
+    return (
+        f"```\n{found['transcript']}\n```\n\n"
+        f"The download, the training and the comparison took {cpu / 60:.0f} minutes of CPU time, here "
+        f"{wall / 60:.0f} minutes on {found['cpu_cores']} cores{shared}.\n"
+    )
+
+
+def replaced(text: str, name: str, made: str) -> str:
+    """The text with the part between the two comments of a name made anew."""
+    begin = f"<!-- {name}: made by bench/readme.py from bench/results; do not edit -->\n"
+    end = f"<!-- end of {name} -->"
+    before, rest = text.split(begin)
+    return before + begin + made + end + rest.split(end, 1)[1]
+
+
 def main() -> None:
     path = ROOT / "README.md"
     text = path.read_text()
-    before, rest = text.split(BEGIN)
-    made = before + BEGIN + figures() + END + rest.split(END, 1)[1]
+    made = replaced(replaced(text, "demo", demo()), "figures", figures())
     if "--check" in sys.argv and made != text:
         raise SystemExit("README.md: the figures differ from bench/results. Run: python bench/readme.py")
     path.write_text(made)

@@ -45,7 +45,7 @@ def test_every_verb_is_a_command(verb: str):
     [
         (["trian"], "Did you mean train?"),
         (["confg"], "Did you mean config?"),
-        (["xyzzy"], "Commands: quickstart, plan, train"),
+        (["xyzzy"], "Commands: quickstart, demo, plan"),
         (["config", "shw"], "No such command 'shw'"),
         (["--colour"], "No such option"),
         (["config", "show"], "Missing argument 'FILE'"),

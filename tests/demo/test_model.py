@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.engine.runs import adapt_values, train
-from tests.support.qwen_tokenizers import CACHE
 from trivium.data.chat.template import describe_template
 from trivium.data.tokenizer import load_tokenizer
 from trivium.demo import model as demo
@@ -64,12 +63,6 @@ CHATS = [
     [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}],
 ]
 FETCH = "import sys; from pathlib import Path; from trivium.demo.model import fetch; fetch(Path(sys.argv[1]))"
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """The folder of the real model; do not modify it."""
-    return demo.fetch(CACHE / "smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")

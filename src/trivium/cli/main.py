@@ -19,6 +19,7 @@ from trivium.files import full_disk_explained
 
 VERBS = {
     "quickstart": "Train small models with every method and compare them, in minutes.",
+    "demo": "Teach a real chat model a format and a persona, in minutes.",
     "plan": "Plan a training run: method, memory, time and cost.",
     "train": "Train a run file; run the same command again to resume.",
     "doctor": "Check a run file for mistakes before training.",
