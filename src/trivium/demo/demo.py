@@ -6,22 +6,16 @@ without it the same questions. Uses the code of `trivium plan`, `trivium train` 
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from textwrap import shorten
 
-from trivium.config.inputs import Source
+from trivium import api
 from trivium.config.load import load_run, quote
-from trivium.data.look.survey import survey
 from trivium.engine.runfolder import RunFolder
 from trivium.files import GIB, MIB, atomic_write
-from trivium.model import hf
-from trivium.plan.request import PlanRequest, resolve_request
-from trivium.plan.search import search
-from trivium.plan.speed import hours, time_and_money
-from trivium.plan.workload import DataFacts
+from trivium.plan.cost import hours, time_and_money
 from trivium.report.comparison import write_comparison
 from trivium.train import train
 from trivium.use.compare import Bar, ComparedModel, Comparison, Note, compare
@@ -84,15 +78,8 @@ def write_run_file(model: Path, out: Path) -> Path:
 
 def plan_line(run_file: Path) -> str:
     """What the planner expects of the run, in one line."""
-
-    def facts(sources: Sequence[Source]) -> DataFacts:
-        found = survey(sources)
-        return DataFacts(**{field.name: getattr(found, field.name) for field in fields(DataFacts)})
-
-    goal = resolve_request(PlanRequest(target=str(run_file)), facts, lambda name: hf.read_shape(Path(name))).goal
-    assert goal is not None  # there is one for every run file
-    plan = search(goal)
-    assert plan.cost is not None  # the amount of data is known
+    plan = api.plan(run_file).plan
+    assert plan is not None and plan.cost is not None  # there is one for every run file with data
     return (
         f"plan: {plan.memory.total / GIB:.1f} GiB of memory and {time_and_money(plan.cost)} for {plan.num_tokens:,} "
         f"tokens on {plan.device.title}"
