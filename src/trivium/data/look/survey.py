@@ -231,20 +231,21 @@ class _Looked:
         """Read a block, and encode the given share of its records, evenly spread."""
         self.num_bytes += sum(len(piece.data) for piece in block.pieces)
         for record in read_records(block.pieces, corpus.reading):
-            num_samples, num_tokens = self.guessed.num_samples, -self.guessed.num_tokens
-            estimate(record.content, self.guessed, template, conversations)
-            num_tokens += self.guessed.num_tokens
+            guess = Tally()
+            estimate(record.content, guess, template, conversations)
+            self.guessed.add(guess)
+            num_tokens = guess.num_tokens
             is_due = self._encoded_share >= 1.0 or self._encoded_bytes <= self._encoded_share * self._read_bytes
             self._read_bytes += record.num_bytes
             if self._encoder and self.samples and is_due:
-                num_tokens = -self.samples.tally.num_tokens
+                before = self.samples.tally.num_tokens
                 self._encoder.add(record, self.samples)
-                num_tokens += self.samples.tally.num_tokens
-                estimate(record.content, self.sampled, template, conversations)
+                num_tokens = self.samples.tally.num_tokens - before
+                self.sampled.add(guess)
                 self._encoded_bytes += record.num_bytes
             if not isinstance(record.content, Reject):
                 key = content_hash(record.content)
-                self._samples_of[key] = self.guessed.num_samples - num_samples
+                self._samples_of[key] = guess.num_samples
                 self._tokens_of[key] += num_tokens
 
     def trained_share(self, held_out: float | None, factor: float) -> float:
