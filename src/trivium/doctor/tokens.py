@@ -88,7 +88,8 @@ def generation_never_ends(prepared: PreparedRun) -> Violation | None:
         f"{template.end_of_turn} among the stop tokens.",
         f"serve the merged model ({merged})"
         + (f", or give the server the adapter's file: {command}" if command else "")
-        + ". trivium chat and eval read the adapter's file.",
+        + f", or send the stop token {template.end_of_turn_id} with each request. trivium chat and eval read the "
+        "adapter's file.",
     )
 
 
