@@ -23,7 +23,7 @@ from trivium.engine.record import read_record
 from trivium.train import train_quietly
 
 RESULT = Path(__file__).parent / "results" / "small_data.json"
-CHOICES: tuple[tuple[int | None, float | None], ...] = ((16_384, 3), (4096, 3), (1024, 3), (None, None), (1024, 16))
+CHOICES: tuple[tuple[int | None, float | None], ...] = ((16_384, 3), (1024, 3), (None, None))
 """Tokens of a step and epochs; None for what Trivium chooses."""
 
 

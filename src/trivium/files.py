@@ -67,7 +67,7 @@ def require_regular(*paths: Path) -> None:
 
 
 def with_reserve(num_bytes: int) -> int:
-    """What must be free before `num_bytes` are written: a sixteenth more, 1 to 64 MiB, for small files beside them."""
+    """What must be free before `num_bytes` are written: a sixteenth more, 1 to 64 MiB, for small files next to them."""
     return num_bytes + min(max(num_bytes // 16, MIB), 64 * MIB)
 
 

@@ -17,7 +17,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def serve_command(base: str, folder: str, name: str, rank: int) -> str | None:
-    """vLLM's command for an adapter beside its base model; None if its rank is too large for vLLM.
+    """vLLM's command for an adapter and its base model; None if its rank is too large for vLLM.
 
     vLLM takes the tokens that end an answer from the base model unless it is told where the adapter's are, and a base
     model does not stop at the end of a turn. Measured with vLLM 0.32: no answer ended without --generation-config.
@@ -41,7 +41,7 @@ def serve_command_of_run(base: str, folder: Path, adapter: Adapter, has_rows: bo
 def adapter_card(config: Mapping[str, Any]) -> str:
     """The model card of an adapter, from its adapter_config.json.
 
-    A base model that is a folder is not named: the Hub knows no folders, and paths are nobody else's business.
+    A base model that is a folder is not named: the Hub has no local folders, and paths are private.
     """
     base = str(config.get("base_model_name_or_path") or "")
     is_hub_id = HUB_ID.fullmatch(base) is not None and not Path(base).is_dir()

@@ -114,7 +114,7 @@ def list_files(root: Path) -> list[SourceFile]:
 def require_inside(path: Path, root: Path) -> None:
     """Raise BadData for a link in the folder `root` that leads out of it: a data set must not name any file it likes.
 
-    In the Hub's cache, the files of `snapshots/REVISION` are links into the `blobs` folder beside `snapshots`.
+    In the Hub's cache, the files of `snapshots/REVISION` are links into the `blobs` folder next to `snapshots`.
     """
     home, target = root.resolve(), path.resolve()
     snapshots = next((folder for folder in home.parents if folder.name == "snapshots"), None)
