@@ -2,7 +2,7 @@
 
 A fixed step of 16,384 tokens gives 300 short conversations a dozen updates, too few to learn anything. So small data
 gets smaller steps, and if these are as small as they may be, more passes. The constants come from
-`bench/small_data.py`, an experiment with a real chat model; its figures are in `docs/small_data.md`.
+`bench/small_data.py`, an experiment with a real chat model; its figures are in `bench/results/small_data.json`.
 """
 
 from trivium.config.run import Run

@@ -64,7 +64,7 @@ NETWORK_BANDWIDTH = 25e9  # bytes per second of a device to other nodes: 200 Gbi
 HOST_LINK_BANDWIDTH = 25e9  # to the host's memory, over PCIe 4
 HOST_MEMORY_BANDWIDTH = 20e9  # of the host's optimizer, for each device
 OVERLAP_SHARE = 0.5  # of compute time that can hide communication
-# Model FLOPs utilization, without recomputation, of a whole step: the expected maximum, and a bound that is rarely exceeded.
+# Model FLOPs utilization, without recomputation, of a whole step: the expected maximum, and a bound.
 # Published for large models by causal counts: 42-44 % LoRA on an H100 (NeMo AutoModel, docs/performance-summary.mdx),
 # 41-48 % Megatron-LM (README) and 30-46 % llm-foundry and torchtitan on H100s, 50-57 % llm-foundry on A100s; 60 % on
 # an H100 by llmq (benchmarks/H100x1.md), a trainer of hand-written CUDA.
