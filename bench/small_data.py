@@ -11,16 +11,14 @@ from here.
 import argparse
 import datetime
 import json
+import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trivium.config.load import load_run
-from trivium.engine.loop import Silent
 from trivium.engine.record import read_record
-from trivium.train import train_quietly
 
 RESULT = Path(__file__).parent / "results" / "small_data.json"
 CHOICES: tuple[tuple[int | None, float | None], ...] = ((16_384, 3), (1024, 3), (None, None))
@@ -28,12 +26,17 @@ CHOICES: tuple[tuple[int | None, float | None], ...] = ((16_384, 3), (1024, 3), 
 
 
 def measure(model: str, file: str, step_tokens: int | None, epochs: float | None, folder: Path) -> dict[str, Any]:
-    """Train once and read the run's records."""
-    name = f"{Path(file).stem}-{step_tokens}-{epochs}"
-    given = [f"model={model}", f'data=["{file}"]', f"name={name}", f"runs_dir={folder}"]
+    """Train once, in a process of its own so that its peak memory is its own, and read the run's records."""
+    given = [f"runs_dir={folder}", f"name={Path(file).stem}-{step_tokens}-{epochs}"]
     given += [f"batch.tokens={step_tokens}"] if step_tokens else []
     given += [f"budget.epochs={epochs}"] if epochs else []
-    record = read_record(train_quietly(load_run(None, ["method=lora", *given]), Silent()).path)
+    run_file = folder / "run.yaml"
+    run_file.write_text(f"method: lora\nmodel: {json.dumps(model)}\ndata: {json.dumps(file)}\n")
+    command = [sys.executable, "-m", "trivium.cli", "train", str(run_file), *given]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(result.stderr)
+    record = read_record(Path(result.stdout.strip()).parent)
     losses = record.curve("eval/loss")
     return {
         "data": Path(file).name,
@@ -61,7 +64,7 @@ def main() -> None:
         for file in options.files:
             for step_tokens, epochs in CHOICES:
                 rows.append(measure(options.model, file, step_tokens, epochs, Path(folder)))
-                print(json.dumps(rows[-1]), file=sys.stderr)
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     versions = {package: version(package) for package in ("torch", "peft", "trivium")}
     content = {"date": datetime.date.today().isoformat(), "model": Path(options.model).name, "versions": versions}
     RESULT.write_text(json.dumps({**content, "runs": rows}, indent=2) + "\n")
