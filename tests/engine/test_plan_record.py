@@ -31,7 +31,7 @@ MIB = 1 << 20
 HEADROOM = 260 * MIB
 LONG_ROWS = {
     "model": {"shape": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4}},
-    "batch": {"tokens": 8192},
+    "batch": {"tokens": 8192, "micro_tokens": 8192},
     "budget": {"steps": 3},
     "checkpoint": {"every_steps": 1},
     "eval": {"every_steps": 100, "max_tokens": 256},

@@ -148,8 +148,8 @@ class BatchSize(Part):
     """Tokens per optimizer step. Default: 16,384 for `loss_tokens: assistant`, otherwise 32,768; for small data, halved
     until the run has 100 steps, but not below 1,024 or data.seq_len."""
     micro_tokens: Count | None = None
-    """Tokens per micro-batch (one forward and backward pass). Default: 8,192 or the largest number below that divides
-    the step, less if the planner finds that it does not fit the device."""
+    """Tokens per micro-batch (one forward and backward pass). Default: 8,192 (on a CPU 2,048) or the largest
+    number below that divides the step, less if the planner finds that it does not fit the device."""
 
 
 class Parallel(Part):

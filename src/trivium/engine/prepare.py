@@ -6,6 +6,7 @@ Everything chosen here could also be set in the run file and is recorded in the 
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +169,9 @@ def require_one_device(run: Run) -> None:
 def settle_batching(run: Run, shape: QwenShape, facts: DataFacts, machine: Machine, note: Callable[[str], None]) -> Run:
     """The run with its micro-batch size and activation checkpointing: as configured, the default, or what fits."""
     settled = settle_batch(run, shape, machine.precision, machine.device_type, machine.memory_bytes, facts)
+    usual = settle_batch(run, shape, machine.precision, machine.device_type, sys.maxsize, facts)
     chosen = []
-    if settled.sequences_per_micro_batch != run.sequences_per_micro_batch:
+    if settled.batch.micro_tokens != usual.batch.micro_tokens:
         chosen.append(f"batch.micro_tokens: {settled.batch.micro_tokens}")
     if settled.activation_checkpointing and run.activation_checkpointing is None:
         chosen.append("activation_checkpointing: true")

@@ -23,6 +23,8 @@ from trivium.plan.workload import ComputeDtype, DataFacts, DeviceType, Workload,
 
 FIT_SHARE = 0.92
 """Share of a device's memory that a predicted peak may take."""
+CPU_MICRO_TOKENS = 2048
+"""Measured: 1M and 25M parameters are as fast as with 8,192, and 135M are 1.5 times as fast with 0.3 of the memory."""
 MIN_SEQ_LEN = 256
 MIN_RANK = 4
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -100,10 +102,12 @@ def settle_batch(
 ) -> Run:
     """Fill in `batch.micro_tokens` and `activation_checkpointing` if the run file leaves them open.
 
-    See `best_batching`. If nothing fits, the caller decides whether to try anyway.
+    A CPU gains nothing from micro-batches above `CPU_MICRO_TOKENS`. See `best_batching`. If nothing fits, the caller
+    decides whether to try anyway.
     """
     work = of_run(run, shape, facts, compute_dtype, device_type)
-    sizes = [work.micro_tokens] if run.batch.micro_tokens else micro_batch_sizes(work, work.micro_tokens)
+    most = min(work.micro_tokens, CPU_MICRO_TOKENS) if device_type == "cpu" else work.micro_tokens
+    sizes = [work.micro_tokens] if run.batch.micro_tokens else micro_batch_sizes(work, most)
     work = best_batching(work, sizes, run.activation_checkpointing, memory_bytes)
     batch = run.batch.model_copy(update={"micro_tokens": work.micro_tokens})
     return run.model_copy(update={"batch": batch, "activation_checkpointing": work.activation_checkpointing})
