@@ -103,11 +103,10 @@ def demo() -> str:
     """What the demo prints, and what it took."""
     found = json.loads((RESULTS / "demo.json").read_text())
     wall, cpu = (sum(part[kind] for part in found["seconds"].values()) for kind in ("wall", "cpu"))
-    shared = " that other programs used too" if cpu < 0.7 * found["cpu_cores"] * wall else ""
     return (
         f"```\n{found['transcript']}\n```\n\n"
-        f"The download, the training and the comparison took {cpu / 60:.0f} minutes of CPU time, here "
-        f"{wall / 60:.0f} minutes on {found['cpu_cores']} cores{shared}.\n"
+        f"The download, the training and the comparison took {wall / 60:.1f} minutes on {found['cpu_cores']} CPU cores, "
+        f"and {cpu / 60:.1f} minutes of CPU time.\n"
     )
 
 
