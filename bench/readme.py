@@ -105,8 +105,8 @@ def demo() -> str:
     wall, cpu = (sum(part[kind] for part in found["seconds"].values()) for kind in ("wall", "cpu"))
     return (
         f"```\n{found['transcript']}\n```\n\n"
-        f"The download, the training and the comparison took {wall / 60:.1f} minutes on {found['cpu_cores']} CPU cores, "
-        f"and {cpu / 60:.1f} minutes of CPU time.\n"
+        f"The download, the training and the comparison took {wall / 60:.1f} minutes on {found['cpu_cores']} CPU "
+        f"cores, and {cpu / 60:.1f} minutes of CPU time.\n"
     )
 
 
