@@ -77,7 +77,7 @@ class Comparison:
 
 
 @dataclass
-class Evaluation:
+class Measurements:
     """How every model is evaluated; for the fields, see `compare` and `answers`."""
 
     questions: list[EvalPrompt]
@@ -164,7 +164,7 @@ def compare(
     entries = find_models(names, remember)
     same_tokenizer, as_chat, stops = _shared_chat(place for _, place in entries)
     own, own_name = (None, None) if held_out else own_held_out(entries, same_tokenizer, remember)
-    evaluation = Evaluation(
+    evaluation = Measurements(
         questions=read_questions(prompts) if prompts else [],
         as_chat=as_chat,
         stops=stops,
