@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from trivium.config.run import Run
 from trivium.data.batch.pack import sequential_batches
 from trivium.data.store.build import BuiltStore
 from trivium.errors import ConfigError
@@ -43,15 +42,20 @@ class PretrainedTokens:
     built: Sequence[BuiltStore]
     end_of_turn: int | None
 
-    def to_train(self, run: Run) -> list[int]:
-        """Token ids to train: `adapter.train_tokens`, or by default the untrained control tokens in the data.
+    def to_train(self, named: list[str] | None) -> list[int]:
+        """Token ids to train: the named ones, or by default the untrained control tokens in the data.
 
-        Raises: ConfigError when the tokenizer lacks a token named in `adapter.train_tokens`.
+        Raises: ConfigError as `ids_of`.
         """
-        assert run.adapter is not None
-        named = run.adapter.train_tokens
         if named is None:
             return self.untrained({token for store in self.built for token in store.find_control_tokens(self.control)})
+        return self.ids_of(named)
+
+    def ids_of(self, named: list[str]) -> list[int]:
+        """The ids of the tokens named in `adapter.train_tokens`.
+
+        Raises: ConfigError when the tokenizer lacks one.
+        """
         known = self.tokenizer.get_vocab()
         if unknown := [token for token in named if token not in known]:
             raise ConfigError(

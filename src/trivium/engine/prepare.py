@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,6 @@ class Job:
         num_steps: optimizer steps of the whole run.
         stop_ids: tokens that end generation; the first is the model's EOS token.
         pretrained_tokens: which tokens the pretrained model knows; None for random initialization.
-        trained_tokens: token ids whose rows are trained with an adapter.
         inputs: hex digest of tokenizer, data, order and frozen weights.
         facts: statistics of the data for the planner.
     """
@@ -88,7 +88,6 @@ class Job:
     num_steps: int
     stop_ids: list[int]
     pretrained_tokens: PretrainedTokens | None
-    trained_tokens: list[int]
     inputs: str
     facts: DataFacts
 
@@ -96,6 +95,12 @@ class Job:
     def has_conversations(self) -> bool:
         """Whether any source holds conversations."""
         return any(store.has_conversations for store in self.built)
+
+    @cached_property
+    def trained_tokens(self) -> list[int]:
+        """Token ids whose rows are trained with an adapter; found on first use, since that may load the model."""
+        adapter, pretrained = self.run.adapter, self.pretrained_tokens
+        return pretrained.to_train(adapter.train_tokens) if adapter and pretrained else []
 
 
 def cache_folder(run: Run) -> Path:
@@ -135,6 +140,8 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
     pretrained = None
     if weights_folder is not None:
         pretrained = PretrainedTokens(weights_folder, shape, tokenizer, built, turn_end[0] if turn_end else None)
+        if run.adapter is not None and run.adapter.train_tokens is not None:
+            pretrained.ids_of(run.adapter.train_tokens)  # refuses unknown ones before anything is written
     return Job(
         run=run,
         shape=shape,
@@ -148,7 +155,6 @@ def prepare(run: Run, note: Callable[[str], None], machine: Machine | None = Non
         num_steps=count_steps(run, num_sequences),
         stop_ids=list(dict.fromkeys([*turn_end, *end_ids(tokenizer)])),
         pretrained_tokens=pretrained,
-        trained_tokens=pretrained.to_train(run) if pretrained and run.adapter else [],
         inputs=digest_inputs(run, tokenizer_folder, built, order, frozen_folder),
         facts=facts,
     )
