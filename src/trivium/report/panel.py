@@ -52,6 +52,11 @@ def curve(values: list[float], columns: int, rows: int = CURVE_ROWS) -> list[str
     return lines
 
 
+def print_line(console: Console, text: str) -> None:
+    """Print text from outside as it is, wrapped only on a terminal."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
 class PlainLines:
     """Prints one line per record, for logs and pipes."""
 
@@ -67,7 +72,7 @@ class PlainLines:
 
     def note(self, text: str) -> None:
         """Print one line."""
-        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        print_line(self.console, text)
 
     def begin(self, step: int, num_steps: int) -> None:
         """The step after `step` is about to start."""
@@ -120,7 +125,7 @@ class LivePanel:
 
     def note(self, text: str) -> None:
         """Print one line above the panel."""
-        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
+        print_line(self.console, text)
 
     def begin(self, step: int, num_steps: int) -> None:
         """Show the panel: the step after `step` is about to start."""

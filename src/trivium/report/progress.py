@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from trivium.errors import printable
-
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -26,12 +24,11 @@ def _progress() -> "Iterator[tuple[Progress, Callable[[str], None]]]":
     """Bars that disappear at the end, and a function that prints one line above them."""
     from rich.progress import Progress
 
-    from trivium.report.panel import find_console
+    from trivium.report.panel import find_console, print_line
 
     console, _ = find_console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        is_soft = not console.is_terminal  # a terminal would break lines inside words
-        yield bars, lambda text: console.print(printable(text), markup=False, highlight=False, soft_wrap=is_soft)
+        yield bars, lambda text: print_line(console, text)
 
 
 @contextmanager
