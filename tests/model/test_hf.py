@@ -171,7 +171,7 @@ def test_load_weights_names_tensors_that_do_not_fit(
 def test_weights_that_are_not_finite_are_named(dtype: torch.dtype, bad: float, words: str, tmp_path: Path):
     shards = save(model_of(UNTIED), tmp_path, max_shard_bytes=20_000)
     name = "model.layers.1.mlp.up_proj.weight"
-    file = hf.find_tensors(Qwen(UNTIED), shards)[name]
+    file = hf.find_tensors(UNTIED, shards)[name]
     tensors = {key: value.to(dtype) for key, value in load_file(file).items()}
     tensors[name][13, 7] = bad
     save_file(tensors, file)

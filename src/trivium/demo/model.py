@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from trivium.errors import ConfigError, TriviumError
 from trivium.files import FolderLock, atomic_write, fsync_directory, require_free_space, sha256_file
 from trivium.model import catalog, hf
-from trivium.model.qwen import Qwen
+from trivium.model.qwen import Qwen, empty_model
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -170,9 +170,7 @@ def _model(reader: "GGUFReader") -> Qwen:
     from gguf import MODEL_ARCH, dequantize, get_tensor_name_map
 
     shape = catalog.get(NAME)
-    with torch.device("meta"):
-        model = Qwen(shape).bfloat16()
-    model.to_empty(device="cpu")
+    model = empty_model(shape).bfloat16().to_empty(device="cpu")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, shape.num_hidden_layers)
     for name, parameter in model.named_parameters():

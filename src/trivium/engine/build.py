@@ -1,13 +1,11 @@
 """Build the engine of a prepared run: weights, adapter, trainable tokens, optimizer."""
 
-import torch
-
 from trivium.engine.device import Machine
 from trivium.engine.engine import Engine
 from trivium.engine.prepare import Job
 from trivium.engine.ranks import ALONE, Ranks
 from trivium.model import adapter, hf, quantize
-from trivium.model.qwen import Qwen, init_weights
+from trivium.model.qwen import Qwen, empty_model, init_weights
 
 
 def build_engine(job: Job, machine: Machine, ranks: Ranks = ALONE) -> Engine:
@@ -31,11 +29,7 @@ def build_engine(job: Job, machine: Machine, ranks: Ranks = ALONE) -> Engine:
 def load_frozen(job: Job, machine: Machine) -> Qwen:
     """The base model of an adapter, loaded directly in the compute dtype or NF4, without an fp32 copy."""
     assert job.weights_folder is not None
-    with torch.device("meta"):
-        model = Qwen(job.shape)
     if job.run.weights == "nf4":
+        model = empty_model(job.shape)
         return quantize.load_quantized(model, job.weights_folder, machine.compute_dtype, machine.device)
-    model = model.to(machine.compute_dtype).to_empty(device=machine.device)
-    hf.load_weights(model, job.weights_folder)
-    model.compute_dtype = machine.compute_dtype
-    return model
+    return hf.load_model(job.shape, job.weights_folder, machine.compute_dtype, machine.device)

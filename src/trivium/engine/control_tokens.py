@@ -16,7 +16,7 @@ from trivium.data.batch.pack import sequential_batches
 from trivium.data.store.build import BuiltStore
 from trivium.errors import ConfigError
 from trivium.model import adapter, hf
-from trivium.model.qwen import Documents, Qwen
+from trivium.model.qwen import Documents
 from trivium.model.shape import QwenShape
 
 EQUAL, ALIKE = 0.999, 0.99
@@ -79,8 +79,7 @@ class PretrainedTokens:
         places = [place for place, token in enumerate(self.control) if token in used]
         if not places:
             return []
-        with torch.device("meta"):
-            files = hf.find_tensors(Qwen(self.shape), self.folder)
+        files = hf.find_tensors(self.shape, self.folder)
         names = [hf.EMBEDDINGS] if self.shape.tie_word_embeddings else [hf.EMBEDDINGS, hf.HEAD]
         tables = [hf.read_rows(files[name], name, reserved) for name in names]
         likeness = {reserved[place]: max(adapter.likeness(table, place) for table in tables) for place in places}
@@ -94,11 +93,7 @@ class PretrainedTokens:
         store = next((one for one in self.built if one.has_conversations), None)
         if store is None or self.end_of_turn is None:
             return 0.0
-        with torch.device("meta"):
-            model = Qwen(self.shape).to(torch.bfloat16)
-        model.to_empty(device="cpu").eval()
-        model.compute_dtype = torch.bfloat16
-        hf.load_weights(model, self.folder)
+        model = hf.load_model(self.shape, self.folder, torch.bfloat16, "cpu").eval()
         found = []
         for batch in sequential_batches(store.open(), MAX_TOKENS, MAX_TOKENS, MAX_TOKENS):
             documents = Documents(batch.cu_seqlens, batch.bounds, batch.max_document_tokens)

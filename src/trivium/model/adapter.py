@@ -21,7 +21,7 @@ from trivium.files import atomic_write, write_safetensors
 from trivium.model import hf
 from trivium.model.card import CARD, adapter_card
 from trivium.model.quantize import NF4Linear
-from trivium.model.qwen import Linear, Qwen, own_seed
+from trivium.model.qwen import Linear, Qwen, empty_model, own_seed
 from trivium.model.tokens import TrainableTokens
 
 CONFIG, WEIGHTS = hf.ADAPTER_FILES
@@ -67,7 +67,7 @@ def inject(
     files = {}
     if config.init == "loftq":
         assert weights_folder is not None
-        files = hf.find_tensors(_empty_like(model), weights_folder)
+        files = hf.find_tensors(model.shape, weights_folder)
     for path, layer in _adapted(model):
         _compute_in_the_dtype_of_the_input(layer)
         if config.init == "default":
@@ -192,12 +192,6 @@ def _product(lora_A: Linear, lora_B: Linear, adapter_name: str = NAME) -> Tensor
 def _magnitude(weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str = NAME) -> Tensor:
     """Norm of each row of the adapted weight, fp32 (out,)."""
     return (weight.float() + scaling * lora_weight.float()).norm(dim=1)
-
-
-def _empty_like(model: Qwen) -> Qwen:
-    """A plain model of the same shape on the meta device."""
-    with torch.device("meta"):
-        return Qwen(model.shape)
 
 
 def _train_rows(model: Qwen, token_ids: Sequence[int]) -> Any:
@@ -355,7 +349,7 @@ def merge(model: Qwen) -> Qwen:
 
     NF4 weights are dequantized, since the adapter was trained on those.
     """
-    plain = _empty_like(model)
+    plain = empty_model(model.shape)
     for path, module in plain.named_modules():
         ours = model.get_submodule(path)
         for attribute, _ in list(module.named_parameters(recurse=False)):

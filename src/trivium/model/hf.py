@@ -24,11 +24,10 @@ from trivium.files import (
     atomic_write,
     fsync_directory,
     require_free_space,
-    require_regular,
     write_safetensors,
 )
-from trivium.model.qwen import Qwen
-from trivium.model.resolve import read_json, require_no_run_folder
+from trivium.model.qwen import Qwen, empty_model
+from trivium.model.resolve import read_json, require_model_folder
 from trivium.model.shape import QwenShape
 
 WEIGHTS = "model.safetensors"
@@ -65,8 +64,7 @@ def find_folder(name: str, with_weights: bool = True) -> Path:
     Raises: ConfigError when `name` is neither, the download fails, or something in the folder is not a regular file.
     """
     if Path(name).is_dir():
-        require_regular(*Path(name).iterdir())
-        require_no_run_folder(Path(name))
+        require_model_folder(Path(name))
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ConfigError(
@@ -110,9 +108,20 @@ def load_weights(model: Qwen, folder: Path) -> None:
 
     Raises: ConfigError as `find_tensors`, before any value is written, and as `read_tensor`.
     """
-    files = find_tensors(model, folder)
+    files = find_tensors(model.shape, folder)
     for name, parameter in model.named_parameters():
         read_tensor(files[name], name, parameter)
+
+
+def load_model(shape: QwenShape, folder: Path, dtype: torch.dtype, device: torch.device | str) -> Qwen:
+    """A model with the folder's weights, stored and computed in `dtype`, loaded without a copy in another one.
+
+    Raises: ConfigError as `load_weights`.
+    """
+    model = empty_model(shape).to(dtype).to_empty(device=device)
+    load_weights(model, folder)
+    model.compute_dtype = dtype
+    return model
 
 
 def read_rows(path: Path, name: str, ids: list[int]) -> Tensor:
@@ -125,8 +134,8 @@ def read_rows(path: Path, name: str, ids: list[int]) -> Tensor:
         return torch.cat([table[token : token + 1] for token in ids])
 
 
-def find_tensors(model: Qwen, folder: Path) -> dict[str, Path]:
-    """The file of each parameter of a plain model, which may be on the meta device.
+def find_tensors(shape: QwenShape, folder: Path) -> dict[str, Path]:
+    """The file of each parameter of a model.
 
     A stored head next to tied embeddings is accepted if it is identical.
 
@@ -134,8 +143,8 @@ def find_tensors(model: Qwen, folder: Path) -> dict[str, Path]:
     """
     files = _tensor_files(folder)
     stored = {name: _header(path, name) for name, path in files.items()}
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tied_copy = model.shape.tie_word_embeddings and HEAD in stored and EMBEDDINGS in stored
+    expected = {name: tuple(parameter.shape) for name, parameter in empty_model(shape).named_parameters()}
+    tied_copy = shape.tie_word_embeddings and HEAD in stored and EMBEDDINGS in stored
     if tied_copy:
         expected[HEAD] = expected[EMBEDDINGS]
     compare(folder, "config.json", expected, stored)

@@ -133,7 +133,7 @@ def load_quantized(model: Qwen, folder: Path, compute_dtype: torch.dtype, device
     Raises: ConfigError as `hf.find_tensors`, and without bitsandbytes.
     """
     require_bitsandbytes()
-    files = hf.find_tensors(model, folder)
+    files = hf.find_tensors(model.shape, folder)
 
     def read(name: str, parameter: Tensor, dtype: torch.dtype) -> nn.Parameter:
         value = torch.empty(parameter.shape, dtype=dtype, device=device)

@@ -232,6 +232,12 @@ class Qwen(nn.Module):
         return self.model.norm(x_TD)
 
 
+def empty_model(shape: QwenShape) -> Qwen:
+    """A model on the meta device: its parameters have shapes and no values."""
+    with torch.device("meta"):
+        return Qwen(shape)
+
+
 def own_seed(seed: int, name: str) -> int:
     """The seed of one tensor, which makes initial values independent of device and construction order."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")

@@ -87,8 +87,7 @@ def shape_of_name(name: str) -> QwenShape | None:
     Raises: ConfigError when there is no such folder or size, or the folder has no readable config.json.
     """
     if Path(name).is_dir():
-        require_regular(*Path(name).iterdir())
-        require_no_run_folder(Path(name))
+        require_model_folder(Path(name))
         file = Path(name) / "config.json"
         if not file.is_file():
             raise ConfigError(
@@ -109,8 +108,9 @@ def shape_of_name(name: str) -> QwenShape | None:
     return None
 
 
-def require_no_run_folder(folder: Path) -> None:
-    """Raise ConfigError for the folder of a run, naming the model in it."""
+def require_model_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder with a special file in it, and for the folder of a run, naming its model."""
+    require_regular(*folder.iterdir())
     if not (folder / "run.yaml").is_file() or (folder / "config.json").is_file():
         return
     if (folder / "model" / "config.json").is_file():

@@ -29,7 +29,6 @@ from trivium.files import (
 )
 from trivium.model import hf
 from trivium.model.card import CARD, adapter_card
-from trivium.model.qwen import Qwen
 from trivium.use.answers import EvalPrompt, prompt_text
 from trivium.use.held_out import Passage, passages_of_run
 from trivium.use.load import FoundModel, Loaded, find, load, load_network
@@ -183,8 +182,7 @@ def _copied(place: FoundModel, staging: Path, note: Note) -> dict[str, Any]:
     if place.kind == "adapter":
         _copy_adapter(place.folder, staging)
     else:
-        with torch.device("meta"):
-            files = hf.find_tensors(Qwen(hf.read_shape(place.folder)), place.folder)
+        files = hf.find_tensors(hf.read_shape(place.folder), place.folder)
         names = [name for name, _ in loaded.network.named_parameters()]
         written = _write_model(loaded, staging, dtype, [hf.stored_source(files[name], name) for name in names])
         require_config(staging, written)
